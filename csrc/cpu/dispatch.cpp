@@ -1,0 +1,124 @@
+// Which instruction set this machine runs, decided once; and the parts of logdet_inverse around LAPACK, which need no vectors.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+#define LDMI_DECLARE(ISA)                                                                                                     \
+  namespace ISA {                                                                                                             \
+  void joint(const Batch&, double*, double*, void*, double*, const Threads&);                                                 \
+  void logits_grad(const Batch&, const void*, const double*, double, double, void*, const Threads&);                          \
+  Determinant logdet_inverse(const double*, const double*, int64_t, bool, double*);                                           \
+  double fused(const Batch&, const FusedOptions&, void*, const Threads&);                                                     \
+  }
+#define LDMI_KERNELS(ISA) Kernels{#ISA, ISA::joint, ISA::logits_grad, ISA::logdet_inverse, ISA::fused}
+
+namespace ldmi::cpu {
+
+LDMI_DECLARE(baseline)
+#ifdef LDMI_X86
+LDMI_DECLARE(avx2)
+LDMI_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Candidate {
+  Kernels kernels;
+  bool runs;
+};
+
+Kernels choose() {
+  const Candidate candidates[] = {
+#ifdef LDMI_X86
+      {LDMI_KERNELS(avx512), __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")},
+      {LDMI_KERNELS(avx2), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {LDMI_KERNELS(baseline), true},
+  };
+  const char* forced = std::getenv("LDMI_FAST_ISA");
+  if (forced == nullptr || *forced == 0) {
+    for (const Candidate& candidate : candidates) {
+      if (candidate.runs) return candidate.kernels;
+    }
+  }
+  std::string names;
+  for (const Candidate& candidate : candidates) {
+    if (std::string(forced) != candidate.kernels.isa) {
+      names += std::string(names.empty() ? "" : ", ") + candidate.kernels.isa;
+      continue;
+    }
+    if (candidate.runs) return candidate.kernels;
+    throw std::runtime_error(std::string("LDMI_FAST_ISA=") + forced + ": this processor does not have these instructions");
+  }
+  throw std::runtime_error(std::string("LDMI_FAST_ISA=") + forced + ": expected one of " + names);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+Screening equilibrate(const double* S, const double* n, int64_t C, bool strict, double* R) {
+  Screening out{0, true, false, 0};
+  constexpr int64_t kTile = 16;  // a transposition, in tiles that stay in L1
+  for (int64_t i0 = 0; i0 < C; i0 += kTile) {
+    double sum[kTile] = {};
+    const int64_t i1 = std::min(C, i0 + kTile);
+    for (int64_t j = 0; j < C; ++j) {
+      for (int64_t i = i0; i < i1; ++i) {
+        const double entry = S[i * C + j];
+        out.finite &= std::isfinite(entry);
+        const double value = n[i] > 0 && n[j] > 0 ? entry / n[i] : (i == j ? 1.0 : 0.0);
+        R[j * C + i] = value;
+        sum[i - i0] += std::fabs(value);
+      }
+    }
+    for (int64_t i = i0; i < i1; ++i) {
+      out.norm = std::max(out.norm, sum[i - i0]);
+      out.finite &= std::isfinite(n[i]);
+      out.present += n[i] > 0;
+    }
+  }
+  out.dead = strict && out.present > 0 && out.present < C;
+  return out;
+}
+
+Determinant determinant_of(const Screening& screening, const double* LU, const int32_t* pivots, const double* n, int64_t C,
+                           bool strict) {
+  const int64_t kept = strict && screening.present > 0 ? C : screening.present;
+  if (!screening.finite) return {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::quiet_NaN(), kept};
+  const Determinant singular{-std::numeric_limits<double>::infinity(), 0, kept};
+  if (screening.dead) return singular;
+  Determinant out{0, 1, kept};
+  const double threshold = static_cast<double>(C) * 0x1p-52 * screening.norm;
+  for (int64_t i = 0; i < C; ++i) {
+    const double pivot = LU[i * C + i];
+    if (!(std::fabs(pivot) > threshold)) return singular;
+    out.log_abs_det += std::log(std::fabs(pivot)) + (n[i] > 0 ? std::log(n[i]) : 0);
+    if ((pivot < 0) != (pivots[i] != i + 1)) out.sign = -out.sign;
+  }
+  return out;
+}
+
+void finish_inverse(const Screening& screening, const Determinant& found, const double* n, int64_t C, double* X) {
+  const bool regular = screening.finite && found.sign != 0;
+  const double otherwise = screening.finite ? 0 : std::numeric_limits<double>::quiet_NaN();
+  for (int64_t i = 0; i < C; ++i) {
+    const double scale = 1 / n[i];
+    for (int64_t j = 0; j < C; ++j) {
+      double& entry = X[i * C + j];
+      entry = !regular ? otherwise : n[i] > 0 && n[j] > 0 ? entry * scale : 0;
+    }
+  }
+}
+
+}  // namespace ldmi::cpu

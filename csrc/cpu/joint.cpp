@@ -1,0 +1,361 @@
+// S = sum_i w_i e_{y_i} p_i^T, n, the row logsumexp and the summed cross entropy, in one pass over the logits.
+//
+// A block of rows goes through three short phases: exponentials and their sums (in a tile that stays in L1), the scalars of each row
+// (1 / sum, log sum), and the accumulation of w / sum * tile into row y of S, in double. Rows of one label that stand together share
+// one pass over the row of S.
+
+#include "../plan/plan.h"
+#include "isa.h"
+#include "rows.h"
+
+namespace ldmi::cpu::LDMI_ISA {
+namespace {
+
+// The rows of a block that count.
+template <class T>
+struct Block {
+  int count = 0;
+  int64_t row[kBlockRows];
+  int64_t label[kBlockRows];
+  double weight[kBlockRows];
+  // of the softmax; vectors are read from them, so they end on a whole one
+  alignas(64) T maximum[kBlockRows];
+  alignas(64) T sum[kBlockRows];
+  alignas(64) T own[kBlockRows];  // the logit (or probability) of the row's own label
+};
+
+// Predictions (before the division by their sum) of the rows of a block into `tile`; lse and the cross entropy on the way.
+template <class T>
+LDMI_INLINE void predict(const Batch& batch, Block<T>& block, T* tile, T* scratch, T* lse, double& ce) {
+  const int64_t classes = batch.logits.columns, width = padded<T>(classes);
+  for (int r = 0; r < block.count; ++r) {
+    const T* x = read_row(batch.logits, block.row[r], scratch);
+    block.own[r] = x[column_of(block.label[r], classes)];
+    if (batch.probs) {
+      probabilities(x, classes, tile + r * width);
+      block.sum[r] = 1;
+    } else {
+      exponentials(x, classes, tile + r * width, block.maximum[r], block.sum[r]);
+    }
+  }
+  if (batch.probs) {
+    for (int r = 0; r < block.count; ++r) {
+      lse[block.row[r]] = 0;
+      ce -= block.weight[r] * __builtin_log(static_cast<double>(block.own[r]));
+    }
+    return;
+  }
+  for (int r = block.count; r % kLanes<T> != 0; ++r) block.sum[r] = 1;
+  alignas(64) T log_sum[kBlockRows];
+  for (int r = 0; r < block.count; r += kLanes<T>) store(log_sum + r, log(load(block.sum + r)));
+  for (int r = 0; r < block.count; ++r) {
+    lse[block.row[r]] = block.maximum[r] + log_sum[r];
+    // in this order nothing is lost when all logits are far from 0
+    ce += block.weight[r] * static_cast<double>(log_sum[r] + (block.maximum[r] - block.own[r]));
+  }
+}
+
+// sums[0 .. width) += sum over rows first..last of weight / sum * tile row.
+template <class T>
+LDMI_INLINE void accumulate(const Block<T>& block, int first, int last, const T* tile, int64_t width, double* sums) {
+  double scale[kBlockRows];
+  for (int r = first; r < last; ++r) scale[r] = block.weight[r] / static_cast<double>(block.sum[r]);
+  if (last - first == 1) {
+    for (int64_t j = 0; j < width; j += kLanes<T>) add_scaled(sums + j, load(tile + first * width + j), scale[first]);
+    return;
+  }
+  for (int64_t j = 0; j < width; j += kLanes<T>) {
+    if constexpr (sizeof(T) == 4) {
+      Vec<double> low = load(sums + j), high = load(sums + j + kLanes<double>);
+      for (int r = first; r < last; ++r) {
+        Vec<double> a, b;
+        widen(load(tile + r * width + j), a, b);
+        low = fma(a, splat(scale[r]), low);
+        high = fma(b, splat(scale[r]), high);
+      }
+      store(sums + j, low);
+      store(sums + j + kLanes<double>, high);
+    } else {
+      Vec<double> total = load(sums + j);
+      for (int r = first; r < last; ++r) total = fma(load(tile + r * width + j), splat(scale[r]), total);
+      store(sums + j, total);
+    }
+  }
+}
+
+void poison(int64_t labels, int64_t classes, double* S, double* n, double* ce) {
+  for (int64_t i = 0; i < labels * classes; ++i) S[i] = kNaN;
+  for (int64_t k = 0; k < labels; ++k) n[k] = kNaN;
+  *ce = kNaN;
+}
+
+// Every task sums the rows of its range, in their order, into sums of its own.
+template <class T>
+void joint_natural(const Batch& batch, const plan::CpuJoint& plan, double* S, double* n, T* lse, double* ce, const Threads& threads) {
+  const int64_t rows = batch.logits.rows, classes = batch.logits.columns, labels = batch.num_labels;
+  const int64_t width = padded<T>(classes), tasks = plan.tasks;
+  const int64_t size = labels * width + labels + 1;
+  Buffer<double> partial(tasks * size);
+  Buffer<uint8_t> bad(tasks);
+  for_each_task(threads, tasks, [&](int64_t task) {
+    double* sums = partial.get() + task * size;
+    double* weights = sums + labels * width;
+    double* my_ce = weights + labels;
+    std::memset(sums, 0, static_cast<std::size_t>(size) * sizeof(double));
+    const int most = block_rows(width);
+    Buffer<T> tile(most * width), scratch(width);
+    Block<T> block;
+    bool wrong = false;
+    const auto flush = [&] {
+      predict(batch, block, tile.get(), scratch.get(), lse, *my_ce);
+      for (int r = 0; r < block.count;) {
+        int end = r + 1;
+        while (end < block.count && block.label[end] == block.label[r]) ++end;
+        accumulate(block, r, end, tile.get(), width, sums + block.label[r] * width);
+        r = end;
+      }
+      block.count = 0;
+    };
+    const int64_t end = cut(rows, tasks, task + 1);
+    for (int64_t i = cut(rows, tasks, task); i < end; ++i) {
+      double weight;
+      const int64_t label = used_label(batch, i, weight, wrong);
+      if (label == kUnused) {
+        lse[i] = 0;
+        continue;
+      }
+      weights[label] += weight;
+      block.row[block.count] = i;
+      block.label[block.count] = label;
+      block.weight[block.count] = weight;
+      if (++block.count == most) flush();
+    }
+    if (block.count > 0) flush();
+    bad[task] = wrong;
+  });
+  for (int64_t k = 0; k < labels; ++k) {
+    for (int64_t c = 0; c < classes; ++c) {
+      double total = 0;
+      for (int64_t task = 0; task < tasks; ++task) total += partial[task * size + k * width + c];
+      S[k * classes + c] = total;
+    }
+  }
+  bool wrong = false;
+  double total_ce = 0;
+  for (int64_t k = 0; k < labels; ++k) n[k] = 0;
+  for (int64_t task = 0; task < tasks; ++task) {
+    const double* weights = partial.get() + task * size + labels * width;
+    for (int64_t k = 0; k < labels; ++k) n[k] += weights[k];
+    total_ce += weights[labels];
+    wrong |= bad[task] != 0;
+  }
+  *ce = total_ce;
+  if (wrong) poison(labels, classes, S, n, ce);
+}
+
+// Rows in the order of their labels: the row of S that is summed into stays in L1. A task whose first label began in an earlier task
+// leaves that part in a side row, added afterwards in the order of the tasks.
+template <class T>
+void joint_by_label(const Batch& batch, const plan::CpuJoint& plan, double* S, double* n, T* lse, double* ce, const Threads& threads) {
+  const int64_t rows = batch.logits.rows, classes = batch.logits.columns, labels = batch.num_labels;
+  const int64_t width = padded<T>(classes), tasks = plan.tasks;
+  LabelOrder order(batch, plan::sort_tasks(rows, labels), threads);
+  const int64_t used = order.used();
+  Buffer<double> side(tasks * width), side_weight(tasks), side_ce(tasks);
+  Buffer<int64_t> side_label(tasks);
+  std::memset(S, 0, static_cast<std::size_t>(labels * classes) * sizeof(double));
+  std::memset(n, 0, static_cast<std::size_t>(labels) * sizeof(double));
+  for_each_task(threads, tasks, [&](int64_t task) {
+    const int64_t begin = cut(used, tasks, task), end = cut(used, tasks, task + 1);
+    side_label[task] = kUnused;
+    side_ce[task] = 0;
+    if (begin == end) return;
+    const int most = block_rows(width);
+    Buffer<T> tile(most * width), scratch(width);
+    Buffer<double> sums(width);
+    Block<T> block;
+    bool ignored = false;
+    double weight, run_weight = 0;
+    int64_t current = kUnused;
+    int64_t before = kUnused;  // the label that the task before this one ends with
+    if (begin > 0) before = used_label(batch, order.rows()[begin - 1], weight, ignored);
+    const auto finish_run = [&] {
+      if (current == kUnused) return;
+      if (current == before) {
+        side_label[task] = current;
+        side_weight[task] = run_weight;
+        std::memcpy(side.get() + task * width, sums.get(), static_cast<std::size_t>(width) * sizeof(double));
+        before = kUnused;
+      } else {
+        n[current] = run_weight;
+        std::memcpy(S + current * classes, sums.get(), static_cast<std::size_t>(classes) * sizeof(double));
+      }
+    };
+    const auto flush = [&] {
+      predict(batch, block, tile.get(), scratch.get(), lse, side_ce[task]);
+      for (int r = 0; r < block.count;) {
+        if (block.label[r] != current) {
+          finish_run();
+          current = block.label[r];
+          run_weight = 0;
+          std::memset(sums.get(), 0, static_cast<std::size_t>(width) * sizeof(double));
+        }
+        int last = r;
+        while (last < block.count && block.label[last] == current) run_weight += block.weight[last++];
+        accumulate(block, r, last, tile.get(), width, sums.get());
+        r = last;
+      }
+      block.count = 0;
+    };
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t i = order.rows()[at];
+      block.row[block.count] = i;
+      block.label[block.count] = used_label(batch, i, weight, ignored);
+      block.weight[block.count] = weight;
+      if (++block.count == most) flush();
+    }
+    if (block.count > 0) flush();
+    finish_run();
+  });
+  *ce = 0;
+  for (int64_t task = 0; task < tasks; ++task) {
+    *ce += side_ce[task];
+    const int64_t label = side_label[task];
+    if (label == kUnused) continue;
+    n[label] += side_weight[task];
+    for (int64_t c = 0; c < classes; ++c) S[label * classes + c] += side[task * width + c];
+  }
+  for (int64_t at = used; at < rows; ++at) lse[order.rows()[at]] = 0;
+  if (order.bad()) poison(labels, classes, S, n, ce);
+}
+
+// S = T^T diag(w) P in two phases a block of rows: predictions and weighted targets, by rows; their product, by labels.
+template <class T>
+void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, const Threads& threads) {
+  constexpr int lanes = kLanes<T>;
+  constexpr int64_t kStep = 64;   // rows whose products are summed in T before they go to double
+  constexpr int64_t kLabels = 4;  // labels of one register tile: 4 x 2 vectors
+  const int64_t rows = batch.logits.rows, classes = batch.logits.columns, labels = batch.num_labels;
+  const int64_t width = padded<T>(classes), label_width = (labels + kLabels - 1) / kLabels * kLabels;
+  const int64_t target_width = label_width > padded<T>(labels) ? label_width : padded<T>(labels);
+  const plan::CpuSoft plan = plan::cpu_soft(rows, classes, labels, sizeof(T));
+  Buffer<T> predictions(plan.block_rows * width), targets(plan.block_rows * target_width);
+  const int64_t steps = plan.block_rows / kStep;
+  Buffer<double> step_ce(steps);
+  Buffer<uint8_t> step_bad(steps);
+  std::memset(S, 0, static_cast<std::size_t>(labels * classes) * sizeof(double));
+  std::memset(n, 0, static_cast<std::size_t>(labels) * sizeof(double));
+  *ce = 0;
+  bool wrong = false;
+  for (int64_t base = 0; base < rows; base += plan.block_rows) {
+    const int64_t count = rows - base < plan.block_rows ? rows - base : plan.block_rows;
+    const int64_t here = (count + kStep - 1) / kStep;
+    for_each_task(threads, here, [&](int64_t step) {
+      Buffer<T> scratch(width), target_scratch(target_width);
+      double my_ce = 0;
+      bool bad = false;
+      for (int64_t r = step * kStep; r < (step + 1) * kStep; ++r) {
+        T* p = predictions.get() + r * width;
+        T* t = targets.get() + r * target_width;
+        const int64_t i = base + r;
+        const double weight = r < count ? weight_of(batch.weights, i) : 0;
+        std::memset(t, 0, static_cast<std::size_t>(target_width) * sizeof(T));
+        if (weight == 0 || !good_weight(weight)) {
+          bad |= weight != 0;
+          std::memset(p, 0, static_cast<std::size_t>(width) * sizeof(T));
+          if (r < count) lse[i] = 0;
+          continue;
+        }
+        const T* x = read_row(batch.logits, i, scratch.get());
+        const T* target = read_row(batch.soft, i, target_scratch.get());
+        T maximum = 0, sum = 1;
+        double log_sum = 0;
+        if (batch.probs) {
+          probabilities(x, classes, p);
+          lse[i] = 0;
+        } else {
+          exponentials(x, classes, p, maximum, sum);
+          log_sum = __builtin_log(static_cast<double>(sum));
+          lse[i] = maximum + static_cast<T>(log_sum);
+          const Vec<T> inverse = splat(T{1} / sum);
+          for (int64_t j = 0; j < width; j += lanes) store(p + j, load(p + j) * inverse);
+        }
+        for (int64_t k = 0; k < labels; ++k) {
+          t[k] = static_cast<T>(weight * static_cast<double>(target[k]));
+          // a zero in the target contributes nothing, also where the prediction is 0
+          if (target[k] == 0 || labels != classes) continue;
+          const double minus_log = batch.probs ? -__builtin_log(static_cast<double>(x[k]))
+                                               : log_sum + (static_cast<double>(maximum) - static_cast<double>(x[k]));
+          my_ce += weight * static_cast<double>(target[k]) * minus_log;
+        }
+      }
+      step_ce[step] = my_ce;
+      step_bad[step] = bad;
+    });
+    for_each_task(threads, label_width / kLabels, [&](int64_t group) {
+      const int64_t k0 = group * kLabels;
+      const int64_t k_end = k0 + kLabels < labels ? k0 + kLabels : labels;
+      for (int64_t k = k0; k < k_end; ++k) {
+        double total = 0;
+        for (int64_t r = 0; r < here * kStep; ++r) total += static_cast<double>(targets[r * target_width + k]);
+        n[k] += total;
+      }
+      for (int64_t j = 0; j < width; j += 2 * lanes) {
+        const bool two = j + lanes < width;
+        const int64_t second = two ? j + lanes : j;
+        for (int64_t step = 0; step < here; ++step) {
+          Vec<T> sum[kLabels][2];
+          for (auto& pair : sum) pair[0] = pair[1] = splat(T{0});
+          const T* p = predictions.get() + step * kStep * width;
+          const T* t = targets.get() + step * kStep * target_width + k0;
+          for (int64_t r = 0; r < kStep; ++r, p += width, t += target_width) {
+            const Vec<T> a = load(p + j), b = load(p + second);
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < kLabels; ++k) {
+              sum[k][0] = fma(a, splat(t[k]), sum[k][0]);
+              sum[k][1] = fma(b, splat(t[k]), sum[k][1]);
+            }
+          }
+          for (int64_t k = k0; k < k_end; ++k) {
+            T flat[2 * lanes];
+            store(flat, sum[k - k0][0]);
+            store(flat + lanes, sum[k - k0][1]);
+            const int64_t last = j + (two ? 2 : 1) * lanes < classes ? j + (two ? 2 : 1) * lanes : classes;
+            for (int64_t c = j; c < last; ++c) S[k * classes + c] += static_cast<double>(flat[c - j]);
+          }
+        }
+      }
+    });
+    for (int64_t step = 0; step < here; ++step) {
+      *ce += step_ce[step];
+      wrong |= step_bad[step] != 0;
+    }
+  }
+  if (wrong) poison(labels, classes, S, n, ce);
+}
+
+template <class T>
+void joint_of(const Batch& batch, double* S, double* n, T* lse, double* ce, const Threads& threads) {
+  if (batch.soft.data != nullptr) {
+    joint_soft(batch, S, n, lse, ce, threads);
+    return;
+  }
+  const plan::CpuJoint plan = plan::cpu_joint(batch.logits.rows, batch.logits.columns, batch.num_labels);
+  if (plan.order == plan::Order::kNatural) {
+    joint_natural(batch, plan, S, n, lse, ce, threads);
+  } else {
+    joint_by_label(batch, plan, S, n, lse, ce, threads);
+  }
+}
+
+}  // namespace
+
+void joint(const Batch& batch, double* S, double* n, void* lse, double* ce, const Threads& threads) {
+  if (batch.logits.type == Type::kFloat64) {
+    joint_of(batch, S, n, static_cast<double*>(lse), ce, threads);
+  } else {
+    joint_of(batch, S, n, static_cast<float*>(lse), ce, threads);
+  }
+}
+
+}  // namespace ldmi::cpu::LDMI_ISA

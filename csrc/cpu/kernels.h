@@ -1,0 +1,122 @@
+// The CPU engine: joint -> logdet_inverse -> logits_grad, and fused. Free of torch: raw pointers, strides in elements, and a callback
+// that runs tasks on the caller's threads.
+//
+// The work of a call is cut into tasks by its shape alone, and partial sums are added in the order of the tasks, so results are
+// bitwise the same for every number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace ldmi::cpu {
+
+enum class Type : int { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+// A read-only matrix of floating point numbers, element (i, j) at data[i * row_stride + j * column_stride].
+struct Matrix {
+  const void* data;
+  Type type;
+  int64_t rows, columns;
+  int64_t row_stride, column_stride;
+};
+
+// Class indices; element i at data[i * stride].
+struct Labels {
+  const void* data;
+  int bytes;       // 1, 2, 4 or 8
+  bool is_signed;
+  int64_t stride;
+};
+
+// Weights of samples, or null data for 1 each.
+struct Weights {
+  const void* data;
+  Type type;
+  int64_t stride;
+};
+
+// One batch. Soft targets have soft.data, hard ones labels.data.
+struct Batch {
+  Matrix logits;  // [N, C]
+  Labels labels;  // [N]
+  Matrix soft;    // [N, K]
+  Weights weights;
+  int64_t num_labels;  // K
+  int64_t ignore_index;
+  bool probs;  // the matrix holds probabilities
+};
+
+// Runs body(context, task) for every task in 0..tasks-1, in any order, on any threads.
+struct Threads {
+  void (*run)(int64_t tasks, void* context, void (*body)(void* context, int64_t task));
+};
+
+template <class Body>
+void for_each_task(const Threads& threads, int64_t tasks, Body&& body) {
+  if (tasks == 1) {
+    body(int64_t{0});
+    return;
+  }
+  threads.run(tasks, &body, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); });
+}
+
+// S [K, C], n [K] and ce [1] in double; lse [N] in float (double for fp64 logits). All contiguous, all overwritten. Rows that do
+// not count (ignored, weight 0) are not looked at. A label or weight out of range makes S, n and ce NaN.
+using JointFn = void (*)(const Batch&, double* S, double* n, void* lse, double* ce, const Threads&);
+
+// `grad` [N, C] contiguous, of the type of the logits:
+// scale * d(-log|det S|)/dlogits + ce_scale * d(summed cross entropy)/dlogits, with V [K, C] contiguous.
+using LogitsGradFn =
+    void (*)(const Batch&, const void* lse, const double* V, double scale, double ce_scale, void* grad, const Threads&);
+
+// What is known of one [C, C] matrix besides its inverse.
+struct Determinant {
+  double log_abs_det;  // -inf when singular
+  double sign;         // 0 when singular
+  int64_t kept;        // number of classes that the determinant is of
+};
+
+// log|det S| and V = S^{-T} (row-major, contiguous) of one matrix by Gauss-Jordan elimination with partial pivoting, for small C.
+using LogdetInverseFn = Determinant (*)(const double* S, const double* n, int64_t C, bool strict, double* V);
+
+struct FusedOptions {
+  bool strict;
+  double eps;
+  bool normalize;
+  double cross_entropy_weight;
+};
+
+// The loss (returned) and its gradient `grad` [N, C], for hard labels and small C.
+using FusedFn = double (*)(const Batch&, const FusedOptions&, void* grad, const Threads&);
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* isa;
+  JointFn joint;
+  LogitsGradFn logits_grad;
+  LogdetInverseFn logdet_inverse;
+  FusedFn fused;
+};
+
+// The kernels for this machine: the widest instruction set that it has, or the one that the environment variable LDMI_FAST_ISA
+// names (baseline, avx2, avx512). Throws std::runtime_error if that one is unknown or cannot run here.
+const Kernels& kernels();
+
+// The pieces of logdet_inverse for the caller that factors R with LAPACK (larger C); the same for all instruction sets.
+
+struct Screening {
+  double norm;      // ||R||_inf
+  bool finite;      // S and n hold neither NaN nor infinity
+  bool dead;        // strict, and a class is absent
+  int64_t present;  // number of classes that have weight
+};
+
+// R = diag(1/n) S of the classes that have weight, identity rows and columns for the others, column-major [C, C].
+Screening equilibrate(const double* S, const double* n, int64_t C, bool strict, double* R_column_major);
+
+// From LAPACK's LU (column-major, its pivots 1-based) the determinant of S; singular as the contract says.
+Determinant determinant_of(const Screening&, const double* LU_column_major, const int32_t* pivots, const double* n, int64_t C, bool strict);
+
+// X = R^{-T} [C, C] row-major into V, in place. `found` decides between V, zeros and NaN.
+void finish_inverse(const Screening&, const Determinant& found, const double* n, int64_t C, double* X);
+
+}  // namespace ldmi::cpu

@@ -1,0 +1,260 @@
+// Vectors of one width per instruction set, in the compiler's own vector extension: one source for SSE2, NEON, AVX2 and AVX-512.
+//
+// Every file that includes this is compiled once per instruction set, with LDMI_ISA (a namespace) and LDMI_VECTOR_BYTES given on
+// the command line. Everything here has internal linkage, so that no two instruction sets can share a function by accident, and
+// nothing from the C++ library that would be instantiated with the wrong flags is used in the kernels.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef LDMI_ISA
+#define LDMI_ISA baseline
+#define LDMI_VECTOR_BYTES 16
+#endif
+
+#define LDMI_INLINE [[gnu::always_inline]] static inline
+
+namespace ldmi::cpu::LDMI_ISA {
+namespace {
+
+template <class T>
+struct Lane;
+template <>
+struct Lane<float> {
+  using Int = int32_t;
+  static constexpr int mantissa = 23;
+  static constexpr int bias = 127;
+};
+template <>
+struct Lane<double> {
+  using Int = int64_t;
+  static constexpr int mantissa = 52;
+  static constexpr int bias = 1023;
+};
+
+template <class T>
+constexpr int kLanes = LDMI_VECTOR_BYTES / sizeof(T);
+
+// A vector of kLanes<T> values. Wrapped, so that GCC's ABI notes about bare vector arguments do not apply.
+template <class T>
+struct Vec {
+  typedef T Raw __attribute__((vector_size(LDMI_VECTOR_BYTES)));
+  using Int = typename Lane<T>::Int;
+  typedef Int RawInt __attribute__((vector_size(LDMI_VECTOR_BYTES)));
+  Raw v;
+};
+
+template <class T>
+LDMI_INLINE Vec<T> load(const T* from) {
+  Vec<T> out;
+  std::memcpy(&out.v, from, sizeof(out.v));
+  return out;
+}
+
+template <class T>
+LDMI_INLINE void store(T* to, Vec<T> value) {
+  std::memcpy(to, &value.v, sizeof(value.v));
+}
+
+template <class T>
+LDMI_INLINE Vec<T> splat(T value) {
+  return {typename Vec<T>::Raw{} + value};
+}
+
+template <class T>
+LDMI_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return {a.v + b.v};
+}
+template <class T>
+LDMI_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return {a.v - b.v};
+}
+template <class T>
+LDMI_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return {a.v * b.v};
+}
+template <class T>
+LDMI_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return {a.v / b.v};
+}
+
+// a * b + c; one rounding where the machine has a fused multiply-add (-ffp-contract=fast).
+template <class T>
+LDMI_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return {a.v * b.v + c.v};
+}
+
+template <class T>
+LDMI_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+
+// The first `count` lanes of `value`, `other` in the rest.
+template <class T>
+LDMI_INLINE Vec<T> first_lanes(Vec<T> value, int count, T other) {
+  typename Vec<T>::RawInt index;
+  for (int i = 0; i < kLanes<T>; ++i) index[i] = i;
+  typename Vec<T>::RawInt limit = typename Vec<T>::RawInt{} + static_cast<typename Vec<T>::Int>(count);
+  return {index < limit ? value.v : splat<T>(other).v};
+}
+
+template <class T>
+LDMI_INLINE T reduce_max(Vec<T> value) {
+  T lanes[kLanes<T>];
+  if constexpr (kLanes<T> == 2) {
+    return value.v[0] > value.v[1] ? value.v[0] : value.v[1];
+  } else if constexpr (kLanes<T> == 4) {
+    Vec<T> a{__builtin_shufflevector(value.v, value.v, 2, 3, 0, 1)};
+    a = max(a, value);
+    return a.v[0] > a.v[1] ? a.v[0] : a.v[1];
+  } else if constexpr (kLanes<T> == 8) {
+    Vec<T> a = max(value, Vec<T>{__builtin_shufflevector(value.v, value.v, 4, 5, 6, 7, 0, 1, 2, 3)});
+    a = max(a, Vec<T>{__builtin_shufflevector(a.v, a.v, 2, 3, 0, 1, 6, 7, 4, 5)});
+    return a.v[0] > a.v[1] ? a.v[0] : a.v[1];
+  }
+  store(lanes, value);
+  T out = lanes[0];
+  for (int i = 1; i < kLanes<T>; ++i) out = lanes[i] > out ? lanes[i] : out;
+  return out;
+}
+
+template <class T>
+LDMI_INLINE T reduce_add(Vec<T> value) {
+  T lanes[kLanes<T>];
+  if constexpr (kLanes<T> == 2) {
+    return value.v[0] + value.v[1];
+  } else if constexpr (kLanes<T> == 4) {
+    Vec<T> a{__builtin_shufflevector(value.v, value.v, 2, 3, 0, 1)};
+    a = a + value;
+    return a.v[0] + a.v[1];
+  } else if constexpr (kLanes<T> == 8) {
+    Vec<T> a = value + Vec<T>{__builtin_shufflevector(value.v, value.v, 4, 5, 6, 7, 0, 1, 2, 3)};
+    a = a + Vec<T>{__builtin_shufflevector(a.v, a.v, 2, 3, 0, 1, 6, 7, 4, 5)};
+    return a.v[0] + a.v[1];
+  }
+  store(lanes, value);
+  T out = 0;
+  for (int i = 0; i < kLanes<T>; ++i) out += lanes[i];
+  return out;
+}
+
+// exp(x) for x <= about 1, to about one unit in the last place; 0 below the smallest normal number; NaN stays NaN.
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n exp(r). Adding 1.5 * 2^mantissa rounds x / ln 2 to the integer n and leaves n in
+// the low bits of the sum, which shifted into the exponent's place make 2^n.
+template <class T>
+LDMI_INLINE Vec<T> exp(Vec<T> x) {
+  using Int = typename Vec<T>::Int;
+  using RawInt = typename Vec<T>::RawInt;
+  constexpr int mantissa = Lane<T>::mantissa;
+  constexpr T magic = static_cast<T>(1.5) * static_cast<T>(Int{1} << mantissa);
+  constexpr T lowest = sizeof(T) == 4 ? static_cast<T>(-87.3365) : static_cast<T>(-708.39);
+  const Vec<T> shifted = fma(x, splat<T>(static_cast<T>(1.44269504088896340736)), splat<T>(magic));
+  const Vec<T> n = shifted - splat<T>(magic);
+  Vec<T> r, poly;
+  if constexpr (sizeof(T) == 4) {
+    r = fma(n, splat<T>(-0.693359375f), x);
+    r = fma(n, splat<T>(2.12194440e-4f), r);
+    // minimax for (exp(r) - 1 - r) / r^2, S. Moshier's Cephes
+    poly = splat<T>(1.9875691500e-4f);
+    poly = fma(poly, r, splat<T>(1.3981999507e-3f));
+    poly = fma(poly, r, splat<T>(8.3334519073e-3f));
+    poly = fma(poly, r, splat<T>(4.1665795894e-2f));
+    poly = fma(poly, r, splat<T>(1.6666665459e-1f));
+    poly = fma(poly, r, splat<T>(5.0000001201e-1f));
+  } else {
+    r = fma(n, splat<T>(-6.93145751953125e-1), x);
+    r = fma(n, splat<T>(-1.42860682030941723212e-6), r);
+    // Taylor to degree 13: the remainder is below 2^-57 for |r| <= ln 2 / 2
+    poly = splat<T>(1.0 / 6227020800.0);
+    poly = fma(poly, r, splat<T>(1.0 / 479001600.0));
+    poly = fma(poly, r, splat<T>(1.0 / 39916800.0));
+    poly = fma(poly, r, splat<T>(1.0 / 3628800.0));
+    poly = fma(poly, r, splat<T>(1.0 / 362880.0));
+    poly = fma(poly, r, splat<T>(1.0 / 40320.0));
+    poly = fma(poly, r, splat<T>(1.0 / 5040.0));
+    poly = fma(poly, r, splat<T>(1.0 / 720.0));
+    poly = fma(poly, r, splat<T>(1.0 / 120.0));
+    poly = fma(poly, r, splat<T>(1.0 / 24.0));
+    poly = fma(poly, r, splat<T>(1.0 / 6.0));
+    poly = fma(poly, r, splat<T>(0.5));
+  }
+  const Vec<T> value = fma(poly, r * r, r) + splat<T>(1);
+  RawInt bits;
+  std::memcpy(&bits, &shifted.v, sizeof(bits));
+  bits = (bits << mantissa) + (static_cast<Int>(Lane<T>::bias) << mantissa);
+  Vec<T> power;
+  std::memcpy(&power.v, &bits, sizeof(bits));
+  const Vec<T> out = value * power;
+  return {x.v < splat<T>(lowest).v ? splat<T>(0).v : out.v};
+}
+
+// log(x) for finite x >= 1 (a sum of exponentials whose largest is 1), to about one unit in the last place; NaN stays NaN.
+LDMI_INLINE Vec<float> log(Vec<float> x) {
+  using RawInt = Vec<float>::RawInt;
+  RawInt bits;
+  std::memcpy(&bits, &x.v, sizeof(bits));
+  // x = 2^e m with sqrt(1/2) <= m < sqrt(2)
+  const RawInt e = (bits - 0x3f3504f3) >> 23;
+  bits -= e << 23;
+  Vec<float> m;
+  std::memcpy(&m.v, &bits, sizeof(bits));
+  const Vec<float> r = m - splat(1.0f), n{__builtin_convertvector(e, Vec<float>::Raw)};
+  // S. Moshier's Cephes
+  Vec<float> poly = splat(7.0376836292e-2f);
+  poly = fma(poly, r, splat(-1.1514610310e-1f));
+  poly = fma(poly, r, splat(1.1676998740e-1f));
+  poly = fma(poly, r, splat(-1.2420140846e-1f));
+  poly = fma(poly, r, splat(1.4249322787e-1f));
+  poly = fma(poly, r, splat(-1.6668057665e-1f));
+  poly = fma(poly, r, splat(2.0000714765e-1f));
+  poly = fma(poly, r, splat(-2.4999993993e-1f));
+  poly = fma(poly, r, splat(3.3333331174e-1f));
+  const Vec<float> r2 = r * r;
+  Vec<float> y = poly * r * r2;
+  y = fma(n, splat(-2.12194440e-4f), y);
+  y = fma(r2, splat(-0.5f), y);
+  y = fma(n, splat(0.693359375f), r + y);
+  return {x.v == x.v ? y.v : x.v};
+}
+
+LDMI_INLINE Vec<double> log(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x.v[i] = __builtin_log(x.v[i]);
+  return x;
+}
+
+// The halves of a vector of floats, as doubles.
+LDMI_INLINE void widen(Vec<float> value, Vec<double>& low, Vec<double>& high) {
+#if LDMI_VECTOR_BYTES == 16
+  low.v = Vec<double>::Raw{value.v[0], value.v[1]};
+  high.v = Vec<double>::Raw{value.v[2], value.v[3]};
+#elif LDMI_VECTOR_BYTES == 32
+  low.v = __builtin_convertvector(__builtin_shufflevector(value.v, value.v, 0, 1, 2, 3), Vec<double>::Raw);
+  high.v = __builtin_convertvector(__builtin_shufflevector(value.v, value.v, 4, 5, 6, 7), Vec<double>::Raw);
+#else
+  low.v = __builtin_convertvector(
+      __builtin_shufflevector(value.v, value.v, 0, 1, 2, 3, 4, 5, 6, 7), Vec<double>::Raw);
+  high.v = __builtin_convertvector(
+      __builtin_shufflevector(value.v, value.v, 8, 9, 10, 11, 12, 13, 14, 15), Vec<double>::Raw);
+#endif
+}
+
+// to[0 .. lanes of T) += scale * value, in double.
+LDMI_INLINE void add_scaled(double* to, Vec<float> value, double scale) {
+  Vec<double> low, high;
+  widen(value, low, high);
+  store(to, fma(low, splat(scale), load(to)));
+  store(to + kLanes<double>, fma(high, splat(scale), load(to + kLanes<double>)));
+}
+LDMI_INLINE void add_scaled(double* to, Vec<double> value, double scale) {
+  store(to, fma(value, splat(scale), load(to)));
+}
+
+template <class T>
+constexpr int64_t padded(int64_t count) {
+  return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+}  // namespace
+}  // namespace ldmi::cpu::LDMI_ISA

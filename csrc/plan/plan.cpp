@@ -1,0 +1,95 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace ldmi::plan {
+namespace {
+
+// About 8k elements (10 us of work) make a task worth its dispatch.
+constexpr int64_t kTaskElements = 8192;
+
+int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::max(low, std::min(value, high)); }
+
+}  // namespace
+
+int64_t sort_tasks(int64_t rows, int64_t labels) {
+  // each piece keeps one counter a label; more pieces than rows per counter would only move counters about
+  return clamp(rows / std::max<int64_t>(4 * labels, 4096), 1, 16);
+}
+
+CpuJoint cpu_joint(int64_t rows, int64_t classes, int64_t labels) {
+  CpuJoint out{};
+  if (labels * classes <= kPrivateSums) {
+    out.order = Order::kNatural;
+    // private sums within 2 MiB in all
+    const int64_t most = clamp((int64_t{1} << 18) / std::max<int64_t>(labels * classes, 1), 16, 256);
+    out.tasks = clamp(rows * classes / kTaskElements, 1, most);
+    out.workspace_bytes = out.tasks * labels * (classes + 16) * 8;
+  } else {
+    out.order = Order::kByLabel;
+    // a row that begins in an earlier task goes to a side row; those within 1 MiB in all
+    const int64_t most = clamp((int64_t{1} << 17) / classes, 4, 256);
+    out.tasks = clamp(rows * classes / (8 * kTaskElements), 1, most);
+    out.workspace_bytes = rows * 8 + sort_tasks(rows, labels) * (labels + 2) * 8 + out.tasks * (classes + 16) * 8;
+  }
+  return out;
+}
+
+CpuLogitsGrad cpu_logits_grad(int64_t rows, int64_t classes, int64_t labels, int64_t value_bytes) {
+  CpuLogitsGrad out{};
+  out.tasks = clamp(rows * classes / kTaskElements, 1, 256);
+  if (labels * classes <= kRandomRows) {
+    out.order = Order::kNatural;
+    out.workspace_bytes = labels * (classes + 16) * value_bytes;
+  } else {
+    out.order = Order::kByLabel;
+    out.workspace_bytes = rows * 8 + sort_tasks(rows, labels) * (labels + 2) * 8;
+  }
+  return out;
+}
+
+CpuSoft cpu_soft(int64_t rows, int64_t classes, int64_t labels, int64_t value_bytes) {
+  CpuSoft out{};
+  // predictions and targets of a block within about 1.5 MiB
+  out.block_rows = clamp((3 << 19) / std::max<int64_t>((classes + labels + 32) * value_bytes, 1) / 64 * 64, 64, 65536);
+  out.block_rows = std::min(out.block_rows, (std::max<int64_t>(rows, 1) + 63) / 64 * 64);
+  out.workspace_bytes = out.block_rows * (classes + labels + 32) * value_bytes;
+  return out;
+}
+
+Plan cpu(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs) {
+  Plan out{};
+  const int64_t compute_bytes = value_bytes == 8 ? 8 : 4;
+  const std::string factor = classes <= kGaussJordanClasses ? "logdet_inverse (Gauss-Jordan)" : "logdet_inverse (LAPACK LU)";
+  const int64_t factor_bytes = (classes <= kGaussJordanClasses ? 1 : 2) * classes * classes * 8;
+  if (soft) {
+    const CpuSoft plan = cpu_soft(rows, classes, labels, compute_bytes);
+    out.kernels = {"joint (soft targets)", factor, "logits_grad (soft targets)"};
+    out.regime = "soft targets, " + std::to_string(plan.block_rows) + " rows at a time";
+    out.workspace_bytes = std::max(plan.workspace_bytes, factor_bytes);
+    out.reason = "the joint is a matrix product of targets and predictions, of blocks of rows that stay in cache";
+    return out;
+  }
+  const CpuJoint joint = cpu_joint(rows, classes, labels);
+  const CpuLogitsGrad grad = cpu_logits_grad(rows, classes, labels, compute_bytes);
+  if (classes <= kFusedClasses && rows * classes <= kFusedElements) {
+    out.kernels = {"fused (joint, Gauss-Jordan, logits_grad)"};
+    out.regime = "small: one call leaves the loss and its gradient";
+    out.workspace_bytes = joint.workspace_bytes + 3 * classes * (classes + 16) * 8 + rows * compute_bytes;
+    out.reason = "C <= " + std::to_string(kFusedClasses) + " and N * C <= " + std::to_string(kFusedElements) +
+                 ": dispatching three ops would cost more than they do";
+    return out;
+  }
+  const auto name = [](Order order) { return order == Order::kNatural ? "natural order" : "label order"; };
+  out.kernels = {std::string("joint (") + name(joint.order) + ")", factor, std::string("logits_grad (") + name(grad.order) + ")"};
+  out.regime = std::string("staged, ") + std::to_string(joint.tasks) + " + " + std::to_string(grad.tasks) + " tasks";
+  out.workspace_bytes = std::max({joint.workspace_bytes, grad.workspace_bytes, factor_bytes});
+  out.reason = joint.order == Order::kNatural
+                   ? "S has at most " + std::to_string(kPrivateSums) + " entries: each task sums into its own, in row order"
+                   : "S has more than " + std::to_string(kPrivateSums) +
+                         " entries: rows are visited by label, so that a row of S stays in the first-level cache";
+  if (probs) out.reason += "; probabilities are taken as they are";
+  return out;
+}
+
+}  // namespace ldmi::plan

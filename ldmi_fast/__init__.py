@@ -1,0 +1,24 @@
+"""ldmi_fast: the L_DMI loss, robust to label noise, as fused kernels with an analytic backward.
+
+>>> import ldmi_fast
+>>> loss = ldmi_fast.dmi_loss(logits, noisy_labels)
+"""
+
+from __future__ import annotations
+
+from ._version import __version__
+from .diagnostics import JointReport, diagnose
+from .engines.choose import Plan, explain
+from .functional import dmi_loss, joint_matrix
+from .modules import DMILoss
+
+__all__ = [
+    "DMILoss",
+    "JointReport",
+    "Plan",
+    "__version__",
+    "diagnose",
+    "dmi_loss",
+    "explain",
+    "joint_matrix",
+]

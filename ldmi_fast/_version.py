@@ -1,0 +1,3 @@
+"""The version: one place, read by the package and by setup.py."""
+
+__version__ = "0.1.0"

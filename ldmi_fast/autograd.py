@@ -1,0 +1,197 @@
+"""The analytic backward, as torch autograd Functions.
+
+A first derivative runs the engine's own kernels. A derivative of the gradient (``create_graph=True``) goes through the
+composite engine, which PyTorch differentiates itself: the Functions here never offer a saved gradient for differentiation.
+Under functorch transforms (grad, vmap, ...) the composite engine does everything, for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .engines import composite
+from .engines.combine import combine
+from .options import Options
+
+_Twin = Callable[[Tensor, Tensor, "Tensor | None", Options], Tensor]
+
+
+def _gradients_with_graph(
+    ctx: FunctionCtx, twin: _Twin, logits: Tensor, target: Tensor, sample_weight: Tensor | None, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``twin`` (the differentiable form of the Function), themselves differentiable."""
+    wanted = [tensor for tensor, needed in zip((logits, target), ctx.needs_input_grad[:2], strict=True) if needed]
+    with torch.enable_grad():
+        out = twin(logits, target, sample_weight, ctx.options)
+    found = list(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    d_logits = found.pop(0) if ctx.needs_input_grad[0] else None
+    d_target = found.pop(0) if ctx.needs_input_grad[1] else None
+    return d_logits, d_target, None, None, None
+
+
+def _target_grad(
+    logits: Tensor,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    V: Tensor,
+    scale: Tensor,
+    ce_scale: Tensor,
+    options: Options,
+) -> Tensor:
+    """The gradient for soft targets, dloss/dT_i = -w_i (scale V p_i + ce_scale log p_i) [N, K].
+
+    Rows of V of absent classes are zero. Rare enough to be left to PyTorch, a block of rows at a time.
+    """
+    dtype = composite.compute_dtype(logits.dtype)
+    blocks = []
+    for start in range(0, max(logits.shape[0], 1), 4096):
+        x = logits[start : start + 4096].to(dtype)
+        p = torch.softmax(x, -1) if options.input == "logits" else x
+        grad = -scale * (p.to(V.dtype) @ V.mT)
+        if options.cross_entropy_weight != 0:
+            logp = torch.log_softmax(x, -1) if options.input == "logits" else x.log()
+            zero = target[start : start + 4096] == 0
+            grad = grad - ce_scale * torch.where(zero & (p == 0), 0, logp.to(V.dtype))
+        if sample_weight is not None:
+            w = sample_weight[start : start + 4096].unsqueeze(-1)
+            grad = torch.where(w != 0, grad * w, 0)
+        blocks.append(grad.to(target.dtype))
+    return torch.cat(blocks)
+
+
+class _Loss(torch.autograd.Function):
+    """joint -> logdet_inverse -> combine, and logits_grad; or all of it in ``fused``."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        options: Options,
+        engine: ModuleType,
+    ) -> Tensor:
+        ctx.options = options
+        ctx.engine = engine
+        ctx.fused = engine.is_fused(logits, target)
+        if ctx.fused:
+            loss, grad = engine.fused(
+                logits,
+                target,
+                sample_weight,
+                options.ignore_index,
+                options.absent,
+                options.eps,
+                options.normalize,
+                options.cross_entropy_weight,
+                options.input,
+            )
+            ctx.save_for_backward(logits, target, sample_weight, grad)
+            return loss
+        loss, lse, V, scale, ce_scale = _staged(logits, target, sample_weight, options, engine)
+        ctx.save_for_backward(logits, target, sample_weight, lse, V, scale, ce_scale)
+        return loss
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        options = ctx.options
+        if torch.is_grad_enabled():
+            logits, target, sample_weight, *_ = ctx.saved_tensors
+            return _gradients_with_graph(ctx, composite.loss, logits, target, sample_weight, grad)
+        if ctx.fused:
+            return ctx.saved_tensors[3] * grad, None, None, None, None
+        logits, target, sample_weight, lse, V, scale, ce_scale = ctx.saved_tensors
+        scale, ce_scale = scale * grad, ce_scale * grad
+        d_logits = d_target = None
+        if ctx.needs_input_grad[0]:
+            d_logits = ctx.engine.logits_grad(
+                logits, target, sample_weight, lse, V, scale, ce_scale, options.ignore_index, options.input
+            )
+        if ctx.needs_input_grad[1]:
+            d_target = _target_grad(logits, target, sample_weight, V, scale, ce_scale, options)
+        return d_logits, d_target, None, None, None
+
+
+def _staged(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType
+) -> tuple[Tensor, ...]:
+    """The loss [], and what its backward needs: lse, V, scale, ce_scale."""
+    S, n, lse, ce = engine.joint(
+        logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input
+    )
+    log_abs_det, _, kept, V = engine.logdet_inverse(S, n, options.absent)
+    total = composite.total_weight(target, sample_weight, n)
+    loss, scale, ce_scale = combine(
+        log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight
+    )
+    return loss.to(composite.compute_dtype(logits.dtype)), lse, V, scale, ce_scale
+
+
+class _Joint(torch.autograd.Function):
+    """The joint matrix. Its backward is logits_grad with the upstream gradient in the place of -V."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        options: Options,
+        engine: ModuleType,
+    ) -> Tensor:
+        S, n, lse, _ = engine.joint(
+            logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input
+        )
+        scale = S.new_ones(())
+        if options.normalize:
+            total = composite.total_weight(target, sample_weight, n)
+            scale = 1 / torch.where(total == 0, 1, total)
+        ctx.options = options
+        ctx.engine = engine
+        ctx.save_for_backward(logits, target, sample_weight, lse, scale)
+        return (S * scale).to(composite.compute_dtype(logits.dtype))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        options = ctx.options
+        logits, target, sample_weight, lse, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _gradients_with_graph(ctx, composite.joint_matrix, logits, target, sample_weight, grad)
+        V = -grad.to(scale.dtype).contiguous()
+        zero = torch.zeros_like(scale)
+        d_logits = d_target = None
+        if ctx.needs_input_grad[0]:
+            d_logits = ctx.engine.logits_grad(
+                logits, target, sample_weight, lse, V, scale, zero, options.ignore_index, options.input
+            )
+        if ctx.needs_input_grad[1]:
+            d_target = _target_grad(logits, target, sample_weight, V, scale, zero, options)
+        return d_logits, d_target, None, None, None
+
+
+def loss(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType
+) -> Tensor:
+    """The loss [] of flattened arguments, by ``engine``, differentiable."""
+    if engine is composite or transformed():
+        return composite.loss(logits, target, sample_weight, options)
+    return _Loss.apply(logits, target, sample_weight, options, engine)
+
+
+def joint_matrix(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType
+) -> Tensor:
+    """The joint matrix [C, C] of flattened arguments, by ``engine``, differentiable."""
+    if engine is composite or transformed():
+        return composite.joint_matrix(logits, target, sample_weight, options)
+    return _Joint.apply(logits, target, sample_weight, options, engine)
+
+
+def transformed() -> bool:
+    """Whether a functorch transform (torch.func.grad, vmap, ...) is tracing this call."""
+    return torch._C._are_functorch_transforms_active()

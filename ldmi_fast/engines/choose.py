@@ -1,0 +1,121 @@
+"""The choice of an engine, and its explanation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checks import check_tensors
+from ..options import ENGINES, Options, explain_keywords, forced_engine, make_options
+from . import composite, native
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run for given arguments.
+
+    Attributes:
+        engine: the name of the engine.
+        kernels: its kernels in the order in which they would run, forward then backward.
+        regime: which algorithm the shape falls into.
+        workspace_bytes: scratch memory beside the outputs, at its peak.
+        reason: why this engine, and why this regime.
+    """
+
+    engine: str
+    kernels: tuple[str, ...]
+    regime: str
+    workspace_bytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"engine {self.engine}: {' -> '.join(self.kernels)}\n  regime: {self.regime}\n"
+            f"  workspace: {self.workspace_bytes:,} bytes\n  reason: {self.reason}"
+        )
+
+
+# The module that holds the rooms of each engine.
+_MODULES: dict[str, ModuleType] = {"cpu": native, "composite": composite}
+
+
+def why_not(name: str, device: torch.device) -> str:
+    """Why an engine cannot run on a device; empty if it can."""
+    return _MODULES[name].can_run(device)
+
+
+def available(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Every engine by name, and why it cannot run on ``device`` (empty: it can)."""
+    return {name: why_not(name, torch.device(device)) for name in ENGINES}
+
+
+def choose(device: torch.device, options: Options) -> ModuleType:
+    """The engine for tensors on ``device``.
+
+    Raises:
+        RuntimeError: the engine that was forced cannot run there, and why.
+    """
+    return _MODULES[choose_name(device, options)]
+
+
+def choose_name(device: torch.device, options: Options) -> str:
+    """The name of the engine for tensors on ``device``: the forced one, else the first that can run."""
+    forced = forced_engine(options)
+    if forced is None:
+        return "cpu" if device.type == "cpu" and not why_not("cpu", device) else "composite"
+    reason = why_not(forced, device)
+    if reason:
+        raise RuntimeError(f"engine {forced!r} was asked for and cannot run: {reason}")
+    return forced
+
+
+def explain(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    absent: str = "present",
+    eps: float = 0.0,
+    normalize: bool = True,
+    cross_entropy_weight: float = 0.0,
+    input: str = "logits",
+    engine: str | None = None,
+    **unknown: Any,
+) -> Plan:
+    """Which engine and kernels :func:`ldmi_fast.dmi_loss` would run for these arguments, and why. Runs nothing.
+
+    Args:
+        logits, target and the options: as for :func:`ldmi_fast.dmi_loss`.
+
+    Returns:
+        A :class:`Plan`; print it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`ldmi_fast.dmi_loss` would.
+    """
+    if unknown:
+        explain_keywords("explain", unknown)
+    options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
+    soft = check_tensors(logits, target, sample_weight, options)
+    classes = logits.shape[1]
+    rows = logits.numel() // classes
+    name = choose_name(logits.device, options)
+    if forced_engine(options) is not None:
+        why = "forced by engine=" if options.engine is not None else "forced by LDMI_FAST_ENGINE"
+    elif name == "composite":
+        why = f"the compiled engine cannot run: {why_not('cpu', logits.device)}"
+    else:
+        why = "compiled kernels for the CPU"
+    if name == "composite":
+        acc = composite.accumulator(logits.device).itemsize
+        compute = composite.compute_dtype(logits.dtype).itemsize
+        workspace = rows * classes * (2 * compute + acc) + 6 * classes * classes * acc
+        return Plan(name, ("joint", "logdet_inverse", "combine", "autograd"), "plain PyTorch", workspace, why)
+    plan = ops.compiled.plan(rows, classes, classes, soft, logits.dtype.itemsize, input == "probs")
+    return Plan(name, tuple(plan["kernels"]), plan["regime"], plan["workspace_bytes"], f"{why}; {plan['reason']}")

@@ -1,0 +1,276 @@
+"""The composite engine: the operation in plain PyTorch, on any device, differentiable to any order.
+
+It is also the readable definition of the ops. With logits Z [N, C], labels y [N], weights w [N] and P = softmax(Z):
+
+    joint             S = sum_i w_i e_{y_i} p_i^T  [K, C],   n_y = sum_{i: y_i = y} w_i  [K]
+    logdet_inverse    R = diag(1/n) S;  log|det S| = log|det R| + sum_y log n_y;  V = S^{-T} = diag(1/n) R^{-T}
+    logits_grad       dloss/dz_i = -w_i p_i * (V[y_i] - <p_i, V[y_i]>)
+
+Sums run in fp64 (fp32 on a device that has no fp64). Index sums are deterministic on the CPU; on other devices they follow
+``torch.use_deterministic_algorithms``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+from .combine import combine
+
+# A matrix is singular when some |pivot of R| <= C * UNIT_ROUNDOFF[dtype of R] * ||R||_inf.
+UNIT_ROUNDOFF = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """fp64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def can_run(device: torch.device) -> str:
+    """Why this engine cannot run on ``device``: it can on all."""
+    return ""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the softmax and of the loss: fp64 for fp64 logits, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _used(
+    target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, acc: torch.dtype
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Which rows count [N] bool (None: all), their labels (0 elsewhere), weights (0 elsewhere; None: 1), and a NaN when a
+    label or a weight is out of range, else 0."""
+    soft = target.is_floating_point()
+    used: Tensor | None = None
+    poison: Tensor | None = None
+    weight: Tensor | None = None
+    if sample_weight is not None:
+        weight = sample_weight.to(acc)
+        used = weight != 0
+        poison = (used & ~(weight >= 0)).any()
+    if not soft:
+        if target.dtype == torch.uint64:
+            target = torch.where(target.view(torch.int64) < 0, num_labels, target.view(torch.int64))
+        target = target.to(torch.int64)
+        kept = target != ignore_index
+        used = kept if used is None else used & kept
+        bad = used & ((target < 0) | (target >= num_labels))
+        poison = bad.any() if poison is None else poison | bad.any()
+        target = torch.where(used & ~bad, target, 0)
+    elif used is not None:
+        target = torch.where(used.unsqueeze(-1), target, 0)
+    if used is not None:
+        weight = used.to(acc) if weight is None else torch.where(used, weight, 0)
+    nan = None if poison is None else torch.where(poison, torch.nan, 0.0).to(acc)
+    return used, target, weight, nan
+
+
+def joint(
+    logits: Tensor,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    num_labels: int,
+    ignore_index: int,
+    input: str,
+    need_ce: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Joint sums of labels and predictions.
+
+    Args:
+        logits: [N, C] fp16, bf16, fp32 or fp64 (probabilities when ``input="probs"``).
+        target: [N] integer in 0..K-1 or ``ignore_index``; or [N, K] floating.
+        sample_weight: [N] floating or None.
+        num_labels: K; C, or a multiple of C when several problems are stacked (label y of problem b is y + b C).
+        need_ce: whether to compute the cross entropy (else its output is 0).
+
+    Returns:
+        S [K, C] fp64, n [K] fp64, lse [N] (fp32; fp64 for fp64 logits; 0 in rows that do not count and for probs), and ce [] fp64,
+        the weighted sum of cross entropies. A label or weight out of range makes S, n and ce NaN.
+    """
+    acc = accumulator(logits.device)
+    dtype = compute_dtype(logits.dtype)
+    rows, classes = logits.shape
+    used, label, weight, nan = _used(target, sample_weight, num_labels, ignore_index, acc)
+    x = logits.to(dtype)
+    if used is not None:
+        x = torch.where(used.unsqueeze(-1), x, 1.0 / classes if input == "probs" else 0.0)
+    # A product (not a select) lets the NaN of a bad row reach the whole joint, and its gradient.
+    p = torch.softmax(x, -1) if input == "logits" else torch.where(torch.isfinite(x), x, x * torch.nan)
+    p_acc = p.to(acc)
+    ones = weight if weight is not None else p_acc.new_ones(rows)
+    if target.is_floating_point():
+        t = label.to(acc) * ones.unsqueeze(-1)
+        S = t.mT @ p_acc
+        n = t.sum(0)
+    else:
+        S = p_acc.new_zeros(num_labels, classes).index_add(0, label, p_acc * ones.unsqueeze(-1))
+        n = p_acc.new_zeros(num_labels).index_add(0, label, ones)
+    lse = x.new_zeros(rows)
+    if input == "logits":
+        lse = torch.logsumexp(x.detach(), -1)
+        if used is not None:
+            lse = torch.where(used, lse, 0)
+    ce = p_acc.new_zeros(())
+    if need_ce:
+        logp = torch.log_softmax(x, -1) if input == "logits" else p.log()
+        if target.is_floating_point():
+            # a zero in the target contributes nothing, also where the prediction is 0
+            zero = t == 0
+            ce = -(t * torch.where(zero, 0, logp.to(acc))).sum()
+        else:
+            ce = -(ones * logp.gather(1, (label % classes).unsqueeze(-1)).squeeze(-1).to(acc)).sum()
+    if nan is not None:
+        S, n, ce = S + nan, n + nan, ce + nan
+    return S, n, lse, ce
+
+
+def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log|det S|, its sign, the number of classes kept, and V = S^{-T}, of the classes that have weight.
+
+    Args:
+        S: [..., C, C] fp64 (or fp32), n: [..., C].
+        absent: ``"present"`` or ``"strict"``.
+
+    Returns:
+        log_abs_det [...] fp64 (-inf when singular), sign [...] fp64 (0 when singular), kept [...] int64 and V [..., C, C] (zero when
+        singular; rows and columns of absent classes zero). Nothing has weight: 0, 1, 0 and zeros. Not finite: all NaN.
+    """
+    classes = S.shape[-1]
+    present = n > 0
+    empty = ~present.any(-1)
+    eye = torch.eye(classes, dtype=torch.bool, device=S.device)
+    finite = torch.isfinite(S).all(-1).all(-1) & torch.isfinite(n).all(-1)
+    inside = present.unsqueeze(-1) & present.unsqueeze(-2)
+    n_safe = torch.where(present & finite.unsqueeze(-1), n, 1)
+    keep = inside & finite[..., None, None]
+    R = torch.where(keep, S, eye.to(S.dtype)) / n_safe.unsqueeze(-1)
+    lu, _, _ = torch.linalg.lu_factor_ex(R.detach())
+    norm = R.detach().abs().sum(-1).amax(-1)
+    threshold = classes * UNIT_ROUNDOFF[S.dtype] * norm
+    singular = (lu.diagonal(dim1=-2, dim2=-1).abs() <= threshold.unsqueeze(-1)).any(-1)
+    kept = present.sum(-1)
+    if absent == "strict":
+        singular = singular | (~present.all(-1) & ~empty)
+        kept = torch.where(empty, 0, classes)
+    singular = singular & finite
+    regular = ~singular[..., None, None]
+    R = torch.where(regular, R, eye.to(S.dtype))
+    sign, log_abs_det = torch.linalg.slogdet(R)
+    log_abs_det = log_abs_det + torch.where(present & finite.unsqueeze(-1), n_safe.log(), 0).sum(-1)
+    V = torch.linalg.inv(R).mT / n_safe.unsqueeze(-1)
+    V = torch.where(keep & regular, V, 0)
+    nan = torch.where(finite, 1.0, torch.nan).to(S.dtype)
+    log_abs_det = torch.where(singular, -torch.inf, log_abs_det * nan)
+    sign = torch.where(singular, 0, sign.detach() * nan)
+    return log_abs_det, sign, kept, V * nan[..., None, None]
+
+
+def logits_grad(
+    logits: Tensor,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    lse: Tensor,
+    V: Tensor,
+    scale: Tensor,
+    ce_scale: Tensor,
+    ignore_index: int,
+    input: str,
+) -> Tensor:
+    """scale * dloss/dlogits + ce_scale * d(weighted sum of cross entropy)/dlogits, [N, C] in the dtype of the logits.
+
+    ``lse`` is there for engines that save an exponential sum; the softmax is taken anew here.
+    """
+    acc = accumulator(logits.device)
+    dtype = compute_dtype(logits.dtype)
+    labels, classes = V.shape
+    used, label, weight, nan = _used(target, sample_weight, labels, ignore_index, acc)
+    x = logits.to(dtype)
+    if used is not None:
+        x = torch.where(used.unsqueeze(-1), x, 1.0 / classes if input == "probs" else 0.0)
+    p = (torch.softmax(x, -1) if input == "logits" else x).to(acc)
+    soft = target.is_floating_point()
+    g = label.to(acc) @ V.to(acc) if soft else V.to(acc)[label]
+    g = g * -scale
+    if input == "logits":
+        g = p * (g - (p * g).sum(-1, keepdim=True))
+    if soft:
+        t = label.to(acc)
+        ce = p * t.sum(-1, keepdim=True) - t if input == "logits" else torch.where(t == 0, 0, -t / p)
+        g = g + torch.where(ce_scale == 0, 0, ce_scale * ce)
+    else:
+        column = (label % classes).unsqueeze(-1)
+        if input == "logits":
+            ce = p.scatter_add(1, column, p.new_full((1, 1), -1.0).expand(p.shape[0], 1))
+            g = g + torch.where(ce_scale == 0, 0, ce_scale * ce)
+        else:
+            g = g.scatter_add(1, column, torch.where(ce_scale == 0, 0, -ce_scale / p.gather(1, column)))
+    if weight is not None:
+        g = g * weight.unsqueeze(-1)
+    if nan is not None:
+        g = g + nan
+    if used is not None:
+        g = torch.where(used.unsqueeze(-1), g, 0)
+    return g.to(logits.dtype)
+
+
+def fused(
+    logits: Tensor,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    absent: str,
+    eps: float,
+    normalize: bool,
+    cross_entropy_weight: float,
+    input: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss [] (fp32; fp64 for fp64 logits) and its gradient [N, C], in one call."""
+    S, n, lse, ce = joint(logits, target, sample_weight, logits.shape[1], ignore_index, input)
+    log_abs_det, _, kept, V = logdet_inverse(S, n, absent)
+    total = total_weight(target, sample_weight, n)
+    value, scale, ce_scale = combine(log_abs_det, kept, total, ce, eps, normalize, cross_entropy_weight)
+    grad = logits_grad(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)
+    return value.to(compute_dtype(logits.dtype)), grad
+
+
+def total_weight(target: Tensor, sample_weight: Tensor | None, n: Tensor) -> Tensor:
+    """W, the sum of the weights of the rows that count: [] in the dtype of n."""
+    if not target.is_floating_point():
+        return n.sum(-1)
+    if sample_weight is None:
+        return n.new_full((), float(target.shape[0]))
+    return sample_weight.sum(dtype=n.dtype)
+
+
+def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
+    """The loss [], by operations that PyTorch differentiates itself, as often as asked."""
+    with torch.autocast(logits.device.type, enabled=False):
+        S, n, _, ce = joint(
+            logits,
+            target,
+            sample_weight,
+            logits.shape[1],
+            options.ignore_index,
+            options.input,
+            options.cross_entropy_weight != 0,
+        )
+        log_abs_det, _, kept, _ = logdet_inverse(S, n, options.absent)
+        total = total_weight(target, sample_weight, n.detach())
+        value, _, _ = combine(
+            log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight
+        )
+        return value.to(compute_dtype(logits.dtype))
+
+
+def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
+    """U = S / W [C, C] (S itself with ``normalize=False``; zeros when nothing has weight), differentiable like the loss."""
+    with torch.autocast(logits.device.type, enabled=False):
+        S, n, _, _ = joint(
+            logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input, need_ce=False
+        )
+        if options.normalize:
+            total = total_weight(target, sample_weight, n.detach())
+            S = S / torch.where(total == 0, 1, total)
+        return S.to(compute_dtype(logits.dtype))

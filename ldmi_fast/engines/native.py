@@ -1,0 +1,31 @@
+"""The compiled engines, reached through the dispatcher: C++ kernels for the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+joint = torch.ops.ldmi_fast.joint.default
+logdet_inverse = torch.ops.ldmi_fast.logdet_inverse.default
+logits_grad = torch.ops.ldmi_fast.logits_grad.default
+fused = torch.ops.ldmi_fast.fused.default
+
+# One launch for the whole problem up to these sizes; csrc/plan says why.
+_FUSED_CLASSES, _FUSED_ELEMENTS = ops.compiled.fused_limits() if ops.compiled is not None else (0, 0)
+
+
+def can_run(device: torch.device) -> str:
+    """Why this engine cannot run on ``device``; empty if it can."""
+    if ops.compiled is None:
+        return ops.why_not_compiled
+    if device.type != "cpu":
+        return f"it has kernels for the CPU, and the logits are on {device}"
+    return ""
+
+
+def is_fused(logits: Tensor, target: Tensor) -> bool:
+    """Whether the loss and its gradient come from one call: small problems with hard labels."""
+    rows, classes = logits.shape
+    return classes <= _FUSED_CLASSES and rows * classes <= _FUSED_ELEMENTS and target.dim() == 1

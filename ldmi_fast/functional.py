@@ -1,0 +1,134 @@
+"""The functions of the public API."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .checks import check_tensors, flatten, raise_for_values
+from .engines.choose import choose
+from .options import Options, explain_keywords, make_options
+
+
+def prepare(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check the tensors and flatten them to one row a sample."""
+    check_tensors(logits, target, sample_weight, options)
+    return flatten(logits, target, sample_weight)
+
+
+def _check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
+    """On the CPU in eager, a NaN result is worth a look at the labels and weights: they may be out of range."""
+    if type(value) is not Tensor or value.device.type != "cpu" or autograd.transformed():
+        return
+    if math.isnan(value.item()):
+        raise_for_values(target, sample_weight, classes, ignore_index)
+
+
+def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
+    """The loss for checked options: what ``dmi_loss`` and ``DMILoss`` share."""
+    logits, target, sample_weight = prepare(logits, target, sample_weight, options)
+    engine = choose(logits.device, options)
+    loss = autograd.loss(logits, target, sample_weight, options, engine)
+    if not torch.compiler.is_compiling():
+        _check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
+    return loss
+
+
+def dmi_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    absent: str = "present",
+    eps: float = 0.0,
+    normalize: bool = True,
+    cross_entropy_weight: float = 0.0,
+    input: str = "logits",
+    engine: str | None = None,
+    **unknown: Any,
+) -> Tensor:
+    r"""The L_DMI loss of a batch: minus the log of the absolute determinant of the joint matrix of labels and predictions.
+
+    .. math:: U = \frac{1}{W} \sum_i w_i \, e_{y_i} \, \mathrm{softmax}(z_i)^T \qquad \text{loss} = -\log |\det U|
+
+    It is robust to label noise that depends on the class alone: noise with transition matrix T multiplies det U by det T, which moves
+    the loss by a constant and leaves its gradient as it is (Xu, Cao, Kong, Wang: "L_DMI: A Novel Information-theoretic
+    Loss Function for Training Deep Nets Robust to Label Noise", NeurIPS 2019, arXiv:1909.03388).
+
+    The loss cannot tell a labelling from a permuted one, so start from a model that cross entropy has warmed up. Its gradient is
+    about C times that of cross entropy (sum_i w_i <p_i, V[y_i]> = C): lower the learning rate accordingly under SGD.
+
+    Args:
+        logits: (N, C) or (N, C, d1, ...), fp16, bf16, fp32 or fp64, any strides. Sums run in fp64.
+        target: class indices of any integer dtype, (N,) or (N, d1, ...); or distributions over the classes, floating,
+            in the shape of the logits (they get a gradient if they require one).
+        sample_weight: (N,) or (N, d1, ...), floating, >= 0. Rows of weight 0 contribute nothing, whatever they hold. No gradient.
+        ignore_index: class index whose rows contribute nothing.
+        absent: what a class without weight in this batch means. ``"present"``: the determinant of the other classes'
+            submatrix; ``"strict"``: the batch is singular.
+        eps: added to \|det U\| before the logarithm. 0: the exact loss; 1e-3: the published form.
+        normalize: False: the determinant of the weighted counts instead of their mean (a constant apart).
+        cross_entropy_weight: this much of the weighted mean cross entropy is added, from the same pass.
+        input: ``"probs"`` if the first argument holds probabilities, rows that sum to 1.
+        engine: ``"cpu"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable LDMI_FAST_ENGINE
+            forces one for the whole process.
+
+    Returns:
+        A scalar tensor, fp32 (fp64 for fp64 logits). 0 if no row counts; +inf (-log eps with eps) if the joint matrix is
+        singular, with a gradient of zero (that of the cross entropy term); NaN if a row that counts holds NaN or +inf, or has
+        no finite logit.
+
+    Raises:
+        TypeError, ValueError: arguments that cannot work, with what was given and what is expected. On the CPU in eager mode
+            also for sample weights that are negative or not finite (elsewhere the loss is NaN).
+        IndexError: a label out of range, on the CPU in eager mode (elsewhere the loss is NaN).
+        RuntimeError: the forced engine cannot run here, and why.
+
+    Example:
+        >>> loss = dmi_loss(model(images), noisy_labels)
+        >>> loss.backward()
+    """
+    if unknown:
+        explain_keywords("dmi_loss", unknown)
+    options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
+    return evaluate(logits, target, sample_weight, options)
+
+
+def joint_matrix(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    normalize: bool = True,
+    input: str = "logits",
+    engine: str | None = None,
+    **unknown: Any,
+) -> Tensor:
+    r"""The joint matrix of labels (rows) and predictions (columns), :math:`U = \frac1W \sum_i w_i e_{y_i} p_i^T`.
+
+    Args:
+        logits, target, sample_weight, ignore_index, input, engine: as for :func:`dmi_loss`.
+        normalize: False gives the weighted sums S = W U.
+
+    Returns:
+        (C, C), fp32 (fp64 for fp64 logits), differentiable. Zeros if no row counts.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`dmi_loss`.
+    """
+    if unknown:
+        explain_keywords("joint_matrix", unknown)
+    options = make_options(ignore_index, "present", 0.0, normalize, 0.0, input, engine)
+    logits, target, sample_weight = prepare(logits, target, sample_weight, options)
+    joint = autograd.joint_matrix(logits, target, sample_weight, options, choose(logits.device, options))
+    if not torch.compiler.is_compiling():
+        _check_values(joint.sum(), target, sample_weight, logits.shape[1], options.ignore_index)
+    return joint

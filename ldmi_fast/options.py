@@ -1,0 +1,128 @@
+"""The options of the loss: one dataclass, shared by the functions and the module, checked in one place."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import torch
+
+ABSENT = ("present", "strict")
+INPUT = ("logits", "probs")
+ENGINES = ("cpu", "composite")
+
+# Keywords that users of F.cross_entropy try, and what to do instead.
+_EXPLAINED = {
+    "weight": (
+        "class weights: they multiply the rows of the joint matrix, which moves the loss by a constant and leaves the "
+        "gradient exactly as it is; use sample_weight= to weight samples"
+    ),
+    "class_weight": "class weights: they cannot change the gradient of this loss; use sample_weight= to weight samples",
+    "reduction": "a reduction: the loss is one number for the whole batch (a determinant), not a mean of per-sample losses",
+    "size_average": "a reduction: the loss is one number for the whole batch (a determinant)",
+    "reduce": "a reduction: the loss is one number for the whole batch (a determinant)",
+    "label_smoothing": (
+        "label smoothing: smoothing the labels with an invertible matrix moves this loss by a constant and leaves the "
+        "gradient as it is; pass smoothed targets of shape (N, C) if you want the value"
+    ),
+}
+
+
+def explain_keywords(function: str, unknown: dict[str, Any]) -> NoReturn:
+    """Raise the TypeError for keywords that ``function`` does not take, with what to do instead."""
+    name = next(iter(unknown))
+    if name in _EXPLAINED:
+        raise TypeError(f"{function}() takes no {name}=, because there are no {_EXPLAINED[name]}")
+    known = [f.name for f in fields(Options)] + ["sample_weight"]
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {close[0]}=?" if close else f"; it takes {', '.join(known)}"
+    raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, one of {allowed}, got {type(value).__name__}: {value!r}")
+    if value not in allowed:
+        close = difflib.get_close_matches(value, allowed, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}{hint}")
+
+
+def _number(name: str, value: object, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float ({unit}), got {type(value).__name__}: {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0 ({unit}), got {value!r}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the loss may be told, besides its tensors.
+
+    Attributes:
+        ignore_index: an int; rows whose integer label equals it contribute nothing.
+        absent: ``"present"``: the determinant of the classes that have weight in this batch; ``"strict"``: a batch
+            that lacks a class is singular.
+        eps: a float >= 0, added to ``|det U|`` before the logarithm (the published form has 1e-3).
+        normalize: True: ``U = S / W``; False: the raw weighted counts ``S``.
+        cross_entropy_weight: a float >= 0; that much of the weighted mean cross entropy is added.
+        input: ``"logits"`` or ``"probs"``.
+        engine: the name of an engine, or None for the best one that can run.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option has a value outside its range.
+    """
+
+    ignore_index: int = -100
+    absent: str = "present"
+    eps: float = 0.0
+    normalize: bool = True
+    cross_entropy_weight: float = 0.0
+    input: str = "logits"
+    engine: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise TypeError(
+                f"ignore_index must be an int, got {type(self.ignore_index).__name__}: {self.ignore_index!r}"
+            )
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index must fit in 64 bits, got {self.ignore_index}")
+        _one_of("absent", self.absent, ABSENT)
+        _one_of("input", self.input, INPUT)
+        _number("eps", self.eps, "added to |det U|; 0 for the exact loss, 1e-3 in the published form")
+        _number("cross_entropy_weight", self.cross_entropy_weight, "the weight of the cross entropy term; 0 for none")
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize must be a bool, got {type(self.normalize).__name__}: {self.normalize!r}")
+        if self.engine is not None:
+            _one_of("engine", self.engine, ENGINES)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _cached(*values: Any) -> Options:
+    return Options(*values)
+
+
+def make_options(*values: Any) -> Options:
+    """``Options(*values)``, in the order of its fields, without paying for the checks at every step of a training loop."""
+    if torch.compiler.is_compiling():  # Dynamo cannot look into lru_cache
+        return Options(*values)
+    try:
+        return _cached(*values)
+    except TypeError:  # unhashable values fall through to the checks, which say what is wrong with them
+        return Options(*values)
+
+
+def forced_engine(options: Options) -> str | None:
+    """The engine that the caller or the environment variable LDMI_FAST_ENGINE forces, or None."""
+    if options.engine is not None:
+        return options.engine
+    name = os.environ.get("LDMI_FAST_ENGINE") or None
+    if name is not None and name not in ENGINES:
+        raise ValueError(f"the environment variable LDMI_FAST_ENGINE must be one of {ENGINES}, got {name!r}")
+    return name

@@ -1,0 +1,120 @@
+"""Builds ldmi_fast: Python sources, and the compiled module ldmi_fast._C through CMake and Ninja.
+
+Environment variables:
+    LDMI_FAST_NATIVE=0   pure Python, no compiler needed; =1 fail if the compiled module cannot be built.
+                         Default: build it where a C++ compiler is found, and say so where none is.
+    LDMI_FAST_SANITIZE   sanitizers for the kernels, such as address,undefined (for tests).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def say(message: str) -> None:
+    """Print where a person sees it: pip hides what a build prints unless it fails or is asked with -v."""
+    text = f"ldmi_fast: {message}\n"
+    try:
+        with open("/dev/tty", "w") as terminal:
+            terminal.write(text)
+    except OSError:
+        pass
+    sys.stderr.write(text)
+
+
+def version() -> str:
+    text = (ROOT / "ldmi_fast" / "_version.py").read_text()
+    return re.search(r'__version__ = "(.+)"', text)[1]
+
+
+def torch_folder() -> Path | None:
+    """The installed torch package, of this environment or of the one that an isolated build is for."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    folders += [Path(sysconfig.get_paths()[name]) / "torch" for name in ("purelib", "platlib")]
+    for folder in folders:
+        if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            return folder
+    return None
+
+
+def cxx_compiler() -> str | None:
+    named = os.environ.get("CXX", "").split()
+    for name in [*named[:1], "c++", "g++", "clang++"]:
+        if shutil.which(name):
+            return name
+    return None
+
+
+def why_pure() -> str:
+    """Why no compiled module is built; empty if one is."""
+    choice = os.environ.get("LDMI_FAST_NATIVE", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"LDMI_FAST_NATIVE must be 0, 1 or auto, got {choice!r}")
+    if choice == "0":
+        return "LDMI_FAST_NATIVE=0"
+    missing = ""
+    if sys.platform == "win32":
+        missing = "the compiled kernels are not available on Windows"
+    elif cxx_compiler() is None:
+        missing = "no C++ compiler found (looked for $CXX, c++, g++, clang++)"
+    elif torch_folder() is None:
+        missing = "torch >= 2.10 is not installed, and its headers are needed"
+    if missing and choice == "1":
+        raise SystemExit(f"ldmi_fast: LDMI_FAST_NATIVE=1, but {missing}")
+    return missing
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds with CMake and Ninja, and puts the module where setuptools expects it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = torch_folder()
+        torch_version = re.search(r"__version__ = '(.+)'", (torch / "version.py").read_text())[1]
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
+        subprocess.check_call(
+            [
+                "cmake",
+                "-S",
+                str(ROOT),
+                "-B",
+                str(build),
+                "-G",
+                "Ninja",
+                f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11}",
+                f"-DLDMI_TORCH_DIR={torch}",
+                f"-DLDMI_TORCH_VERSION={torch_version}",
+                f"-DLDMI_VERSION={version()}",
+                f"-DLDMI_SANITIZE={os.environ.get('LDMI_FAST_SANITIZE', '')}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
+            ]
+        )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.check_call(["cmake", "--build", str(build), "--target", "_C"])
+
+
+reason = why_pure()
+if reason:
+    say(f"building WITHOUT compiled kernels ({reason}); the composite engine will run everything")
+setup(
+    version=version(),
+    ext_modules=[] if reason else [Extension("ldmi_fast._C", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)
