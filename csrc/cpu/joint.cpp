@@ -6,7 +6,7 @@
 
 #include "../plan/plan.h"
 #include "isa.h"
-#include "rows.h"
+#include "tile.h"
 
 namespace ldmi::cpu::LDMI_ISA {
 namespace {
@@ -22,32 +22,62 @@ struct Block {
   alignas(64) T maximum[kBlockRows];
   alignas(64) T sum[kBlockRows];
   alignas(64) T own[kBlockRows];  // the logit (or probability) of the row's own label
+  alignas(64) double scale[kBlockRows];  // weight / sum
 };
+
+// The exponentials of the rows of a block into `tile`, their maxima, sums and own logits: row by row, or in transposed groups.
+template <class T>
+LDMI_INLINE void exponentials_of_block(const Batch& batch, Block<T>& block, T* tile, T* scratch) {
+  const int64_t classes = batch.logits.columns, width = padded<T>(classes);
+  if constexpr (sizeof(T) == 4) {
+    if (classes <= kTileClasses) {
+      constexpr int lanes = kLanes<T>;
+      alignas(64) T transposed[kTileClasses * lanes];
+      for (int first = 0; first < block.count; first += lanes) {
+        const T* x[lanes];
+        for (int l = 0; l < lanes; ++l) {
+          const int r = first + l < block.count ? first + l : block.count - 1;
+          x[l] = read_row(batch.logits, block.row[r], scratch + l * width);
+          block.own[r] = x[l][column_of(block.label[r], classes)];
+        }
+        gather_tile(x, classes, transposed);
+        Vec<T> maximum, sum;
+        exponentials_of_tile(transposed, classes, maximum, sum);
+        store(block.maximum + first, maximum);
+        store(block.sum + first, sum);
+        for (int64_t c = classes; c < width; ++c) store(transposed + c * lanes, splat(T{0}));
+        scatter_tile(transposed, classes, tile + first * width, width);
+      }
+      return;
+    }
+  }
+  for (int r = 0; r < block.count; ++r) {
+    const T* x = read_row(batch.logits, block.row[r], scratch);
+    block.own[r] = x[column_of(block.label[r], classes)];
+    exponentials(x, classes, tile + r * width, block.maximum[r], block.sum[r]);
+  }
+}
 
 // Predictions (before the division by their sum) of the rows of a block into `tile`; lse and the cross entropy on the way.
 template <class T>
 LDMI_INLINE void predict(const Batch& batch, Block<T>& block, T* tile, T* scratch, T* lse, double& ce) {
-  const int64_t classes = batch.logits.columns, width = padded<T>(classes);
-  for (int r = 0; r < block.count; ++r) {
-    const T* x = read_row(batch.logits, block.row[r], scratch);
-    block.own[r] = x[column_of(block.label[r], classes)];
-    if (batch.probs) {
-      probabilities(x, classes, tile + r * width);
-      block.sum[r] = 1;
-    } else {
-      exponentials(x, classes, tile + r * width, block.maximum[r], block.sum[r]);
-    }
-  }
   if (batch.probs) {
+    const int64_t classes = batch.logits.columns, width = padded<T>(classes);
     for (int r = 0; r < block.count; ++r) {
+      const T* x = read_row(batch.logits, block.row[r], scratch);
+      const T own = x[column_of(block.label[r], classes)];
+      probabilities(x, classes, tile + r * width);
+      block.scale[r] = block.weight[r];
       lse[block.row[r]] = 0;
-      ce -= block.weight[r] * __builtin_log(static_cast<double>(block.own[r]));
+      ce -= block.weight[r] * __builtin_log(static_cast<double>(own));
     }
     return;
   }
+  exponentials_of_block(batch, block, tile, scratch);
   for (int r = block.count; r % kLanes<T> != 0; ++r) block.sum[r] = 1;
   alignas(64) T log_sum[kBlockRows];
   for (int r = 0; r < block.count; r += kLanes<T>) store(log_sum + r, log(load(block.sum + r)));
+  for (int r = 0; r < block.count; ++r) block.scale[r] = block.weight[r] / static_cast<double>(block.sum[r]);
   for (int r = 0; r < block.count; ++r) {
     lse[block.row[r]] = block.maximum[r] + log_sum[r];
     // in this order nothing is lost when all logits are far from 0
@@ -55,11 +85,10 @@ LDMI_INLINE void predict(const Batch& batch, Block<T>& block, T* tile, T* scratc
   }
 }
 
-// sums[0 .. width) += sum over rows first..last of weight / sum * tile row.
+// sums[0 .. width) += the sum over rows first..last of their scale * tile row.
 template <class T>
 LDMI_INLINE void accumulate(const Block<T>& block, int first, int last, const T* tile, int64_t width, double* sums) {
-  double scale[kBlockRows];
-  for (int r = first; r < last; ++r) scale[r] = block.weight[r] / static_cast<double>(block.sum[r]);
+  const double* scale = block.scale;
   if (last - first == 1) {
     for (int64_t j = 0; j < width; j += kLanes<T>) add_scaled(sums + j, load(tile + first * width + j), scale[first]);
     return;
@@ -103,7 +132,7 @@ void joint_natural(const Batch& batch, const plan::CpuJoint& plan, double* S, do
     double* my_ce = weights + labels;
     std::memset(sums, 0, static_cast<std::size_t>(size) * sizeof(double));
     const int most = block_rows(width);
-    Buffer<T> tile(most * width), scratch(width);
+    Buffer<T> tile((most + kLanes<T>) * width), scratch(kLanes<T> * width);
     Block<T> block;
     bool wrong = false;
     const auto flush = [&] {
@@ -117,18 +146,25 @@ void joint_natural(const Batch& batch, const plan::CpuJoint& plan, double* S, do
       block.count = 0;
     };
     const int64_t end = cut(rows, tasks, task + 1);
-    for (int64_t i = cut(rows, tasks, task); i < end; ++i) {
-      double weight;
-      const int64_t label = used_label(batch, i, weight, wrong);
-      if (label == kUnused) {
-        lse[i] = 0;
-        continue;
+    for (int64_t i = cut(rows, tasks, task); i < end;) {
+      // the next rows, as many as there is room for
+      const int free = most - block.count;
+      const int count = end - i < free ? static_cast<int>(end - i) : free;
+      int64_t label[kBlockRows];
+      double weight[kBlockRows];
+      used_labels(batch, i, count, label, weight, wrong);
+      for (int r = 0; r < count; ++r, ++i) {
+        if (label[r] == kUnused) {
+          lse[i] = 0;
+          continue;
+        }
+        weights[label[r]] += weight[r];
+        block.row[block.count] = i;
+        block.label[block.count] = label[r];
+        block.weight[block.count] = weight[r];
+        ++block.count;
       }
-      weights[label] += weight;
-      block.row[block.count] = i;
-      block.label[block.count] = label;
-      block.weight[block.count] = weight;
-      if (++block.count == most) flush();
+      if (block.count == most) flush();
     }
     if (block.count > 0) flush();
     bad[task] = wrong;
@@ -171,7 +207,7 @@ void joint_by_label(const Batch& batch, const plan::CpuJoint& plan, double* S, d
     side_ce[task] = 0;
     if (begin == end) return;
     const int most = block_rows(width);
-    Buffer<T> tile(most * width), scratch(width);
+    Buffer<T> tile((most + kLanes<T>) * width), scratch(kLanes<T> * width);
     Buffer<double> sums(width);
     Block<T> block;
     bool ignored = false;

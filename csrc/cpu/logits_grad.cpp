@@ -7,7 +7,7 @@
 
 #include "../plan/plan.h"
 #include "isa.h"
-#include "rows.h"
+#include "tile.h"
 
 namespace ldmi::cpu::LDMI_ISA {
 namespace {
@@ -35,7 +35,20 @@ LDMI_INLINE void logits_row(const T* x, const T* V, int64_t count, double lse, d
   const int64_t whole = count / lanes * lanes;
   const Vec<T> shift = splat(static_cast<T>(lse));
   Vec<T> sum = splat(T{0}), product = sum;
-  for (int64_t j = 0; j < whole; j += lanes) {
+  int64_t j = 0;
+  for (; j + 4 * lanes <= whole; j += 4 * lanes) {
+    Vec<T> e[4];
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) e[u] = load(x + j + u * lanes) - shift;
+    exp_each(e);
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      store(tile + j + u * lanes, e[u]);
+      product = fma(e[u], load(V + j + u * lanes), product);
+    }
+    sum = sum + ((e[0] + e[1]) + (e[2] + e[3]));
+  }
+  for (; j < whole; j += lanes) {
     const Vec<T> e = exp(load(x + j) - shift);
     store(tile + j, e);
     sum = sum + e;
@@ -51,7 +64,7 @@ LDMI_INLINE void logits_row(const T* x, const T* V, int64_t count, double lse, d
   const double inverse = 1 / static_cast<double>(total);
   const Vec<T> mean = splat(static_cast<T>(static_cast<double>(reduce_add(product)) * inverse));
   const Vec<T> a = splat(static_cast<T>(alpha * inverse)), g = splat(static_cast<T>(gamma * inverse));
-  for (int64_t j = 0; j < count; j += lanes) {
+  for (j = 0; j < count; j += lanes) {
     const Vec<T> e = load(tile + j);
     store(tile + j, e * fma(a, load(V + j) - mean, g));
   }
@@ -118,6 +131,46 @@ LDMI_INLINE void hard_row(const Batch& batch, const T* x, const T* V, double V_s
   if (s.ce_scale != 0) tile[column] -= static_cast<T>(gamma);
 }
 
+// The gradients of `count` rows from `first` on into `tile`, in transposed groups; for few classes.
+LDMI_INLINE void transposed_rows(const Batch& batch, int64_t first, int count, const int64_t* label, const double* weight,
+                                 const float* lse, const float* table, const double* table_scale, Scales s, float* scratch,
+                                 float* tile) {
+  constexpr int lanes = kLanes<float>;
+  const int64_t classes = batch.logits.columns, width = padded<float>(classes);
+  alignas(64) float x[kTileClasses * lanes], V[kTileClasses * lanes];
+  alignas(64) float shift[lanes], alpha[lanes], gamma[lanes];
+  for (int g = 0; g < count; g += lanes) {
+    const float* x_rows[lanes];
+    const float* V_rows[lanes];
+    bool all_used = true;
+    for (int l = 0; l < lanes; ++l) {
+      const int r = g + l < count ? g + l : count - 1;
+      const bool used = label[r] != kUnused;
+      // a row that does not count is not looked at: a row of V stands in for it, and zeros are written below
+      all_used &= used;
+      V_rows[l] = table + (used ? label[r] : 0) * width;
+      x_rows[l] = used ? read_row(batch.logits, first + r, scratch + l * width) : V_rows[l];
+      shift[l] = used ? lse[first + r] : 0;
+      alpha[l] = used ? static_cast<float>(-weight[r] * s.scale * table_scale[label[r]]) : 0;
+      gamma[l] = used ? static_cast<float>(weight[r] * s.ce_scale) : 0;
+    }
+    gather_tile(x_rows, classes, x);
+    gather_tile(V_rows, classes, V);
+    gradient_of_tile(x, V, classes, load(shift), load(alpha), load(gamma));
+    if (s.ce_scale != 0) {
+      for (int l = 0; l < lanes && g + l < count; ++l) {
+        if (label[g + l] != kUnused) x[column_of(label[g + l], classes) * lanes + l] -= gamma[l];
+      }
+    }
+    for (int64_t c = classes; c < width; ++c) store(x + c * lanes, splat(0.0f));
+    scatter_tile(x, classes, tile + g * width, width);
+    if (all_used) continue;
+    for (int l = 0; l < lanes && g + l < count; ++l) {
+      if (label[g + l] == kUnused) std::memset(tile + (g + l) * width, 0, static_cast<std::size_t>(width) * sizeof(float));
+    }
+  }
+}
+
 template <class T>
 void grad_natural(const Batch& batch, const plan::CpuLogitsGrad& plan, const T* lse, const double* V, Scales s, void* grad,
                   const Threads& threads) {
@@ -134,21 +187,29 @@ void grad_natural(const Batch& batch, const plan::CpuLogitsGrad& plan, const T* 
   });
   for_each_task(threads, plan.tasks, [&](int64_t task) {
     const int most = block_rows(width);
-    Buffer<T> tile(most * width), scratch(width);
+    Buffer<T> tile((most + kLanes<T>) * width), scratch(kLanes<T> * width);
     bool ignored = false;
     const int64_t end = cut(rows, plan.tasks, task + 1);
     for (int64_t i = cut(rows, plan.tasks, task); i < end; i += most) {
       const int count = static_cast<int>(end - i < most ? end - i : most);
+      int64_t label[kBlockRows];
+      double weight[kBlockRows];
+      used_labels(batch, i, count, label, weight, ignored);
+      if constexpr (sizeof(T) == 4) {
+        if (classes <= kTileClasses && !batch.probs) {
+          transposed_rows(batch, i, count, label, weight, lse, table.get(), table_scale.get(), s, scratch.get(), tile.get());
+          write_rows(tile.get(), width, i, count, classes, batch.logits.type, grad);
+          continue;
+        }
+      }
       for (int r = 0; r < count; ++r) {
-        double weight;
-        const int64_t label = used_label(batch, i + r, weight, ignored);
         T* to = tile.get() + r * width;
-        if (label == kUnused) {
+        if (label[r] == kUnused) {
           std::memset(to, 0, static_cast<std::size_t>(width) * sizeof(T));
           continue;
         }
-        hard_row(batch, read_row(batch.logits, i + r, scratch.get()), table.get() + label * width, table_scale[label],
-                 static_cast<double>(lse[i + r]), weight, column_of(label, classes), s, to);
+        hard_row(batch, read_row(batch.logits, i + r, scratch.get()), table.get() + label[r] * width, table_scale[label[r]],
+                 static_cast<double>(lse[i + r]), weight[r], column_of(label[r], classes), s, to);
       }
       write_rows(tile.get(), width, i, count, classes, batch.logits.type, grad);
     }

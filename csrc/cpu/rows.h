@@ -135,6 +135,25 @@ LDMI_INLINE int64_t used_label(const Batch& batch, int64_t i, double& weight, bo
   return label;
 }
 
+// used_label of `count` rows from `first` on. The usual case, 64-bit labels without weights, is a loop of its own.
+LDMI_INLINE void used_labels(const Batch& batch, int64_t first, int count, int64_t* label, double* weight, bool& bad) {
+  if (batch.weights.data == nullptr && batch.labels.bytes == 8 && batch.labels.stride == 1 && batch.labels.is_signed) {
+    const int64_t* y = static_cast<const int64_t*>(batch.labels.data) + first;
+    const uint64_t limit = static_cast<uint64_t>(batch.num_labels);
+    bool wrong = false;
+    for (int r = 0; r < count; ++r) {
+      const bool ignored = y[r] == batch.ignore_index;
+      const bool inside = static_cast<uint64_t>(y[r]) < limit;
+      label[r] = inside && !ignored ? y[r] : kUnused;
+      weight[r] = 1;
+      wrong |= !inside && !ignored;
+    }
+    bad |= wrong;
+    return;
+  }
+  for (int r = 0; r < count; ++r) label[r] = used_label(batch, first + r, weight[r], bad);
+}
+
 // The column of the row's own label: stacked problems have labels y + b C.
 LDMI_INLINE int64_t column_of(int64_t label, int64_t classes) { return label < classes ? label : label % classes; }
 
@@ -157,7 +176,17 @@ LDMI_INLINE void exponentials(const T* x, int64_t count, T* tile, T& maximum, T&
   maximum = reduce_max(max(m, m2));
   const Vec<T> shift = splat(maximum);
   Vec<T> total = splat(T{0});
-  for (j = 0; j < whole; j += lanes) {
+  j = 0;
+  for (; j + 4 * lanes <= whole; j += 4 * lanes) {
+    Vec<T> e[4];
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) e[u] = load(x + j + u * lanes) - shift;
+    exp_each(e);
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) store(tile + j + u * lanes, e[u]);
+    total = total + ((e[0] + e[1]) + (e[2] + e[3]));
+  }
+  for (; j < whole; j += lanes) {
     const Vec<T> e = exp(load(x + j) - shift);
     store(tile + j, e);
     total = total + e;

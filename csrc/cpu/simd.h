@@ -42,19 +42,18 @@ struct Vec {
   typedef T Raw __attribute__((vector_size(LDMI_VECTOR_BYTES)));
   using Int = typename Lane<T>::Int;
   typedef Int RawInt __attribute__((vector_size(LDMI_VECTOR_BYTES)));
+  typedef T InMemory __attribute__((vector_size(LDMI_VECTOR_BYTES), aligned(alignof(T)), may_alias));
   Raw v;
 };
 
 template <class T>
 LDMI_INLINE Vec<T> load(const T* from) {
-  Vec<T> out;
-  std::memcpy(&out.v, from, sizeof(out.v));
-  return out;
+  return {*reinterpret_cast<const typename Vec<T>::InMemory*>(from)};
 }
 
 template <class T>
 LDMI_INLINE void store(T* to, Vec<T> value) {
-  std::memcpy(to, &value.v, sizeof(value.v));
+  *reinterpret_cast<typename Vec<T>::InMemory*>(to) = value.v;
 }
 
 template <class T>
@@ -139,67 +138,80 @@ LDMI_INLINE T reduce_add(Vec<T> value) {
   return out;
 }
 
-// exp(x) for x <= about 1, to about one unit in the last place; 0 below the smallest normal number; NaN stays NaN.
+// exp(x) of each of U vectors, for x <= about 1, to about one unit in the last place; 0 below the smallest normal number; NaN stays NaN.
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n exp(r). Adding 1.5 * 2^mantissa rounds x / ln 2 to the integer n and leaves n in
 // the low bits of the sum, which shifted into the exponent's place make 2^n.
-template <class T>
-LDMI_INLINE Vec<T> exp(Vec<T> x) {
+//
+// A single vector is one long chain of dependent instructions, more than a scheduler looks ahead; U of them go in lockstep.
+template <class T, int U>
+LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
   using Int = typename Vec<T>::Int;
   using RawInt = typename Vec<T>::RawInt;
   constexpr int mantissa = Lane<T>::mantissa;
   constexpr T magic = static_cast<T>(1.5) * static_cast<T>(Int{1} << mantissa);
-  constexpr T lowest = sizeof(T) == 4 ? static_cast<T>(-87.3365) : static_cast<T>(-708.39);
-  const Vec<T> shifted = fma(x, splat<T>(static_cast<T>(1.44269504088896340736)), splat<T>(magic));
-  const Vec<T> n = shifted - splat<T>(magic);
-  Vec<T> r, poly;
-  if constexpr (sizeof(T) == 4) {
-    r = fma(n, splat<T>(-0.693359375f), x);
-    r = fma(n, splat<T>(2.12194440e-4f), r);
-    // minimax for (exp(r) - 1 - r) / r^2, S. Moshier's Cephes
-    poly = splat<T>(1.9875691500e-4f);
-    poly = fma(poly, r, splat<T>(1.3981999507e-3f));
-    poly = fma(poly, r, splat<T>(8.3334519073e-3f));
-    poly = fma(poly, r, splat<T>(4.1665795894e-2f));
-    poly = fma(poly, r, splat<T>(1.6666665459e-1f));
-    poly = fma(poly, r, splat<T>(5.0000001201e-1f));
-  } else {
-    r = fma(n, splat<T>(-6.93145751953125e-1), x);
-    r = fma(n, splat<T>(-1.42860682030941723212e-6), r);
-    // Taylor to degree 13: the remainder is below 2^-57 for |r| <= ln 2 / 2
-    poly = splat<T>(1.0 / 6227020800.0);
-    poly = fma(poly, r, splat<T>(1.0 / 479001600.0));
-    poly = fma(poly, r, splat<T>(1.0 / 39916800.0));
-    poly = fma(poly, r, splat<T>(1.0 / 3628800.0));
-    poly = fma(poly, r, splat<T>(1.0 / 362880.0));
-    poly = fma(poly, r, splat<T>(1.0 / 40320.0));
-    poly = fma(poly, r, splat<T>(1.0 / 5040.0));
-    poly = fma(poly, r, splat<T>(1.0 / 720.0));
-    poly = fma(poly, r, splat<T>(1.0 / 120.0));
-    poly = fma(poly, r, splat<T>(1.0 / 24.0));
-    poly = fma(poly, r, splat<T>(1.0 / 6.0));
-    poly = fma(poly, r, splat<T>(0.5));
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T lowest = single ? static_cast<T>(-87.3365) : static_cast<T>(-708.39);
+  // ln 2 in two parts, the first short enough for n times it to be exact
+  constexpr T ln2_high = static_cast<T>(single ? 0.693359375 : 6.93145751953125e-1);
+  constexpr T ln2_low = static_cast<T>(single ? -2.12194440e-4 : 1.42860682030941723212e-6);
+  // (exp(r) - 1 - r) / r^2: minimax (S. Moshier's Cephes) in single precision; Taylor, whose remainder is below 2^-57, in double
+  constexpr double coefficients[] = {
+      1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0,
+      1.0 / 720.0,        1.0 / 120.0,       1.0 / 24.0,       1.0 / 6.0,       0.5};
+  constexpr float short_coefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                          4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  constexpr int terms = single ? 6 : 12;
+  const auto coefficient = [&](int i) {
+    if constexpr (single) {
+      return splat<T>(short_coefficients[i]);
+    } else {
+      return splat<T>(coefficients[i]);
+    }
+  };
+  Vec<T> shifted[U], n[U], r[U], value[U];
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) shifted[u] = fma(x[u], splat<T>(static_cast<T>(1.44269504088896340736)), splat<T>(magic));
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) n[u] = shifted[u] - splat<T>(magic);
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) r[u] = fma(n[u], splat<T>(-ln2_high), x[u]);
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) r[u] = fma(n[u], splat<T>(-ln2_low), r[u]);
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) value[u] = fma(coefficient(0), r[u], coefficient(1));
+#pragma GCC unroll 16
+  for (int i = 2; i < terms; ++i) {
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) value[u] = fma(value[u], r[u], coefficient(i));
   }
-  const Vec<T> value = fma(poly, r * r, r) + splat<T>(1);
-  RawInt bits;
-  std::memcpy(&bits, &shifted.v, sizeof(bits));
-  bits = (bits << mantissa) + (static_cast<Int>(Lane<T>::bias) << mantissa);
-  Vec<T> power;
-  std::memcpy(&power.v, &bits, sizeof(bits));
-  const Vec<T> out = value * power;
-  return {x.v < splat<T>(lowest).v ? splat<T>(0).v : out.v};
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) value[u] = fma(value[u], r[u] * r[u], r[u]);
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) {
+    // a cast between vector types keeps the bits
+    const RawInt bits = (reinterpret_cast<RawInt>(shifted[u].v) << mantissa) + (static_cast<Int>(Lane<T>::bias) << mantissa);
+    const Vec<T> power{reinterpret_cast<typename Vec<T>::Raw>(bits)};
+    const Vec<T> out = fma(value[u], power, power);
+    x[u].v = x[u].v < splat<T>(lowest).v ? splat<T>(0).v : out.v;
+  }
+}
+
+template <class T>
+LDMI_INLINE Vec<T> exp(Vec<T> x) {
+  Vec<T> one[1] = {x};
+  exp_each(one);
+  return one[0];
 }
 
 // log(x) for finite x >= 1 (a sum of exponentials whose largest is 1), to about one unit in the last place; NaN stays NaN.
 LDMI_INLINE Vec<float> log(Vec<float> x) {
   using RawInt = Vec<float>::RawInt;
-  RawInt bits;
-  std::memcpy(&bits, &x.v, sizeof(bits));
+  RawInt bits = reinterpret_cast<RawInt>(x.v);
   // x = 2^e m with sqrt(1/2) <= m < sqrt(2)
   const RawInt e = (bits - 0x3f3504f3) >> 23;
   bits -= e << 23;
-  Vec<float> m;
-  std::memcpy(&m.v, &bits, sizeof(bits));
+  const Vec<float> m{reinterpret_cast<Vec<float>::Raw>(bits)};
   const Vec<float> r = m - splat(1.0f), n{__builtin_convertvector(e, Vec<float>::Raw)};
   // S. Moshier's Cephes
   Vec<float> poly = splat(7.0376836292e-2f);
