@@ -14,6 +14,7 @@ import torch
 ABSENT = ("present", "strict")
 INPUT = ("logits", "probs")
 ENGINES = ("cpu", "composite")
+ENGINE_VARIABLE = "LDMI_FAST_ENGINE"
 
 # Keywords that users of F.cross_entropy try, and what to do instead.
 _EXPLAINED = {
@@ -122,7 +123,7 @@ def forced_engine(options: Options) -> str | None:
     """The engine that the caller or the environment variable LDMI_FAST_ENGINE forces, or None."""
     if options.engine is not None:
         return options.engine
-    name = os.environ.get("LDMI_FAST_ENGINE") or None
+    name = os.environ.get(ENGINE_VARIABLE) or None
     if name is not None and name not in ENGINES:
-        raise ValueError(f"the environment variable LDMI_FAST_ENGINE must be one of {ENGINES}, got {name!r}")
+        raise ValueError(f"the environment variable {ENGINE_VARIABLE} must be one of {ENGINES}, got {name!r}")
     return name

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -17,6 +19,25 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// An uninitialised contiguous tensor on the CPU. By the shim directly: the wrappers in stable/ops.h look their operator up by name at every
+// call, which costs more than a small problem's whole computation.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[4];
+  int64_t stride = 1;
+  for (std::size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+  }
+  AtenTensorHandle handle;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                           torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                           aoti_torch_device_type_cpu(), 0, &handle) == 0,
+                  "ldmi_fast: out of memory");
+  return Tensor(handle);
+}
+
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 const cpu::Threads kThreads{[](int64_t tasks, void* context, void (*body)(void*, int64_t)) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -115,10 +136,10 @@ void check_double(const Tensor& tensor, const char* name) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> joint(Tensor logits, Tensor target, std::optional<Tensor> sample_weight,
                                                  int64_t num_labels, int64_t ignore_index, std::string input) {
   const cpu::Batch batch = batch_of(logits, target, sample_weight, num_labels, ignore_index, input);
-  Tensor S = torch::stable::new_empty(logits, {num_labels, batch.logits.columns}, ScalarType::Double);
-  Tensor n = torch::stable::new_empty(logits, {num_labels}, ScalarType::Double);
-  Tensor lse = torch::stable::new_empty(logits, {batch.logits.rows}, compute_type(logits));
-  Tensor ce = torch::stable::new_empty(logits, {}, ScalarType::Double);
+  Tensor S = empty({num_labels, batch.logits.columns}, ScalarType::Double);
+  Tensor n = empty({num_labels}, ScalarType::Double);
+  Tensor lse = empty({batch.logits.rows}, compute_type(logits));
+  Tensor ce = empty({}, ScalarType::Double);
   cpu::kernels().joint(batch, static_cast<double*>(S.data_ptr()), static_cast<double*>(n.data_ptr()), lse.data_ptr(),
                        static_cast<double*>(ce.data_ptr()), kThreads);
   return {S, n, lse, ce};
@@ -127,14 +148,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> joint(Tensor logits, Tensor target, s
 // log|det| and V of one larger matrix by torch's LAPACK, in two column-major matrices beside S: R, which LU overwrites, and V.
 cpu::Determinant logdet_inverse_lapack(const Tensor& S, const double* s, const double* n, int64_t C, bool strict, double* V,
                                        const Tensor& out) {
-  Tensor R = torch::stable::transpose(torch::stable::new_empty(S, {C, C}), 0, 1);
+  Tensor R = torch::stable::transpose(empty({C, C}, ScalarType::Double), 0, 1);
   const cpu::Screening screening = cpu::equilibrate(s, n, C, strict, static_cast<double*>(R.data_ptr()));
   cpu::Determinant found{};
   if (!screening.finite || screening.dead) {
     found = cpu::determinant_of(screening, nullptr, nullptr, n, C, strict);
   } else {
-    Tensor pivots = torch::stable::new_empty(S, {C}, ScalarType::Int);
-    Tensor info = torch::stable::new_empty(S, {}, ScalarType::Int);
+    Tensor pivots = empty({C}, ScalarType::Int);
+    Tensor info = empty({}, ScalarType::Int);
     using torch::stable::detail::from;
     using torch::stable::detail::to;
     std::array<StableIValue, 6> factor{from(R), from(true), from(false), from(R), from(pivots), from(info)};
@@ -165,20 +186,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logdet_inverse(Tensor S, Tensor n, st
   STD_TORCH_CHECK(dim >= 2 && S.size(dim - 1) == S.size(dim - 2), "ldmi_fast: S must have shape [..., C, C]");
   STD_TORCH_CHECK(n.dim() == dim - 1 && n.size(dim - 2) == S.size(dim - 1), "ldmi_fast: n must have shape [..., C]");
   const bool strict = strict_of(absent);
-  S = torch::stable::contiguous(S);
-  n = torch::stable::contiguous(n);
+  S = dense(S);
+  n = dense(n);
   const int64_t C = S.size(dim - 1);
-  std::vector<int64_t> shape, batch;
+  std::vector<int64_t> batch;
   int64_t count = 1;
-  for (int64_t d = 0; d < dim; ++d) shape.push_back(S.size(d));
   for (int64_t d = 0; d < dim - 2; ++d) {
     batch.push_back(S.size(d));
     count *= S.size(d);
   }
-  Tensor log_abs_det = torch::stable::new_empty(S, batch);
-  Tensor sign = torch::stable::new_empty(S, batch);
-  Tensor kept = torch::stable::new_empty(S, batch, ScalarType::Long);
-  Tensor V = torch::stable::new_empty(S, shape);
+  // the leading dimensions are views of one
+  const auto shaped = [&](const Tensor& flat, bool matrix) {
+    std::vector<int64_t> shape = batch;
+    if (matrix) shape.insert(shape.end(), {C, C});
+    return dim == 3 ? flat : torch::stable::view(flat, shape);
+  };
+  Tensor log_abs_det = empty({count}, ScalarType::Double);
+  Tensor sign = empty({count}, ScalarType::Double);
+  Tensor kept = empty({count}, ScalarType::Long);
+  Tensor V = empty({count, C, C}, ScalarType::Double);
   const double* s = static_cast<const double*>(S.data_ptr());
   const double* weights = static_cast<const double*>(n.data_ptr());
   double* v = static_cast<double*>(V.data_ptr());
@@ -193,12 +219,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logdet_inverse(Tensor S, Tensor n, st
       write(i, cpu::kernels().logdet_inverse(s + i * C * C, weights + i * C, C, strict, v + i * C * C));
     });
   } else {
-    Tensor flat = torch::stable::view(V, {count, C, C});
     for (int64_t i = 0; i < count; ++i) {
-      write(i, logdet_inverse_lapack(S, s + i * C * C, weights + i * C, C, strict, v + i * C * C, torch::stable::select(flat, 0, i)));
+      write(i, logdet_inverse_lapack(S, s + i * C * C, weights + i * C, C, strict, v + i * C * C, torch::stable::select(V, 0, i)));
     }
   }
-  return {log_abs_det, sign, kept, V};
+  return {shaped(log_abs_det, false), shaped(sign, false), shaped(kept, false), shaped(V, true)};
 }
 
 Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_weight, Tensor lse, Tensor V, Tensor scale,
@@ -210,9 +235,9 @@ Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_we
   STD_TORCH_CHECK(lse.scalar_type() == compute_type(logits) && lse.dim() == 1 && lse.size(0) == logits.size(0),
                   "ldmi_fast: lse must have shape [N] and be float32 (float64 for float64 logits)");
   const cpu::Batch batch = batch_of(logits, target, sample_weight, V.size(0), ignore_index, input);
-  V = torch::stable::contiguous(V);
-  lse = torch::stable::contiguous(lse);
-  Tensor grad = torch::stable::new_empty(logits, {batch.logits.rows, batch.logits.columns});
+  V = dense(V);
+  lse = dense(lse);
+  Tensor grad = empty({batch.logits.rows, batch.logits.columns}, logits.scalar_type());
   cpu::kernels().logits_grad(batch, lse.data_ptr(), static_cast<const double*>(V.data_ptr()),
                              *static_cast<const double*>(scale.data_ptr()), *static_cast<const double*>(ce_scale.data_ptr()),
                              grad.data_ptr(), kThreads);
@@ -224,8 +249,8 @@ std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Ten
   STD_TORCH_CHECK(target.dim() == 1 && logits.dim() == 2 && logits.size(1) <= plan::kGaussJordanClasses,
                   "ldmi_fast: fused takes class indices and at most ", plan::kGaussJordanClasses, " classes");
   const cpu::Batch batch = batch_of(logits, target, sample_weight, logits.size(1), ignore_index, input);
-  Tensor loss = torch::stable::new_empty(logits, {}, compute_type(logits));
-  Tensor grad = torch::stable::new_empty(logits, {batch.logits.rows, batch.logits.columns});
+  Tensor loss = empty({}, compute_type(logits));
+  Tensor grad = empty({batch.logits.rows, batch.logits.columns}, logits.scalar_type());
   const double value =
       cpu::kernels().fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, grad.data_ptr(), kThreads);
   if (compute_type(logits) == ScalarType::Double) {

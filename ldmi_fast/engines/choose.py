@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check_tensors
-from ..options import ENGINES, Options, explain_keywords, forced_engine, make_options
+from ..options import ENGINE_VARIABLE, ENGINES, Options, explain_keywords, forced_engine, make_options
 from . import composite, native
 
 
@@ -60,6 +61,8 @@ def choose(device: torch.device, options: Options) -> ModuleType:
     Raises:
         RuntimeError: the engine that was forced cannot run there, and why.
     """
+    if options.engine is None and device.type == "cpu" and ENGINE_VARIABLE not in os.environ and ops.compiled is not None:
+        return native  # the usual case, at every step
     return _MODULES[choose_name(device, options)]
 
 
