@@ -25,44 +25,11 @@ struct Block {
   alignas(64) double scale[kBlockRows];  // weight / sum
 };
 
-// The exponentials of the rows of a block into `tile`, their maxima, sums and own logits: row by row, or in transposed groups.
-template <class T>
-LDMI_INLINE void exponentials_of_block(const Batch& batch, Block<T>& block, T* tile, T* scratch) {
-  const int64_t classes = batch.logits.columns, width = padded<T>(classes);
-  if constexpr (sizeof(T) == 4) {
-    if (classes <= kTileClasses) {
-      constexpr int lanes = kLanes<T>;
-      alignas(64) T transposed[kTileClasses * lanes];
-      for (int first = 0; first < block.count; first += lanes) {
-        const T* x[lanes];
-        for (int l = 0; l < lanes; ++l) {
-          const int r = first + l < block.count ? first + l : block.count - 1;
-          x[l] = read_row(batch.logits, block.row[r], scratch + l * width);
-          block.own[r] = x[l][column_of(block.label[r], classes)];
-        }
-        gather_tile(x, classes, transposed);
-        Vec<T> maximum, sum;
-        exponentials_of_tile(transposed, classes, maximum, sum);
-        store(block.maximum + first, maximum);
-        store(block.sum + first, sum);
-        for (int64_t c = classes; c < width; ++c) store(transposed + c * lanes, splat(T{0}));
-        scatter_tile(transposed, classes, tile + first * width, width);
-      }
-      return;
-    }
-  }
-  for (int r = 0; r < block.count; ++r) {
-    const T* x = read_row(batch.logits, block.row[r], scratch);
-    block.own[r] = x[column_of(block.label[r], classes)];
-    exponentials(x, classes, tile + r * width, block.maximum[r], block.sum[r]);
-  }
-}
-
 // Predictions (before the division by their sum) of the rows of a block into `tile`; lse and the cross entropy on the way.
 template <class T>
 LDMI_INLINE void predict(const Batch& batch, Block<T>& block, T* tile, T* scratch, T* lse, double& ce) {
+  const int64_t classes = batch.logits.columns, width = padded<T>(classes);
   if (batch.probs) {
-    const int64_t classes = batch.logits.columns, width = padded<T>(classes);
     for (int r = 0; r < block.count; ++r) {
       const T* x = read_row(batch.logits, block.row[r], scratch);
       const T own = x[column_of(block.label[r], classes)];
@@ -73,7 +40,11 @@ LDMI_INLINE void predict(const Batch& batch, Block<T>& block, T* tile, T* scratc
     }
     return;
   }
-  exponentials_of_block(batch, block, tile, scratch);
+  for (int r = 0; r < block.count; ++r) {
+    const T* x = read_row(batch.logits, block.row[r], scratch);
+    block.own[r] = x[column_of(block.label[r], classes)];
+    exponentials(x, classes, tile + r * width, block.maximum[r], block.sum[r]);
+  }
   for (int r = block.count; r % kLanes<T> != 0; ++r) block.sum[r] = 1;
   alignas(64) T log_sum[kBlockRows];
   for (int r = 0; r < block.count; r += kLanes<T>) store(log_sum + r, log(load(block.sum + r)));
@@ -118,6 +89,133 @@ void poison(int64_t labels, int64_t classes, double* S, double* n, double* ce) {
   *ce = kNaN;
 }
 
+// sums[label[r]] += scale[r] * tile[r] for `count` rows of `width`, of a known number of vectors where that is small.
+template <int kVectors>
+LDMI_INLINE void add_rows_of(const float* tile, int count, const int64_t* label, const double* scale, int64_t vectors, double* sums) {
+  constexpr int lanes = kLanes<float>;
+  const int64_t n = kVectors > 0 ? kVectors : vectors;
+  for (int r = 0; r < count; ++r, tile += n * lanes) {
+    double* to = sums + label[r] * n * lanes;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < n * lanes; j += lanes) add_scaled(to + j, load(tile + j), scale[r]);
+  }
+}
+
+LDMI_INLINE void add_rows(const float* tile, int count, const int64_t* label, const double* scale, int64_t width, double* sums) {
+  switch (width / kLanes<float>) {
+    case 1:
+      return add_rows_of<1>(tile, count, label, scale, 1, sums);
+    case 2:
+      return add_rows_of<2>(tile, count, label, scale, 2, sums);
+    case 3:
+      return add_rows_of<3>(tile, count, label, scale, 3, sums);
+    case 4:
+      return add_rows_of<4>(tile, count, label, scale, 4, sums);
+    default:
+      return add_rows_of<0>(tile, count, label, scale, width / kLanes<float>, sums);
+  }
+}
+
+// The rows begin..end of one task into `sums` [K, width], `weights` [K] and `ce`; few classes, in transposed groups of rows. A row that
+// does not count is summed with weight 0.
+LDMI_INLINE void sum_transposed(const Batch& batch, int64_t begin, int64_t end, double* sums, double* weights, double& ce, float* lse,
+                                bool& wrong) {
+  constexpr int lanes = kLanes<float>;
+  const int64_t classes = batch.logits.columns, width = padded<float>(classes);
+  alignas(64) float transposed[kTileClasses * lanes], scratch[kTileClasses * lanes], tile[kBlockRows * kTileClasses + kSide];
+  alignas(64) float maximum[kBlockRows], sum[kBlockRows], own[kBlockRows], row_lse[kBlockRows];
+  alignas(64) double weight[kBlockRows], scale[kBlockRows];
+  int64_t label[kBlockRows];
+  for (int64_t i = begin; i < end; i += kBlockRows) {
+    const int count = static_cast<int>(end - i < kBlockRows ? end - i : kBlockRows);
+    const bool all_used = used_labels(batch, i, count, label, weight, wrong);
+    const bool direct = all_used && classes == batch.num_labels && in_place(batch.logits, i, count);
+    for (int first = 0; first < count; first += lanes) {
+      const float* x[lanes];
+      if (direct && first + lanes <= count) {
+        const float* row = static_cast<const float*>(batch.logits.data) + (i + first) * batch.logits.row_stride;
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l, row += batch.logits.row_stride) {
+          x[l] = row;
+          own[first + l] = row[label[first + l]];
+        }
+      } else {
+        rows_of_group(batch.logits, i + first, count - first < lanes ? count - first : lanes, label + first, scratch, x);
+        for (int l = 0; l < lanes && first + l < count; ++l) {
+          own[first + l] = label[first + l] == kUnused ? 0 : x[l][column_of(label[first + l], classes)];
+        }
+      }
+      gather_tile(x, classes, transposed);
+      Vec<float> group_maximum, group_sum;
+      exponentials_of_tile(transposed, classes, group_maximum, group_sum);
+      store(maximum + first, group_maximum);
+      store(sum + first, group_sum);
+      for (int64_t c = classes; c < width; ++c) store(transposed + c * lanes, splat(0.0f));
+      scatter_tile(transposed, classes, tile + first * width, width);
+    }
+    if (!all_used) {
+      for (int r = 0; r < count; ++r) {
+        if (label[r] == kUnused) label[r] = 0, weight[r] = 0;
+      }
+    }
+    for (int r = count; r % lanes != 0; ++r) own[r] = 0, weight[r] = 0;
+    Vec<double> block_ce[2] = {splat(0.0), splat(0.0)};
+    for (int r = 0; r < count; r += lanes) {
+      const Vec<float> log_sum = log(load(sum + r)), m = load(maximum + r);
+      store(row_lse + r, m + log_sum);
+      Vec<double> low, high;
+      // in this order nothing is lost when all logits are far from 0
+      widen(log_sum + (m - load(own + r)), low, high);
+      block_ce[0] = fma(low, load(weight + r), block_ce[0]);
+      block_ce[1] = fma(high, load(weight + r + lanes / 2), block_ce[1]);
+      widen(load(sum + r), low, high);
+      store(scale + r, load(weight + r) / low);
+      store(scale + r + lanes / 2, load(weight + r + lanes / 2) / high);
+    }
+    if (all_used) {
+      std::memcpy(lse + i, row_lse, static_cast<std::size_t>(count) * sizeof(float));
+      ce += reduce_add(block_ce[0] + block_ce[1]);
+    } else {
+      for (int r = 0; r < count; ++r) lse[i + r] = weight[r] == 0 ? 0 : row_lse[r];
+      for (int r = 0; r < count; ++r) {
+        if (weight[r] != 0) ce += weight[r] * static_cast<double>(row_lse[r] - maximum[r] + (maximum[r] - own[r]));
+      }
+    }
+    for (int r = 0; r < count; ++r) weights[label[r]] += weight[r];
+    add_rows(tile, count, label, scale, width, sums);
+  }
+}
+
+// The same row by row: more classes, probabilities, fp64.
+template <class T>
+void sum_rows(const Batch& batch, int64_t begin, int64_t end, double* sums, double* weights, double& ce, T* lse, bool& wrong) {
+  const int64_t width = padded<T>(batch.logits.columns);
+  const int most = block_rows(width);
+  Buffer<T> tile(most * width), scratch(width);
+  Block<T> block;
+  for (int64_t i = begin; i < end;) {
+    double weight;
+    for (block.count = 0; i < end && block.count < most; ++i) {
+      const int64_t label = used_label(batch, i, weight, wrong);
+      if (label == kUnused) {
+        lse[i] = 0;
+        continue;
+      }
+      weights[label] += weight;
+      block.row[block.count] = i;
+      block.label[block.count] = label;
+      block.weight[block.count++] = weight;
+    }
+    predict(batch, block, tile.get(), scratch.get(), lse, ce);
+    for (int r = 0; r < block.count;) {
+      int last = r + 1;
+      while (last < block.count && block.label[last] == block.label[r]) ++last;
+      accumulate(block, r, last, tile.get(), width, sums + block.label[r] * width);
+      r = last;
+    }
+  }
+}
+
 // Every task sums the rows of its range, in their order, into sums of its own.
 template <class T>
 void joint_natural(const Batch& batch, const plan::CpuJoint& plan, double* S, double* n, T* lse, double* ce, const Threads& threads) {
@@ -129,54 +227,30 @@ void joint_natural(const Batch& batch, const plan::CpuJoint& plan, double* S, do
   for_each_task(threads, tasks, [&](int64_t task) {
     double* sums = partial.get() + task * size;
     double* weights = sums + labels * width;
-    double* my_ce = weights + labels;
-    std::memset(sums, 0, static_cast<std::size_t>(size) * sizeof(double));
-    const int most = block_rows(width);
-    Buffer<T> tile((most + kLanes<T>) * width), scratch(kLanes<T> * width);
-    Block<T> block;
+    double my_ce = 0;
     bool wrong = false;
-    const auto flush = [&] {
-      predict(batch, block, tile.get(), scratch.get(), lse, *my_ce);
-      for (int r = 0; r < block.count;) {
-        int end = r + 1;
-        while (end < block.count && block.label[end] == block.label[r]) ++end;
-        accumulate(block, r, end, tile.get(), width, sums + block.label[r] * width);
-        r = end;
+    std::memset(sums, 0, static_cast<std::size_t>(size) * sizeof(double));
+    const int64_t begin = cut(rows, tasks, task), end = cut(rows, tasks, task + 1);
+    if constexpr (sizeof(T) == 4) {
+      if (classes <= kTileClasses && !batch.probs) {
+        sum_transposed(batch, begin, end, sums, weights, my_ce, lse, wrong);
+      } else {
+        sum_rows(batch, begin, end, sums, weights, my_ce, lse, wrong);
       }
-      block.count = 0;
-    };
-    const int64_t end = cut(rows, tasks, task + 1);
-    for (int64_t i = cut(rows, tasks, task); i < end;) {
-      // the next rows, as many as there is room for
-      const int free = most - block.count;
-      const int count = end - i < free ? static_cast<int>(end - i) : free;
-      int64_t label[kBlockRows];
-      double weight[kBlockRows];
-      used_labels(batch, i, count, label, weight, wrong);
-      for (int r = 0; r < count; ++r, ++i) {
-        if (label[r] == kUnused) {
-          lse[i] = 0;
-          continue;
-        }
-        weights[label[r]] += weight[r];
-        block.row[block.count] = i;
-        block.label[block.count] = label[r];
-        block.weight[block.count] = weight[r];
-        ++block.count;
-      }
-      if (block.count == most) flush();
+    } else {
+      sum_rows(batch, begin, end, sums, weights, my_ce, lse, wrong);
     }
-    if (block.count > 0) flush();
+    weights[labels] = my_ce;
     bad[task] = wrong;
   });
+  bool wrong = false;
   for (int64_t k = 0; k < labels; ++k) {
-    for (int64_t c = 0; c < classes; ++c) {
-      double total = 0;
-      for (int64_t task = 0; task < tasks; ++task) total += partial[task * size + k * width + c];
-      S[k * classes + c] = total;
+    double* to = S + k * classes;
+    for (int64_t task = 0; task < tasks; ++task) {
+      const double* from = partial.get() + task * size + k * width;
+      for (int64_t c = 0; c < classes; ++c) to[c] = task == 0 ? from[c] : to[c] + from[c];
     }
   }
-  bool wrong = false;
   double total_ce = 0;
   for (int64_t k = 0; k < labels; ++k) n[k] = 0;
   for (int64_t task = 0; task < tasks; ++task) {
@@ -207,7 +281,7 @@ void joint_by_label(const Batch& batch, const plan::CpuJoint& plan, double* S, d
     side_ce[task] = 0;
     if (begin == end) return;
     const int most = block_rows(width);
-    Buffer<T> tile((most + kLanes<T>) * width), scratch(kLanes<T> * width);
+    Buffer<T> tile(most * width), scratch(width);
     Buffer<double> sums(width);
     Block<T> block;
     bool ignored = false;
@@ -245,6 +319,7 @@ void joint_by_label(const Batch& batch, const plan::CpuJoint& plan, double* S, d
     };
     for (int64_t at = begin; at < end; ++at) {
       const int64_t i = order.rows()[at];
+      if (at + kAhead < end) prefetch_row(batch.logits, order.rows()[at + kAhead]);
       block.row[block.count] = i;
       block.label[block.count] = used_label(batch, i, weight, ignored);
       block.weight[block.count] = weight;

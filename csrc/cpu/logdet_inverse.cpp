@@ -8,6 +8,43 @@
 #include "rows.h"
 
 namespace ldmi::cpu::LDMI_ISA {
+namespace {
+
+// The logarithm of a product of positive numbers, by one logarithm: the factors are multiplied in the range of one exponent, and the
+// exponents added as integers.
+class LogProduct {
+ public:
+  void multiply(double factor) {
+    uint64_t bits;
+    std::memcpy(&bits, &factor, 8);
+    const int64_t exponent = static_cast<int64_t>(bits >> 52);
+    if (exponent == 0) {  // subnormal
+      multiply(factor * 0x1p54);
+      exponents_ -= 54;
+      return;
+    }
+    exponents_ += exponent - 1023;
+    bits = (bits & 0xfffffffffffffu) | 0x3ff0000000000000u;
+    double fraction;
+    std::memcpy(&fraction, &bits, 8);
+    product_ *= fraction;
+    if (product_ >= 0x1p900) {
+      product_ *= 0x1p-900;
+      exponents_ += 900;
+    }
+  }
+  double log() const {
+    // ln 2 in two parts: the first has so few bits that its product with the exponents is exact
+    const double e = static_cast<double>(exponents_);
+    return e * 6.93147180369123816490e-01 + (e * 1.90821492927058770002e-10 + __builtin_log(product_));
+  }
+
+ private:
+  double product_ = 1;
+  int64_t exponents_ = 0;
+};
+
+}  // namespace
 
 Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool strict, double* V) {
   constexpr int lanes = kLanes<double>;
@@ -15,7 +52,8 @@ Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool str
   Buffer<double> matrix(C * width);
   Buffer<int64_t> exchanged(C);
   double* R = matrix.get();
-  double norm = 0, log_abs_det = 0, sign = 1;
+  double norm = 0, sign = 1;
+  LogProduct determinant;
   int64_t present = 0;
   bool finite = true;
   for (int64_t i = 0; i < C; ++i) {
@@ -33,7 +71,7 @@ Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool str
     finite &= all == 0;
     norm = sum > norm ? sum : norm;
     present += here;
-    if (here) log_abs_det += __builtin_log(n[i]);
+    if (here && finite) determinant.multiply(n[i]);
   }
   const auto fill = [&](double value) {
     for (int64_t i = 0; i < C * C; ++i) V[i] = value;
@@ -77,7 +115,7 @@ Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool str
     }
     const double pivot = row[k];
     sign = pivot < 0 ? -sign : sign;
-    log_abs_det += __builtin_log(largest);
+    determinant.multiply(largest);
     row[k] = 1;
     const Vec<double> inverse = splat(1 / pivot);
     for (int64_t j = 0; j < width; j += lanes) store(row + j, load(row + j) * inverse);
@@ -101,7 +139,7 @@ Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool str
     const double scale = 1 / n[i];
     for (int64_t j = 0; j < C; ++j) V[i * C + j] = n[i] > 0 && n[j] > 0 ? R[j * width + i] * scale : 0.0;
   }
-  return {log_abs_det, sign, kept};
+  return {determinant.log(), sign, kept};
 }
 
 }  // namespace ldmi::cpu::LDMI_ISA

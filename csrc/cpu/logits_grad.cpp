@@ -114,59 +114,85 @@ struct Scales {
   double scale, ce_scale;
 };
 
-// The gradient of one used row into `tile`.
+// The gradient of one used row into `tile`; V_scale is -scale * max |V| of the row.
 template <class T>
 LDMI_INLINE void hard_row(const Batch& batch, const T* x, const T* V, double V_scale, double lse, double weight, int64_t column,
-                          Scales s, T* tile) {
+                          double ce_scale, T* tile) {
   const int64_t classes = batch.logits.columns;
-  const double alpha = -weight * s.scale * V_scale, gamma = weight * s.ce_scale;
+  const double alpha = weight * V_scale, gamma = weight * ce_scale;
   if (batch.probs) {
     const double own = static_cast<double>(x[column]);
     const Vec<T> a = splat(static_cast<T>(alpha));
     for (int64_t j = 0; j < classes; j += kLanes<T>) store(tile + j, a * load(V + j));
-    if (s.ce_scale != 0) tile[column] -= static_cast<T>(gamma / own);
+    if (ce_scale != 0) tile[column] -= static_cast<T>(gamma / own);
     return;
   }
   logits_row(x, V, classes, lse, alpha, gamma, tile);
-  if (s.ce_scale != 0) tile[column] -= static_cast<T>(gamma);
+  if (ce_scale != 0) tile[column] -= static_cast<T>(gamma);
 }
 
-// The gradients of `count` rows from `first` on into `tile`, in transposed groups; for few classes.
-LDMI_INLINE void transposed_rows(const Batch& batch, int64_t first, int count, const int64_t* label, const double* weight,
-                                 const float* lse, const float* table, const double* table_scale, Scales s, float* scratch,
-                                 float* tile) {
+// The gradients of the rows begin..end, in transposed groups; few classes. `grad` of another type than fp32 goes through a tile, as do the
+// last rows, past which nothing may be written.
+LDMI_INLINE void grad_transposed(const Batch& batch, int64_t begin, int64_t end, const float* lse, const float* table,
+                                 const double* table_scale, Scales s, void* grad) {
   constexpr int lanes = kLanes<float>;
   const int64_t classes = batch.logits.columns, width = padded<float>(classes);
-  alignas(64) float x[kTileClasses * lanes], V[kTileClasses * lanes];
+  alignas(64) float x[kTileClasses * lanes], V[kTileClasses * lanes], scratch[kTileClasses * lanes];
+  alignas(64) float tile[kTileClasses * lanes + kSide];
   alignas(64) float shift[lanes], alpha[lanes], gamma[lanes];
-  for (int g = 0; g < count; g += lanes) {
-    const float* x_rows[lanes];
-    const float* V_rows[lanes];
-    bool all_used = true;
-    for (int l = 0; l < lanes; ++l) {
-      const int r = g + l < count ? g + l : count - 1;
-      const bool used = label[r] != kUnused;
-      // a row that does not count is not looked at: a row of V stands in for it, and zeros are written below
-      all_used &= used;
-      V_rows[l] = table + (used ? label[r] : 0) * width;
-      x_rows[l] = used ? read_row(batch.logits, first + r, scratch + l * width) : V_rows[l];
-      shift[l] = used ? lse[first + r] : 0;
-      alpha[l] = used ? static_cast<float>(-weight[r] * s.scale * table_scale[label[r]]) : 0;
-      gamma[l] = used ? static_cast<float>(weight[r] * s.ce_scale) : 0;
-    }
-    gather_tile(x_rows, classes, x);
-    gather_tile(V_rows, classes, V);
-    gradient_of_tile(x, V, classes, load(shift), load(alpha), load(gamma));
-    if (s.ce_scale != 0) {
-      for (int l = 0; l < lanes && g + l < count; ++l) {
-        if (label[g + l] != kUnused) x[column_of(label[g + l], classes) * lanes + l] -= gamma[l];
+  int64_t label[kBlockRows];
+  double weight[kBlockRows];
+  bool ignored = false;
+  const bool same_type = batch.logits.type == Type::kFloat32;
+  for (int64_t i = begin; i < end; i += kBlockRows) {
+    const int count = static_cast<int>(end - i < kBlockRows ? end - i : kBlockRows);
+    const bool all_used = used_labels(batch, i, count, label, weight, ignored);
+    const bool direct = all_used && in_place(batch.logits, i, count);
+    for (int first = 0; first < count; first += lanes) {
+      const int64_t base = i + first;
+      const int here = count - first < lanes ? count - first : lanes;
+      const float* x_rows[lanes];
+      const float* V_rows[lanes];
+      if (direct && here == lanes) {
+        const float* row = static_cast<const float*>(batch.logits.data) + base * batch.logits.row_stride;
+#pragma GCC unroll 16
+        for (int l = 0; l < lanes; ++l, row += batch.logits.row_stride) {
+          x_rows[l] = row;
+          V_rows[l] = table + label[first + l] * width;
+          alpha[l] = static_cast<float>(weight[first + l] * table_scale[label[first + l]]);
+          gamma[l] = static_cast<float>(weight[first + l] * s.ce_scale);
+        }
+        store(shift, load(lse + base));
+      } else {
+        rows_of_group(batch.logits, base, here, label + first, scratch, x_rows);
+        for (int l = 0; l < lanes; ++l) {
+          const int r = first + (l < here ? l : here - 1);
+          const bool used = label[r] != kUnused;
+          const int64_t y = used ? label[r] : 0;
+          V_rows[l] = table + y * width;
+          shift[l] = lse[i + r];
+          alpha[l] = used ? static_cast<float>(weight[r] * table_scale[y]) : 0;
+          gamma[l] = used ? static_cast<float>(weight[r] * s.ce_scale) : 0;
+        }
       }
-    }
-    for (int64_t c = classes; c < width; ++c) store(x + c * lanes, splat(0.0f));
-    scatter_tile(x, classes, tile + g * width, width);
-    if (all_used) continue;
-    for (int l = 0; l < lanes && g + l < count; ++l) {
-      if (label[g + l] == kUnused) std::memset(tile + (g + l) * width, 0, static_cast<std::size_t>(width) * sizeof(float));
+      gather_tile(x_rows, classes, x);
+      gather_tile(V_rows, classes, V);
+      gradient_of_tile(x, V, classes, load(shift), load(alpha), load(gamma));
+      if (s.ce_scale != 0) {
+        for (int l = 0; l < here; ++l) {
+          if (label[first + l] != kUnused) x[column_of(label[first + l], classes) * lanes + l] -= gamma[l];
+        }
+      }
+      // what is written past the last row must fall on rows that this task has still to write
+      if (same_type && all_used && here == lanes && (end - base - lanes) * classes >= kSide) {
+        scatter_tile(x, classes, static_cast<float*>(grad) + base * classes, classes);
+        continue;
+      }
+      scatter_tile(x, classes, tile, width);
+      for (int l = 0; l < here; ++l) {
+        if (label[first + l] == kUnused) std::memset(tile + l * width, 0, static_cast<std::size_t>(width) * sizeof(float));
+        narrow_row(tile + l * width, classes, batch.logits.type, grad, (base + l) * classes);
+      }
     }
   }
 }
@@ -182,26 +208,25 @@ void grad_natural(const Batch& batch, const plan::CpuLogitsGrad& plan, const T* 
   for_each_task(threads, table_tasks, [&](int64_t task) {
     const int64_t end = cut(labels, table_tasks, task + 1);
     for (int64_t k = cut(labels, table_tasks, task); k < end; ++k) {
-      table_scale[k] = scaled_row(V + k * classes, classes, width, table.get() + k * width);
+      table_scale[k] = -s.scale * scaled_row(V + k * classes, classes, width, table.get() + k * width);
     }
   });
   for_each_task(threads, plan.tasks, [&](int64_t task) {
-    const int most = block_rows(width);
-    Buffer<T> tile((most + kLanes<T>) * width), scratch(kLanes<T> * width);
-    bool ignored = false;
     const int64_t end = cut(rows, plan.tasks, task + 1);
+    if constexpr (sizeof(T) == 4) {
+      if (classes <= kTileClasses && !batch.probs) {
+        grad_transposed(batch, cut(rows, plan.tasks, task), end, lse, table.get(), table_scale.get(), s, grad);
+        return;
+      }
+    }
+    const int most = block_rows(width);
+    Buffer<T> tile(most * width), scratch(width);
+    bool ignored = false;
     for (int64_t i = cut(rows, plan.tasks, task); i < end; i += most) {
       const int count = static_cast<int>(end - i < most ? end - i : most);
       int64_t label[kBlockRows];
       double weight[kBlockRows];
-      used_labels(batch, i, count, label, weight, ignored);
-      if constexpr (sizeof(T) == 4) {
-        if (classes <= kTileClasses && !batch.probs) {
-          transposed_rows(batch, i, count, label, weight, lse, table.get(), table_scale.get(), s, scratch.get(), tile.get());
-          write_rows(tile.get(), width, i, count, classes, batch.logits.type, grad);
-          continue;
-        }
-      }
+      (void)used_labels(batch, i, count, label, weight, ignored);
       for (int r = 0; r < count; ++r) {
         T* to = tile.get() + r * width;
         if (label[r] == kUnused) {
@@ -209,7 +234,7 @@ void grad_natural(const Batch& batch, const plan::CpuLogitsGrad& plan, const T* 
           continue;
         }
         hard_row(batch, read_row(batch.logits, i + r, scratch.get()), table.get() + label[r] * width, table_scale[label[r]],
-                 static_cast<double>(lse[i + r]), weight[r], column_of(label[r], classes), s, to);
+                 static_cast<double>(lse[i + r]), weight[r], column_of(label[r], classes), s.ce_scale, to);
       }
       write_rows(tile.get(), width, i, count, classes, batch.logits.type, grad);
     }
@@ -230,6 +255,7 @@ void grad_by_label(const Batch& batch, const plan::CpuLogitsGrad& plan, const T*
     const int64_t end = cut(rows, plan.tasks, task + 1);
     for (int64_t at = cut(rows, plan.tasks, task); at < end; ++at) {
       const int64_t i = order.rows()[at];
+      if (at + kAhead < end) prefetch_row(batch.logits, order.rows()[at + kAhead]);
       if (at >= order.used()) {
         std::memset(tile.get(), 0, static_cast<std::size_t>(width) * sizeof(T));
       } else {
@@ -237,10 +263,10 @@ void grad_by_label(const Batch& batch, const plan::CpuLogitsGrad& plan, const T*
         const int64_t label = used_label(batch, i, weight, ignored);
         if (label != current) {
           current = label;
-          V_scale = scaled_row(V + label * classes, classes, width, V_row.get());
+          V_scale = -s.scale * scaled_row(V + label * classes, classes, width, V_row.get());
         }
         hard_row(batch, read_row(batch.logits, i, scratch.get()), V_row.get(), V_scale, static_cast<double>(lse[i]), weight,
-                 column_of(label, classes), s, tile.get());
+                 column_of(label, classes), s.ce_scale, tile.get());
       }
       narrow_row(tile.get(), classes, batch.logits.type, grad, i * classes);
     }

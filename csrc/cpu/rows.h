@@ -82,6 +82,15 @@ LDMI_INLINE const T* read_row(const Matrix& m, int64_t i, T* scratch) {
   return scratch;
 }
 
+// Rows in the order of labels are far from each other: ask for them some rows ahead.
+constexpr int64_t kAhead = 4;
+LDMI_INLINE void prefetch_row(const Matrix& m, int64_t i) {
+  if (m.column_stride != 1) return;
+  const int64_t bytes = m.type == Type::kFloat64 ? 8 : m.type == Type::kFloat32 ? 4 : 2;
+  const char* row = static_cast<const char*>(m.data) + i * m.row_stride * bytes;
+  for (int64_t at = 0; at < m.columns * bytes; at += 64) __builtin_prefetch(row + at);
+}
+
 LDMI_INLINE double weight_of(const Weights& w, int64_t i) {
   if (w.data == nullptr) return 1;
   const int64_t at = i * w.stride;
@@ -136,22 +145,29 @@ LDMI_INLINE int64_t used_label(const Batch& batch, int64_t i, double& weight, bo
 }
 
 // used_label of `count` rows from `first` on. The usual case, 64-bit labels without weights, is a loop of its own.
-LDMI_INLINE void used_labels(const Batch& batch, int64_t first, int count, int64_t* label, double* weight, bool& bad) {
+// Returns whether all of them count.
+LDMI_INLINE bool used_labels(const Batch& batch, int64_t first, int count, int64_t* label, double* weight, bool& bad) {
   if (batch.weights.data == nullptr && batch.labels.bytes == 8 && batch.labels.stride == 1 && batch.labels.is_signed) {
     const int64_t* y = static_cast<const int64_t*>(batch.labels.data) + first;
     const uint64_t limit = static_cast<uint64_t>(batch.num_labels);
-    bool wrong = false;
+    int64_t unused = 0, wrong = 0;
     for (int r = 0; r < count; ++r) {
-      const bool ignored = y[r] == batch.ignore_index;
-      const bool inside = static_cast<uint64_t>(y[r]) < limit;
-      label[r] = inside && !ignored ? y[r] : kUnused;
+      const int64_t ignored = -static_cast<int64_t>(y[r] == batch.ignore_index);
+      const int64_t outside = -static_cast<int64_t>(static_cast<uint64_t>(y[r]) >= limit);
+      label[r] = y[r] | ignored | outside;  // kUnused is all ones
       weight[r] = 1;
-      wrong |= !inside && !ignored;
+      unused |= ignored | outside;
+      wrong |= outside & ~ignored;
     }
-    bad |= wrong;
-    return;
+    bad |= wrong != 0;
+    return unused == 0;
   }
-  for (int r = 0; r < count; ++r) label[r] = used_label(batch, first + r, weight[r], bad);
+  bool all = true;
+  for (int r = 0; r < count; ++r) {
+    label[r] = used_label(batch, first + r, weight[r], bad);
+    all &= label[r] != kUnused;
+  }
+  return all;
 }
 
 // The column of the row's own label: stacked problems have labels y + b C.

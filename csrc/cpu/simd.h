@@ -169,7 +169,7 @@ LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
       return splat<T>(coefficients[i]);
     }
   };
-  Vec<T> shifted[U], n[U], r[U], value[U];
+  Vec<T> shifted[U], n[U], r[U], square[U], value[U];
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u) shifted[u] = fma(x[u], splat<T>(static_cast<T>(1.44269504088896340736)), splat<T>(magic));
 #pragma GCC unroll 8
@@ -178,15 +178,18 @@ LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
   for (int u = 0; u < U; ++u) r[u] = fma(n[u], splat<T>(-ln2_high), x[u]);
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u) r[u] = fma(n[u], splat<T>(-ln2_low), r[u]);
+  // in pairs of terms, Horner's rule in r^2: as many operations as in r, and half as many one after the other
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) square[u] = r[u] * r[u];
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u) value[u] = fma(coefficient(0), r[u], coefficient(1));
-#pragma GCC unroll 16
-  for (int i = 2; i < terms; ++i) {
 #pragma GCC unroll 8
-  for (int u = 0; u < U; ++u) value[u] = fma(value[u], r[u], coefficient(i));
+  for (int i = 2; i < terms; i += 2) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) value[u] = fma(value[u], square[u], fma(coefficient(i), r[u], coefficient(i + 1)));
   }
 #pragma GCC unroll 8
-  for (int u = 0; u < U; ++u) value[u] = fma(value[u], r[u] * r[u], r[u]);
+  for (int u = 0; u < U; ++u) value[u] = fma(value[u], square[u], r[u]);
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u) {
     // a cast between vector types keeps the bits

@@ -46,6 +46,28 @@ LDMI_INLINE void transpose(Square (&m)[kSide]) {
 #endif
 }
 
+// The rows of a group: read in place or converted, zeros for a row that does not count (nothing of it may be looked at).
+LDMI_INLINE void rows_of_group(const Matrix& m, int64_t first, int count, const int64_t* label, float* scratch,
+                               const float** rows) {
+  constexpr int lanes = kLanes<float>;
+  const int64_t width = padded<float>(m.columns);
+  for (int l = 0; l < lanes; ++l) {
+    const int r = l < count ? l : count - 1;
+    if (label[r] != kUnused) {
+      rows[l] = read_row(m, first + r, scratch + l * width);
+    } else {
+      std::memset(scratch + l * width, 0, static_cast<std::size_t>(width) * sizeof(float));
+      rows[l] = scratch + l * width;
+    }
+  }
+}
+
+// Whether `count` rows from `first` on can be read in place, with the padding of the last one.
+LDMI_INLINE bool in_place(const Matrix& m, int64_t first, int64_t count) {
+  return m.type == Type::kFloat32 && m.column_stride == 1 &&
+         (first + count - 1) * m.row_stride + padded<float>(m.columns) <= (m.rows - 1) * m.row_stride + m.columns;
+}
+
 // Rows (each with padded<float>(classes) readable values) into a tile.
 LDMI_INLINE void gather_tile(const float* const* rows, int64_t classes, float* tile) {
   constexpr int lanes = kLanes<float>;
@@ -61,11 +83,13 @@ LDMI_INLINE void gather_tile(const float* const* rows, int64_t classes, float* t
   }
 }
 
-// A tile into rows that are `width` apart.
+// A tile into rows that are `width` >= classes apart. Whole squares are stored: what they write past the end of a row falls on the
+// beginning of the next ones, which are stored after it (columns from the last to the first, rows from the first to the last), and up
+// to kSide - 1 values behind the last row.
 LDMI_INLINE void scatter_tile(const float* tile, int64_t classes, float* rows, int64_t width) {
   constexpr int lanes = kLanes<float>;
   for (int r = 0; r < lanes; r += kSide) {
-    for (int64_t c = 0; c < classes; c += kSide) {
+    for (int64_t c = (classes - 1) / kSide * kSide; c >= 0; c -= kSide) {
       Square m[kSide];
 #pragma GCC unroll 8
       for (int i = 0; i < kSide; ++i) m[i] = *reinterpret_cast<const SquareInMemory*>(tile + (c + i) * lanes + r);
