@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .engines import composite
+from .engines import composite, native
 from .engines.combine import combine
 from .options import Options
 
@@ -64,48 +64,62 @@ def _target_grad(
     return torch.cat(blocks)
 
 
-class _Loss(torch.autograd.Function):
-    """joint -> logdet_inverse -> combine, and logits_grad; or all of it in ``fused``."""
+class _Fused(torch.autograd.Function):
+    """The loss and its gradient from one op; the backward scales the gradient into a new tensor."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        logits: Tensor,
-        target: Tensor,
-        sample_weight: Tensor | None,
-        options: Options,
-        engine: ModuleType,
+        ctx: FunctionCtx, logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType
     ) -> Tensor:
+        loss, grad = engine.fused(
+            logits,
+            target,
+            sample_weight,
+            options.ignore_index,
+            options.absent,
+            options.eps,
+            options.normalize,
+            options.cross_entropy_weight,
+            options.input,
+        )
         ctx.options = options
-        ctx.engine = engine
-        ctx.fused = engine.is_fused(logits, target)
-        if ctx.fused:
-            loss, grad = engine.fused(
-                logits,
-                target,
-                sample_weight,
-                options.ignore_index,
-                options.absent,
-                options.eps,
-                options.normalize,
-                options.cross_entropy_weight,
-                options.input,
-            )
-            ctx.save_for_backward(logits, target, sample_weight, grad)
-            return loss
-        loss, lse, V, scale, ce_scale = _staged(logits, target, sample_weight, options, engine)
-        ctx.save_for_backward(logits, target, sample_weight, lse, V, scale, ce_scale)
+        ctx.save_for_backward(logits, target, sample_weight, grad)
         return loss
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        options = ctx.options
+        logits, target, sample_weight, saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            logits, target, sample_weight, *_ = ctx.saved_tensors
             return _gradients_with_graph(ctx, composite.loss, logits, target, sample_weight, grad)
-        if ctx.fused:
-            return ctx.saved_tensors[3] * grad, None, None, None, None
+        return saved * grad, None, None, None, None
+
+
+class _Loss(torch.autograd.Function):
+    """joint -> logdet_inverse -> combine, and in the backward logits_grad."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType
+    ) -> Tensor:
+        S, n, lse, ce = engine.joint(
+            logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input
+        )
+        log_abs_det, _, kept, V = engine.logdet_inverse(S, n, options.absent)
+        total = composite.total_weight(target, sample_weight, n)
+        loss, scale, ce_scale = combine(
+            log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight
+        )
+        ctx.options = options
+        ctx.engine = engine
+        ctx.save_for_backward(logits, target, sample_weight, lse, V, scale, ce_scale)
+        return loss.to(composite.compute_dtype(logits.dtype))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        options = ctx.options
         logits, target, sample_weight, lse, V, scale, ce_scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _gradients_with_graph(ctx, composite.loss, logits, target, sample_weight, grad)
         scale, ce_scale = scale * grad, ce_scale * grad
         d_logits = d_target = None
         if ctx.needs_input_grad[0]:
@@ -115,21 +129,6 @@ class _Loss(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_target = _target_grad(logits, target, sample_weight, V, scale, ce_scale, options)
         return d_logits, d_target, None, None, None
-
-
-def _staged(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType
-) -> tuple[Tensor, ...]:
-    """The loss [], and what its backward needs: lse, V, scale, ce_scale."""
-    S, n, lse, ce = engine.joint(
-        logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input
-    )
-    log_abs_det, _, kept, V = engine.logdet_inverse(S, n, options.absent)
-    total = composite.total_weight(target, sample_weight, n)
-    loss, scale, ce_scale = combine(
-        log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight
-    )
-    return loss.to(composite.compute_dtype(logits.dtype)), lse, V, scale, ce_scale
 
 
 class _Joint(torch.autograd.Function):
@@ -180,7 +179,13 @@ def loss(
     """The loss [] of flattened arguments, by ``engine``, differentiable."""
     if engine is composite or transformed():
         return composite.loss(logits, target, sample_weight, options)
-    return _Loss.apply(logits, target, sample_weight, options, engine)
+    function = _Fused if engine.is_fused(logits, target) else _Loss
+    return function.apply(logits, target, sample_weight, options, engine)
+
+
+def fused(logits: Tensor, target: Tensor, options: Options) -> Tensor:
+    """The loss [] of a small problem by the compiled engine, differentiable."""
+    return _Fused.apply(logits, target, None, options, native)
 
 
 def joint_matrix(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from . import autograd
 from .checks import check_tensors, flatten, raise_for_values
+from .engines import native
 from .engines.choose import choose
-from .options import Options, explain_keywords, make_options
+from .options import ENGINE_VARIABLE, Options, explain_keywords, make_options
 
 
 def prepare(
@@ -24,16 +26,40 @@ def prepare(
 
 def _check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
     """On the CPU in eager, a NaN result is worth a look at the labels and weights: they may be out of range."""
-    if type(value) is not Tensor or value.device.type != "cpu" or autograd.transformed():
-        return
-    if math.isnan(value.item()):
+    if type(value) is Tensor and value.is_cpu and not autograd.transformed() and math.isnan(value.item()):
         raise_for_values(target, sample_weight, classes, ignore_index)
+
+
+def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
+    """Whether this is the usual step of a small problem: plain tensors (N, C) and (N,) on the CPU, in eager mode, nothing forced."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(logits) is Tensor
+        and type(target) is Tensor
+        and logits.is_cpu
+        and target.is_cpu
+        and logits.dim() == 2
+        and native.is_fused(logits, target)
+        and options.engine is None
+        and ENGINE_VARIABLE not in os.environ
+        and not autograd.transformed()
+    )
 
 
 def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
     """The loss for checked options: what ``dmi_loss`` and ``DMILoss`` share."""
+    if sample_weight is None and _is_small_step(logits, target, options):
+        # The checks below would cost as much as the loss itself. The op makes those that memory needs, and if it refuses, they say why.
+        try:
+            loss = autograd.fused(logits, target, options)
+        except RuntimeError:
+            check_tensors(logits, target, None, options)
+            raise
+        if math.isnan(loss.item()):
+            raise_for_values(target, None, logits.shape[1], options.ignore_index)
+        return loss
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
-    engine = choose(logits.device, options)
+    engine = choose(logits, options)
     loss = autograd.loss(logits, target, sample_weight, options, engine)
     if not torch.compiler.is_compiling():
         _check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
@@ -128,7 +154,7 @@ def joint_matrix(
         explain_keywords("joint_matrix", unknown)
     options = make_options(ignore_index, "present", 0.0, normalize, 0.0, input, engine)
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
-    joint = autograd.joint_matrix(logits, target, sample_weight, options, choose(logits.device, options))
+    joint = autograd.joint_matrix(logits, target, sample_weight, options, choose(logits, options))
     if not torch.compiler.is_compiling():
         _check_values(joint.sum(), target, sample_weight, logits.shape[1], options.ignore_index)
     return joint

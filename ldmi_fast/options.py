@@ -56,7 +56,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _number(name: str, value: object, unit: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float ({unit}), got {type(value).__name__}: {value!r}")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and >= 0 ({unit}), got {value!r}")
 
 

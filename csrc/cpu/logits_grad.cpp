@@ -249,6 +249,8 @@ void grad_by_label(const Batch& batch, const plan::CpuLogitsGrad& plan, const T*
   LabelOrder order(batch, plan::sort_tasks(rows, batch.num_labels), threads);
   for_each_task(threads, plan.tasks, [&](int64_t task) {
     Buffer<T> tile(width), scratch(width), V_row(width);
+    // rows of whole vectors are written where they belong
+    const bool direct = width == classes && (batch.logits.type == Type::kFloat32 || batch.logits.type == Type::kFloat64);
     double V_scale = 1;
     int64_t current = kUnused;
     bool ignored = false;
@@ -256,8 +258,9 @@ void grad_by_label(const Batch& batch, const plan::CpuLogitsGrad& plan, const T*
     for (int64_t at = cut(rows, plan.tasks, task); at < end; ++at) {
       const int64_t i = order.rows()[at];
       if (at + kAhead < end) prefetch_row(batch.logits, order.rows()[at + kAhead]);
+      T* to = direct ? static_cast<T*>(grad) + i * classes : tile.get();
       if (at >= order.used()) {
-        std::memset(tile.get(), 0, static_cast<std::size_t>(width) * sizeof(T));
+        std::memset(to, 0, static_cast<std::size_t>(width) * sizeof(T));
       } else {
         double weight;
         const int64_t label = used_label(batch, i, weight, ignored);
@@ -266,9 +269,9 @@ void grad_by_label(const Batch& batch, const plan::CpuLogitsGrad& plan, const T*
           V_scale = -s.scale * scaled_row(V + label * classes, classes, width, V_row.get());
         }
         hard_row(batch, read_row(batch.logits, i, scratch.get()), V_row.get(), V_scale, static_cast<double>(lse[i]), weight,
-                 column_of(label, classes), s.ce_scale, tile.get());
+                 column_of(label, classes), s.ce_scale, to);
       }
-      narrow_row(tile.get(), classes, batch.logits.type, grad, i * classes);
+      if (!direct) narrow_row(to, classes, batch.logits.type, grad, i * classes);
     }
   });
 }

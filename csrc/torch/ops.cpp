@@ -11,6 +11,10 @@
 #include <string>
 #include <tuple>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "../cpu/kernels.h"
 #include "../plan/plan.h"
 
@@ -35,6 +39,20 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
                                            aoti_torch_device_type_cpu(), 0, &handle) == 0,
                   "ldmi_fast: out of memory");
   return Tensor(handle);
+}
+
+// The gradient [N, C]. A large one is new memory from the system at every step, whose first touch costs a page fault each 4 KiB, more
+// than the kernel itself; huge pages, where the system lets a program ask for them, make that one fault each 2 MiB.
+Tensor empty_grad(const Tensor& logits) {
+  Tensor grad = empty({logits.size(0), logits.size(1)}, logits.scalar_type());
+#ifdef __linux__
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(grad.numel()) * grad.element_size();
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (last > first + kHuge) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be declined
+#endif
+  return grad;
 }
 
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
@@ -237,7 +255,7 @@ Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_we
   const cpu::Batch batch = batch_of(logits, target, sample_weight, V.size(0), ignore_index, input);
   V = dense(V);
   lse = dense(lse);
-  Tensor grad = empty({batch.logits.rows, batch.logits.columns}, logits.scalar_type());
+  Tensor grad = empty_grad(logits);
   cpu::kernels().logits_grad(batch, lse.data_ptr(), static_cast<const double*>(V.data_ptr()),
                              *static_cast<const double*>(scale.data_ptr()), *static_cast<const double*>(ce_scale.data_ptr()),
                              grad.data_ptr(), kThreads);
@@ -250,7 +268,7 @@ std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Ten
                   "ldmi_fast: fused takes class indices and at most ", plan::kGaussJordanClasses, " classes");
   const cpu::Batch batch = batch_of(logits, target, sample_weight, logits.size(1), ignore_index, input);
   Tensor loss = empty({}, compute_type(logits));
-  Tensor grad = empty({batch.logits.rows, batch.logits.columns}, logits.scalar_type());
+  Tensor grad = empty_grad(logits);
   const double value =
       cpu::kernels().fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, grad.data_ptr(), kThreads);
   if (compute_type(logits) == ScalarType::Double) {

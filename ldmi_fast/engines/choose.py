@@ -55,15 +55,15 @@ def available(device: torch.device | str = "cpu") -> dict[str, str]:
     return {name: why_not(name, torch.device(device)) for name in ENGINES}
 
 
-def choose(device: torch.device, options: Options) -> ModuleType:
-    """The engine for tensors on ``device``.
+def choose(logits: Tensor, options: Options) -> ModuleType:
+    """The engine for these logits.
 
     Raises:
         RuntimeError: the engine that was forced cannot run there, and why.
     """
-    if options.engine is None and device.type == "cpu" and ENGINE_VARIABLE not in os.environ and ops.compiled is not None:
+    if options.engine is None and logits.is_cpu and ENGINE_VARIABLE not in os.environ and ops.compiled is not None:
         return native  # the usual case, at every step
-    return _MODULES[choose_name(device, options)]
+    return _MODULES[choose_name(logits.device, options)]
 
 
 def choose_name(device: torch.device, options: Options) -> str:

@@ -13,7 +13,7 @@ logits_grad = torch.ops.ldmi_fast.logits_grad.default
 fused = torch.ops.ldmi_fast.fused.default
 
 # One launch for the whole problem up to these sizes; csrc/plan says why.
-_FUSED_CLASSES, _FUSED_ELEMENTS = ops.compiled.fused_limits() if ops.compiled is not None else (0, 0)
+_FUSED_CLASSES, _FUSED_ELEMENTS = ops.compiled.fused_limits() if ops.compiled is not None else (0, -1)
 
 
 def can_run(device: torch.device) -> str:
@@ -27,5 +27,4 @@ def can_run(device: torch.device) -> str:
 
 def is_fused(logits: Tensor, target: Tensor) -> bool:
     """Whether the loss and its gradient come from one call: small problems with hard labels."""
-    rows, classes = logits.shape
-    return classes <= _FUSED_CLASSES and rows * classes <= _FUSED_ELEMENTS and target.dim() == 1
+    return target.dim() == 1 and logits.numel() <= _FUSED_ELEMENTS and logits.size(1) <= _FUSED_CLASSES
