@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -14,7 +15,7 @@
   void joint(const Batch&, double*, double*, void*, double*, const Threads&);                                                 \
   void logits_grad(const Batch&, const void*, const double*, double, double, void*, const Threads&);                          \
   Determinant logdet_inverse(const double*, const double*, int64_t, bool, double*);                                           \
-  double fused(const Batch&, const FusedOptions&, void*, const Threads&);                                                     \
+  double fused(const Batch&, const FusedOptions&, FactorFn, void*, const Threads&);                                           \
   }
 #define LDMI_KERNELS(ISA) Kernels{#ISA, ISA::joint, ISA::logits_grad, ISA::logdet_inverse, ISA::fused}
 
@@ -67,26 +68,33 @@ const Kernels& kernels() {
   return chosen;
 }
 
-Screening equilibrate(const double* S, const double* n, int64_t C, bool strict, double* R) {
+Screening equilibrate(double* S, const double* n, int64_t C, bool strict) {
   Screening out{0, true, false, 0};
-  constexpr int64_t kTile = 16;  // a transposition, in tiles that stay in L1
+  std::vector<double> row_sums(static_cast<std::size_t>(C), 0.0);
+  const auto entry = [&](int64_t i, int64_t j) {
+    const double value = S[i * C + j];
+    out.finite &= std::isfinite(value);
+    const double scaled = n[i] > 0 && n[j] > 0 ? value / n[i] : (i == j ? 1.0 : 0.0);
+    row_sums[static_cast<std::size_t>(i)] += std::fabs(scaled);
+    return scaled;
+  };
+  // entries (i, j) and (j, i) change places, in pairs of tiles that stay in L1
+  constexpr int64_t kTile = 32;
   for (int64_t i0 = 0; i0 < C; i0 += kTile) {
-    double sum[kTile] = {};
-    const int64_t i1 = std::min(C, i0 + kTile);
-    for (int64_t j = 0; j < C; ++j) {
-      for (int64_t i = i0; i < i1; ++i) {
-        const double entry = S[i * C + j];
-        out.finite &= std::isfinite(entry);
-        const double value = n[i] > 0 && n[j] > 0 ? entry / n[i] : (i == j ? 1.0 : 0.0);
-        R[j * C + i] = value;
-        sum[i - i0] += std::fabs(value);
+    for (int64_t j0 = i0; j0 < C; j0 += kTile) {
+      for (int64_t i = i0; i < std::min(C, i0 + kTile); ++i) {
+        for (int64_t j = std::max(j0, i); j < std::min(C, j0 + kTile); ++j) {
+          const double upper = entry(i, j);
+          if (i != j) S[i * C + j] = entry(j, i);
+          S[j * C + i] = upper;
+        }
       }
     }
-    for (int64_t i = i0; i < i1; ++i) {
-      out.norm = std::max(out.norm, sum[i - i0]);
-      out.finite &= std::isfinite(n[i]);
-      out.present += n[i] > 0;
-    }
+  }
+  for (int64_t i = 0; i < C; ++i) {
+    out.norm = std::max(out.norm, row_sums[static_cast<std::size_t>(i)]);
+    out.finite &= std::isfinite(n[i]);
+    out.present += n[i] > 0;
   }
   out.dead = strict && out.present > 0 && out.present < C;
   return out;

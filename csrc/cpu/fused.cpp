@@ -1,11 +1,11 @@
-// The whole loss and its gradient in one call, for problems whose memory fits in the second-level cache.
+// The whole loss and its gradient in one call, for small problems.
 
 #include "isa.h"
 #include "rows.h"
 
 namespace ldmi::cpu::LDMI_ISA {
 
-double fused(const Batch& batch, const FusedOptions& options, void* grad, const Threads& threads) {
+double fused(const Batch& batch, const FusedOptions& options, FactorFn factor, void* grad, const Threads& threads) {
   const int64_t rows = batch.logits.rows, C = batch.logits.columns;
   Buffer<double> workspace(2 * C * C + C + rows);
   double* S = workspace.get();
@@ -14,7 +14,7 @@ double fused(const Batch& batch, const FusedOptions& options, void* grad, const 
   double* lse = n + C;  // floats or doubles
   double ce = 0;
   joint(batch, S, n, lse, &ce, threads);
-  const Determinant det = logdet_inverse(S, n, C, options.strict, V);
+  const Determinant det = factor(S, n, C, options.strict, V);
   double total = 0;
   for (int64_t k = 0; k < C; ++k) total += n[k];
   const bool empty = total == 0;

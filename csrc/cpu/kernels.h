@@ -85,8 +85,11 @@ struct FusedOptions {
   double cross_entropy_weight;
 };
 
-// The loss (returned) and its gradient `grad` [N, C], for hard labels and small C.
-using FusedFn = double (*)(const Batch&, const FusedOptions&, void* grad, const Threads&);
+// What fused calls between its two passes: log|det S| and V, and S may be overwritten.
+using FactorFn = Determinant (*)(double* S, const double* n, int64_t C, bool strict, double* V);
+
+// The loss (returned) and its gradient `grad` [N, C], for hard labels.
+using FusedFn = double (*)(const Batch&, const FusedOptions&, FactorFn, void* grad, const Threads&);
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -110,8 +113,8 @@ struct Screening {
   int64_t present;  // number of classes that have weight
 };
 
-// R = diag(1/n) S of the classes that have weight, identity rows and columns for the others, column-major [C, C].
-Screening equilibrate(const double* S, const double* n, int64_t C, bool strict, double* R_column_major);
+// In place of S, R = diag(1/n) S of the classes that have weight, with identity rows and columns for the others, column-major [C, C].
+Screening equilibrate(double* S, const double* n, int64_t C, bool strict);
 
 // From LAPACK's LU (column-major, its pivots 1-based) the determinant of S; singular as the contract says.
 Determinant determinant_of(const Screening&, const double* LU_column_major, const int32_t* pivots, const double* n, int64_t C, bool strict);

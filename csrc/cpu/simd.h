@@ -156,10 +156,10 @@ LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
   constexpr T ln2_high = static_cast<T>(single ? 0.693359375 : 6.93145751953125e-1);
   constexpr T ln2_low = static_cast<T>(single ? -2.12194440e-4 : 1.42860682030941723212e-6);
   // (exp(r) - 1 - r) / r^2: minimax (S. Moshier's Cephes) in single precision; Taylor, whose remainder is below 2^-57, in double
-  constexpr double coefficients[] = {
+  [[maybe_unused]] constexpr double coefficients[] = {
       1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0,
       1.0 / 720.0,        1.0 / 120.0,       1.0 / 24.0,       1.0 / 6.0,       0.5};
-  constexpr float short_coefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+  [[maybe_unused]] constexpr float short_coefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                           4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   constexpr int terms = single ? 6 : 12;
   const auto coefficient = [&](int i) {

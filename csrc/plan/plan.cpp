@@ -21,8 +21,8 @@ CpuJoint cpu_joint(int64_t rows, int64_t classes, int64_t labels) {
   CpuJoint out{};
   if (labels * classes <= kPrivateSums) {
     out.order = Order::kNatural;
-    // private sums within 2 MiB in all
-    const int64_t most = clamp((int64_t{1} << 18) / std::max<int64_t>(labels * classes, 1), 16, 256);
+    // private sums within 2 MiB in all, and no more of them than are soon paid for: two rows or more for each row of sums
+    const int64_t most = clamp(std::min((int64_t{1} << 18) / std::max<int64_t>(labels * classes, 1), rows / (2 * labels)), 1, 256);
     out.tasks = clamp(rows * classes / kTaskElements, 1, most);
     out.workspace_bytes = out.tasks * labels * (classes + 16) * 8;
   } else {
@@ -61,7 +61,7 @@ Plan cpu(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value
   Plan out{};
   const int64_t compute_bytes = value_bytes == 8 ? 8 : 4;
   const std::string factor = classes <= kGaussJordanClasses ? "logdet_inverse (Gauss-Jordan)" : "logdet_inverse (LAPACK LU)";
-  const int64_t factor_bytes = (classes <= kGaussJordanClasses ? 1 : 2) * classes * classes * 8;
+  const int64_t factor_bytes = classes * classes * 8;
   if (soft) {
     const CpuSoft plan = cpu_soft(rows, classes, labels, compute_bytes);
     out.kernels = {"joint (soft targets)", factor, "logits_grad (soft targets)"};
@@ -72,12 +72,12 @@ Plan cpu(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value
   }
   const CpuJoint joint = cpu_joint(rows, classes, labels);
   const CpuLogitsGrad grad = cpu_logits_grad(rows, classes, labels, compute_bytes);
-  if (classes <= kFusedClasses && rows * classes <= kFusedElements) {
-    out.kernels = {"fused (joint, Gauss-Jordan, logits_grad)"};
+  if (is_fused(rows, classes)) {
+    out.kernels = {std::string("fused (joint, ") + factor + ", logits_grad)"};
     out.regime = "small: one call leaves the loss and its gradient";
-    out.workspace_bytes = joint.workspace_bytes + 3 * classes * (classes + 16) * 8 + rows * compute_bytes;
-    out.reason = "C <= " + std::to_string(kFusedClasses) + " and N * C <= " + std::to_string(kFusedElements) +
-                 ": dispatching three ops would cost more than they do";
+    out.workspace_bytes = std::max(joint.workspace_bytes, grad.workspace_bytes) + 2 * classes * classes * 8 + (classes + rows) * 8;
+    out.reason = "N * C <= " + std::to_string(kFusedElements) + " or N <= " + std::to_string(kFusedRowsPerClass) +
+                 " C: dispatching three ops would cost more than it saves";
     return out;
   }
   const auto name = [](Order order) { return order == Order::kNatural ? "natural order" : "label order"; };

@@ -8,10 +8,12 @@
 
 namespace ldmi::plan {
 
-// Small problems with hard labels: loss and gradient in one call. The dispatch of three ops costs more than they do; all the memory
-// fits in the second-level cache, and the factorisation is our own.
-inline constexpr int64_t kFusedClasses = 64;
-inline constexpr int64_t kFusedElements = 65536;  // N * C
+// Small problems with hard labels: loss and gradient in one call. The dispatch of the three ops and of the scalars between them costs
+// some 200 us, more than they do; the gradient takes one more pass over at most 1 MiB.
+inline constexpr int64_t kFusedElements = 262144;  // N * C
+// So do problems with few rows for their classes, whose cost is the factorisation: the memory of S is then used again for its factors.
+inline constexpr int64_t kFusedRowsPerClass = 2;  // N / C
+inline bool is_fused(int64_t rows, int64_t classes) { return rows * classes <= kFusedElements || rows <= kFusedRowsPerClass * classes; }
 
 // Gauss-Jordan in registers and L1 up to here; LAPACK's blocked LU above.
 inline constexpr int64_t kGaussJordanClasses = 64;

@@ -24,8 +24,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("rows"), py::arg("classes"), py::arg("labels"), py::arg("soft"), py::arg("value_bytes"), py::arg("probs"),
       "The plan of the CPU engine for N rows, C classes and K labels: kernels, regime, workspace_bytes, reason.");
   m.def(
-      "fused_limits", [] { return py::make_tuple(ldmi::plan::kFusedClasses, ldmi::plan::kFusedElements); },
-      "(classes, elements): the loss and its gradient come from one call up to these.");
+      "fused_limits", [] { return py::make_tuple(ldmi::plan::kFusedElements, ldmi::plan::kFusedRowsPerClass); },
+      "(N * C, N / C): the loss and its gradient come from one call up to either of these.");
   m.def(
       "build_info",
       [] {

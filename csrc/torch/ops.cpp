@@ -163,30 +163,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> joint(Tensor logits, Tensor target, s
   return {S, n, lse, ce};
 }
 
-// log|det| and V of one larger matrix by torch's LAPACK, in two column-major matrices beside S: R, which LU overwrites, and V.
-cpu::Determinant logdet_inverse_lapack(const Tensor& S, const double* s, const double* n, int64_t C, bool strict, double* V,
-                                       const Tensor& out) {
-  Tensor R = torch::stable::transpose(empty({C, C}, ScalarType::Double), 0, 1);
-  const cpu::Screening screening = cpu::equilibrate(s, n, C, strict, static_cast<double*>(R.data_ptr()));
+// A column-major [C, C] matrix of doubles in memory that is not torch's.
+Tensor column_major(double* data, int64_t C) {
+  const int64_t sizes[] = {C, C}, strides[] = {1, C};
+  AtenTensorHandle handle;
+  STD_TORCH_CHECK(aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, aoti_torch_dtype_float64(),
+                                                     aoti_torch_device_type_cpu(), 0, &handle) == 0,
+                  "ldmi_fast: cannot wrap a matrix");
+  return Tensor(handle);
+}
+
+// log|det| and V of one larger matrix by torch's LAPACK, in no more memory than S, which becomes R and then its LU factors, and V.
+cpu::Determinant factor_lapack(double* S, const double* n, int64_t C, bool strict, double* V) {
+  const cpu::Screening screening = cpu::equilibrate(S, n, C, strict);
   cpu::Determinant found{};
   if (!screening.finite || screening.dead) {
     found = cpu::determinant_of(screening, nullptr, nullptr, n, C, strict);
   } else {
-    Tensor pivots = empty({C}, ScalarType::Int);
-    Tensor info = empty({}, ScalarType::Int);
+    const Tensor R = column_major(S, C), pivots = empty({C}, ScalarType::Int), info = empty({}, ScalarType::Int);
     using torch::stable::detail::from;
     using torch::stable::detail::to;
     std::array<StableIValue, 6> factor{from(R), from(true), from(false), from(R), from(pivots), from(info)};
     STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_lu_factor_ex", "out", factor.data(), TORCH_ABI_VERSION) == 0,
                     "ldmi_fast: LU factorisation failed");
     for (int i = 0; i < 3; ++i) (void)to<Tensor>(factor[i]);
-    found = cpu::determinant_of(screening, static_cast<const double*>(R.data_ptr()), static_cast<const int32_t*>(pivots.data_ptr()), n,
-                                C, strict);
+    found = cpu::determinant_of(screening, S, static_cast<const int32_t*>(pivots.data_ptr()), n, C, strict);
     if (found.sign != 0) {
       // X = R^{-1}, column-major, is R^{-T}, row-major
       std::memset(V, 0, static_cast<std::size_t>(C * C) * sizeof(double));
       for (int64_t i = 0; i < C; ++i) V[i * C + i] = 1;
-      Tensor X = torch::stable::transpose(out, 0, 1);
+      const Tensor X = column_major(V, C);
       std::array<StableIValue, 6> solve{from(R), from(pivots), from(X), from(true), from(false), from(X)};
       STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_lu_solve", "out", solve.data(), TORCH_ABI_VERSION) == 0,
                       "ldmi_fast: solving with the LU factors failed");
@@ -195,6 +201,11 @@ cpu::Determinant logdet_inverse_lapack(const Tensor& S, const double* s, const d
   }
   cpu::finish_inverse(screening, found, n, C, V);
   return found;
+}
+
+// S may be overwritten.
+cpu::Determinant factor(double* S, const double* n, int64_t C, bool strict, double* V) {
+  return C <= plan::kGaussJordanClasses ? cpu::kernels().logdet_inverse(S, n, C, strict, V) : factor_lapack(S, n, C, strict, V);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logdet_inverse(Tensor S, Tensor n, std::string absent) {
@@ -237,8 +248,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logdet_inverse(Tensor S, Tensor n, st
       write(i, cpu::kernels().logdet_inverse(s + i * C * C, weights + i * C, C, strict, v + i * C * C));
     });
   } else {
+    const Tensor scratch = empty({C, C}, ScalarType::Double);
+    double* R = static_cast<double*>(scratch.data_ptr());
     for (int64_t i = 0; i < count; ++i) {
-      write(i, logdet_inverse_lapack(S, s + i * C * C, weights + i * C, C, strict, v + i * C * C, torch::stable::select(V, 0, i)));
+      std::memcpy(R, s + i * C * C, static_cast<std::size_t>(C * C) * sizeof(double));
+      write(i, factor_lapack(R, weights + i * C, C, strict, v + i * C * C));
     }
   }
   return {shaped(log_abs_det, false), shaped(sign, false), shaped(kept, false), shaped(V, true)};
@@ -264,13 +278,12 @@ Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_we
 
 std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Tensor> sample_weight, int64_t ignore_index,
                                  std::string absent, double eps, bool normalize, double cross_entropy_weight, std::string input) {
-  STD_TORCH_CHECK(target.dim() == 1 && logits.dim() == 2 && logits.size(1) <= plan::kGaussJordanClasses,
-                  "ldmi_fast: fused takes class indices and at most ", plan::kGaussJordanClasses, " classes");
+  STD_TORCH_CHECK(target.dim() == 1 && logits.dim() == 2, "ldmi_fast: fused takes logits [N, C] and class indices [N]");
   const cpu::Batch batch = batch_of(logits, target, sample_weight, logits.size(1), ignore_index, input);
   Tensor loss = empty({}, compute_type(logits));
   Tensor grad = empty_grad(logits);
   const double value =
-      cpu::kernels().fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, grad.data_ptr(), kThreads);
+      cpu::kernels().fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, factor, grad.data_ptr(), kThreads);
   if (compute_type(logits) == ScalarType::Double) {
     *static_cast<double*>(loss.data_ptr()) = value;
   } else {

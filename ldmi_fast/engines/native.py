@@ -12,8 +12,8 @@ logdet_inverse = torch.ops.ldmi_fast.logdet_inverse.default
 logits_grad = torch.ops.ldmi_fast.logits_grad.default
 fused = torch.ops.ldmi_fast.fused.default
 
-# One launch for the whole problem up to these sizes; csrc/plan says why.
-_FUSED_CLASSES, _FUSED_ELEMENTS = ops.compiled.fused_limits() if ops.compiled is not None else (0, -1)
+# One call for the whole problem up to either of these; csrc/plan says why.
+_FUSED_ELEMENTS, _FUSED_ROWS_PER_CLASS = ops.compiled.fused_limits() if ops.compiled is not None else (-1, -1)
 
 
 def can_run(device: torch.device) -> str:
@@ -27,4 +27,6 @@ def can_run(device: torch.device) -> str:
 
 def is_fused(logits: Tensor, target: Tensor) -> bool:
     """Whether the loss and its gradient come from one call: small problems with hard labels."""
-    return target.dim() == 1 and logits.numel() <= _FUSED_ELEMENTS and logits.size(1) <= _FUSED_CLASSES
+    return target.dim() == 1 and (
+        logits.numel() <= _FUSED_ELEMENTS or logits.size(0) <= _FUSED_ROWS_PER_CLASS * logits.size(1)
+    )
