@@ -58,6 +58,27 @@ def cxx_compiler() -> str | None:
     return None
 
 
+PROBE = """
+#if __cplusplus < 202002L
+#error C++20
+#endif
+#include <Python.h>
+typedef float V __attribute__((vector_size(16)));
+V f(V a) { return __builtin_shufflevector(a, a, 1, 0, 3, 2); }
+"""
+
+
+def what_compiler_lacks(compiler: str) -> str:
+    """Why the compiler cannot build the module; empty if a small program with what the kernels need compiles."""
+    include = sysconfig.get_paths()["include"]
+    command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{include}", "-x", "c++", "-"]
+    result = subprocess.run(command, input=PROBE, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return ""
+    first = next((line for line in result.stderr.splitlines() if "error" in line), "it fails")
+    return f"{compiler} cannot compile them (C++20 with vector extensions, so GCC 12 or clang, and Python's headers): {first}"
+
+
 def why_pure() -> str:
     """Why no compiled module is built; empty if one is."""
     choice = os.environ.get("LDMI_FAST_NATIVE", "auto")
@@ -65,13 +86,15 @@ def why_pure() -> str:
         raise SystemExit(f"LDMI_FAST_NATIVE must be 0, 1 or auto, got {choice!r}")
     if choice == "0":
         return "LDMI_FAST_NATIVE=0"
-    missing = ""
-    if sys.platform == "win32":
-        missing = "the compiled kernels are not available on Windows"
-    elif cxx_compiler() is None:
+    compiler = cxx_compiler()
+    if not sys.platform.startswith("linux"):
+        missing = f"the compiled kernels are built on Linux only, and this is {sys.platform}"
+    elif compiler is None:
         missing = "no C++ compiler found (looked for $CXX, c++, g++, clang++)"
     elif torch_folder() is None:
         missing = "torch >= 2.10 is not installed, and its headers are needed"
+    else:
+        missing = what_compiler_lacks(compiler)
     if missing and choice == "1":
         raise SystemExit(f"ldmi_fast: LDMI_FAST_NATIVE=1, but {missing}")
     return missing

@@ -9,6 +9,7 @@ import torch
 
 from . import __version__, dmi_loss, ops
 from .engines.choose import available, why_not
+from .options import ENGINE_VARIABLE, Options, forced_engine
 
 
 def _self_check(engine: str) -> tuple[float, float]:
@@ -34,14 +35,28 @@ def main() -> int:
     if ops.compiled is None:
         print(f"compiled kernels: none; {ops.why_not_compiled}")
     else:
-        print("compiled kernels: " + ", ".join(f"{k} {v}" for k, v in ops.compiled.build_info().items()))
+        try:
+            print("compiled kernels: " + ", ".join(f"{k} {v}" for k, v in ops.compiled.build_info().items()))
+        except RuntimeError as error:
+            print(f"compiled kernels: {error}")
     print(f"threads: {torch.get_num_threads()}")
     failed = False
+    try:
+        forced = forced_engine(Options())
+        print(f"engine forced by {ENGINE_VARIABLE}: {forced or 'none'}")
+    except ValueError as error:
+        print(error)
+        failed = True
     for name, reason in available().items():
         if reason:
             print(f"engine {name:<10} cannot run: {reason}")
             continue
-        loss_error, grad_error = _self_check(name)
+        try:
+            loss_error, grad_error = _self_check(name)
+        except RuntimeError as error:  # such as an LDMI_FAST_ISA that this processor lacks
+            print(f"engine {name:<10} cannot run: {error}")
+            failed = True
+            continue
         good = loss_error < 4e-6 and grad_error < 4e-6
         failed |= not good
         print(

@@ -69,7 +69,12 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType
+        ctx: FunctionCtx,
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        options: Options,
+        engine: ModuleType,
     ) -> Tensor:
         loss, grad = engine.fused(
             logits,
@@ -99,16 +104,17 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType
+        ctx: FunctionCtx,
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        options: Options,
+        engine: ModuleType,
     ) -> Tensor:
-        S, n, lse, ce = engine.joint(
-            logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input
-        )
+        S, n, lse, ce = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
         log_abs_det, _, kept, V = engine.logdet_inverse(S, n, options.absent)
         total = composite.total_weight(target, sample_weight, n)
-        loss, scale, ce_scale = combine(
-            log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight
-        )
+        loss, scale, ce_scale = combine(log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight)
         ctx.options = options
         ctx.engine = engine
         ctx.save_for_backward(logits, target, sample_weight, lse, V, scale, ce_scale)
@@ -143,9 +149,7 @@ class _Joint(torch.autograd.Function):
         options: Options,
         engine: ModuleType,
     ) -> Tensor:
-        S, n, lse, _ = engine.joint(
-            logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input
-        )
+        S, n, lse, _ = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
         scale = S.new_ones(())
         if options.normalize:
             total = composite.total_weight(target, sample_weight, n)
@@ -165,17 +169,13 @@ class _Joint(torch.autograd.Function):
         zero = torch.zeros_like(scale)
         d_logits = d_target = None
         if ctx.needs_input_grad[0]:
-            d_logits = ctx.engine.logits_grad(
-                logits, target, sample_weight, lse, V, scale, zero, options.ignore_index, options.input
-            )
+            d_logits = ctx.engine.logits_grad(logits, target, sample_weight, lse, V, scale, zero, options.ignore_index, options.input)
         if ctx.needs_input_grad[1]:
             d_target = _target_grad(logits, target, sample_weight, V, scale, zero, options)
         return d_logits, d_target, None, None, None
 
 
-def loss(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType
-) -> Tensor:
+def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
     """The loss [] of flattened arguments, by ``engine``, differentiable."""
     if engine is composite or transformed():
         return composite.loss(logits, target, sample_weight, options)
@@ -188,9 +188,7 @@ def fused(logits: Tensor, target: Tensor, options: Options) -> Tensor:
     return _Fused.apply(logits, target, None, options, native)
 
 
-def joint_matrix(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType
-) -> Tensor:
+def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
     """The joint matrix [C, C] of flattened arguments, by ``engine``, differentiable."""
     if engine is composite or transformed():
         return composite.joint_matrix(logits, target, sample_weight, options)

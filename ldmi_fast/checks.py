@@ -67,27 +67,20 @@ def check_tensors(logits: Any, target: Any, sample_weight: Any, options: Options
     elif target.dtype in INTEGERS:
         if len(target.shape) != len(shape) - 1 or target.shape[0] != shape[0] or target.shape[1:] != shape[2:]:
             expected = (shape[0], *shape[2:])
-            raise ValueError(
-                f"target must have shape {tuple(expected)} for logits of shape {tuple(shape)}, got {tuple(target.shape)}"
-            )
+            raise ValueError(f"target must have shape {tuple(expected)} for logits of shape {tuple(shape)}, got {tuple(target.shape)}")
     else:
-        raise TypeError(
-            f"target must hold class indices (an integer dtype) or probabilities (a floating dtype), got {target.dtype}"
-        )
+        raise TypeError(f"target must hold class indices (an integer dtype) or probabilities (a floating dtype), got {target.dtype}")
     if target.device != logits.device:
         raise ValueError(f"target is on {target.device}, logits on {logits.device}; expected one device")
     if sample_weight is not None:
         _tensor("sample_weight", sample_weight, "floating point")
         if sample_weight.dtype not in FLOATS:
             raise TypeError(
-                f"sample_weight must be float16, bfloat16, float32 or float64, got {sample_weight.dtype}; "
-                "convert it with .float()"
+                f"sample_weight must be float16, bfloat16, float32 or float64, got {sample_weight.dtype}; convert it with .float()"
             )
         expected = (shape[0], *shape[2:])
         if tuple(sample_weight.shape) != tuple(expected):
-            raise ValueError(
-                f"sample_weight must have one weight a sample, shape {tuple(expected)}, got {tuple(sample_weight.shape)}"
-            )
+            raise ValueError(f"sample_weight must have one weight a sample, shape {tuple(expected)}, got {tuple(sample_weight.shape)}")
         if sample_weight.device != logits.device:
             raise ValueError(f"sample_weight is on {sample_weight.device}, logits on {logits.device}; expected one device")
         if sample_weight.requires_grad:
@@ -100,10 +93,7 @@ def flatten(logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tup
     if logits.dim() == 2:
         return logits, target, sample_weight
     classes = logits.shape[1]
-    if target.dim() == logits.dim():
-        target = target.movedim(1, -1).reshape(-1, classes)
-    else:
-        target = target.reshape(-1)
+    target = target.movedim(1, -1).reshape(-1, classes) if target.dim() == logits.dim() else target.reshape(-1)
     if sample_weight is not None:
         sample_weight = sample_weight.reshape(-1)
     return logits.movedim(1, -1).reshape(-1, classes), target, sample_weight

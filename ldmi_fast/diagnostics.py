@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_tensors
 from .engines import composite
 from .engines.choose import choose_name
 from .functional import evaluate, prepare
-from .options import Options, explain_keywords, make_options
+from .options import OPTION_NAMES, Options, explain_keywords, make_options
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ class JointReport:
             f"loss              {self.loss:.6g}",
             f"log|det|          {self.log_abs_det:.6g}   (sign {self.sign:+d}, {self.kept} of {classes} classes)",
             f"condition number  {self.condition_number:.3g}",
-            f"samples that count {self.num_samples}, per class {self.counts.min().item():.6g} to "
-            f"{self.counts.max().item():.6g}",
+            f"samples that count {self.num_samples}, per class {self.counts.min().item():.6g} to {self.counts.max().item():.6g}",
             f"absent classes    {self.num_absent}" + (f": {shown}" if shown else ""),
             f"engine            {self.engine}",
         ]
@@ -91,8 +91,9 @@ def diagnose(
         TypeError, ValueError, IndexError, RuntimeError: as :func:`ldmi_fast.dmi_loss`.
     """
     if unknown:
-        explain_keywords("diagnose", unknown)
+        explain_keywords("diagnose", unknown, ("sample_weight", *OPTION_NAMES))
     options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
+    check_tensors(logits, target, sample_weight, options)
     with torch.no_grad():
         logits, target = logits.detach(), target.detach()
         loss = evaluate(logits, target, sample_weight, options).item()
@@ -111,7 +112,7 @@ def diagnose(
         condition = math.nan if not finite else torch.linalg.cond(R).item() if len(R) else 1.0
         if singular and not condition > 2.0**52:
             condition = math.inf
-        used = composite._used(flat[1], flat[2], classes, ignore_index, n.dtype)[0]
+        used = composite.used_rows(flat[1], flat[2], classes, ignore_index, n.dtype)[0]
         rows = flat[0].shape[0] if used is None else int(used.sum())
     absent_classes = (~present).nonzero().squeeze(-1).tolist() if finite else []
     report = JointReport(
@@ -135,7 +136,8 @@ def _advice(report: JointReport, options: Options, finite: bool, classes: int) -
     if not finite:
         advice.append(
             "a row that counts holds NaN or +inf, or has no finite logit: look at the model's outputs (learning rate, "
-            "overflow in half precision); give such rows sample_weight 0 to leave them out"
+            "overflow in half precision); give such rows sample_weight 0 to leave them out. On a device where labels are not "
+            "checked, a label out of range has the same effect"
         )
         return advice
     if report.num_samples == 0:
@@ -148,8 +150,7 @@ def _advice(report: JointReport, options: Options, finite: bool, classes: int) -
             else "with absent='strict' that makes the batch singular and its gradient zero; use absent='present'"
         )
         advice.append(
-            f"{report.num_absent} of {classes} classes have no sample in this batch: {what}. "
-            "Larger or class-balanced batches help"
+            f"{report.num_absent} of {classes} classes have no sample in this batch: {what}. Larger or class-balanced batches help"
         )
     if report.num_samples < report.kept:
         advice.append(

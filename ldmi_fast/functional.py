@@ -13,12 +13,10 @@ from . import autograd
 from .checks import check_tensors, flatten, raise_for_values
 from .engines import native
 from .engines.choose import choose
-from .options import ENGINE_VARIABLE, Options, explain_keywords, make_options
+from .options import ENGINE_VARIABLE, OPTION_NAMES, Options, explain_keywords, make_options
 
 
-def prepare(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check the tensors and flatten them to one row a sample."""
     check_tensors(logits, target, sample_weight, options)
     return flatten(logits, target, sample_weight)
@@ -49,7 +47,7 @@ def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
 def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
     """The loss for checked options: what ``dmi_loss`` and ``DMILoss`` share."""
     if sample_weight is None and _is_small_step(logits, target, options):
-        # The checks below would cost as much as the loss itself. The op makes those that memory needs, and if it refuses, they say why.
+        # The checks below would cost as much as the loss. The op makes those that memory needs, and if it refuses, they say why.
         try:
             loss = autograd.fused(logits, target, options)
         except RuntimeError:
@@ -104,7 +102,8 @@ def dmi_loss(
         cross_entropy_weight: this much of the weighted mean cross entropy is added, from the same pass.
         input: ``"probs"`` if the first argument holds probabilities, rows that sum to 1.
         engine: ``"cpu"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable LDMI_FAST_ENGINE
-            forces one for the whole process.
+            forces one for the whole process. Under torch.func transforms, and for derivatives of the gradient, the composite
+            engine computes, whichever is named: only there PyTorch can differentiate any number of times.
 
     Returns:
         A scalar tensor, fp32 (fp64 for fp64 logits). 0 if no row counts; +inf (-log eps with eps) if the joint matrix is
@@ -122,7 +121,7 @@ def dmi_loss(
         >>> loss.backward()
     """
     if unknown:
-        explain_keywords("dmi_loss", unknown)
+        explain_keywords("dmi_loss", unknown, ("sample_weight", *OPTION_NAMES))
     options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
     return evaluate(logits, target, sample_weight, options)
 
@@ -151,10 +150,10 @@ def joint_matrix(
         TypeError, ValueError, IndexError, RuntimeError: as :func:`dmi_loss`.
     """
     if unknown:
-        explain_keywords("joint_matrix", unknown)
+        explain_keywords("joint_matrix", unknown, ("sample_weight", "ignore_index", "normalize", "input", "engine"))
     options = make_options(ignore_index, "present", 0.0, normalize, 0.0, input, engine)
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
     joint = autograd.joint_matrix(logits, target, sample_weight, options, choose(logits, options))
-    if not torch.compiler.is_compiling():
-        _check_values(joint.sum(), target, sample_weight, logits.shape[1], options.ignore_index)
+    if not torch.compiler.is_compiling() and joint.is_cpu:
+        _check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], options.ignore_index)
     return joint

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .functional import evaluate
-from .options import Options, explain_keywords
+from .options import OPTION_NAMES, Options, explain_keywords
 
 
 class DMILoss(nn.Module):
@@ -41,7 +41,7 @@ class DMILoss(nn.Module):
     ) -> None:
         super().__init__()
         if unknown:
-            explain_keywords("DMILoss", unknown)
+            explain_keywords("DMILoss", unknown, OPTION_NAMES)
         if num_classes is not None:
             if isinstance(num_classes, bool) or not isinstance(num_classes, int):
                 raise TypeError(f"num_classes must be an int or None, got {type(num_classes).__name__}: {num_classes!r}")
@@ -56,12 +56,12 @@ class DMILoss(nn.Module):
         Raises:
             ValueError: the logits do not have ``num_classes`` classes.
         """
-        if self.num_classes is not None and isinstance(logits, Tensor) and logits.dim() >= 2:
-            if logits.shape[1] != self.num_classes:
-                raise ValueError(
-                    f"this DMILoss is for {self.num_classes} classes, got logits of shape {tuple(logits.shape)} "
-                    f"with {logits.shape[1]} in dimension 1"
-                )
+        known = self.num_classes is not None and isinstance(logits, Tensor) and logits.dim() >= 2
+        if known and logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"this DMILoss is for {self.num_classes} classes, got logits of shape {tuple(logits.shape)} "
+                f"with {logits.shape[1]} in dimension 1"
+            )
         return evaluate(logits, target, sample_weight, self.options)
 
     def extra_repr(self) -> str:

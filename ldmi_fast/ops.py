@@ -25,8 +25,7 @@ _LIBRARY = torch.library.Library("ldmi_fast", "DEF")
 _SCHEMAS = (
     "joint(Tensor logits, Tensor target, Tensor? sample_weight, SymInt num_labels, int ignore_index, str input)"
     " -> (Tensor S, Tensor n, Tensor lse, Tensor ce)",
-    "logdet_inverse(Tensor S, Tensor n, str absent)"
-    " -> (Tensor log_abs_det, Tensor sign, Tensor kept, Tensor V)",
+    "logdet_inverse(Tensor S, Tensor n, str absent) -> (Tensor log_abs_det, Tensor sign, Tensor kept, Tensor V)",
     "logits_grad(Tensor logits, Tensor target, Tensor? sample_weight, Tensor lse, Tensor V, Tensor scale,"
     " Tensor ce_scale, int ignore_index, str input) -> Tensor",
     "fused(Tensor logits, Tensor target, Tensor? sample_weight, int ignore_index, str absent, float eps,"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -19,29 +20,27 @@ ENGINE_VARIABLE = "LDMI_FAST_ENGINE"
 # Keywords that users of F.cross_entropy try, and what to do instead.
 _EXPLAINED = {
     "weight": (
-        "class weights: they multiply the rows of the joint matrix, which moves the loss by a constant and leaves the "
-        "gradient exactly as it is; use sample_weight= to weight samples"
+        "class weights multiply the rows of the joint matrix, which moves the loss by a constant and leaves its gradient "
+        "exactly as it is; use sample_weight to weight samples"
     ),
-    "class_weight": "class weights: they cannot change the gradient of this loss; use sample_weight= to weight samples",
-    "reduction": "a reduction: the loss is one number for the whole batch (a determinant), not a mean of per-sample losses",
-    "size_average": "a reduction: the loss is one number for the whole batch (a determinant)",
-    "reduce": "a reduction: the loss is one number for the whole batch (a determinant)",
+    "reduction": "the loss is one number for the whole batch (a determinant), not a mean of per-sample losses",
     "label_smoothing": (
-        "label smoothing: smoothing the labels with an invertible matrix moves this loss by a constant and leaves the "
-        "gradient as it is; pass smoothed targets of shape (N, C) if you want the value"
+        "smoothing the labels with an invertible matrix moves this loss by a constant and leaves its gradient as it is; pass "
+        "smoothed targets of shape (N, C) if you want the value"
     ),
 }
+_EXPLAINED |= {"class_weight": _EXPLAINED["weight"], "class_weights": _EXPLAINED["weight"]}
+_EXPLAINED |= {"size_average": _EXPLAINED["reduction"], "reduce": _EXPLAINED["reduction"]}
 
 
-def explain_keywords(function: str, unknown: dict[str, Any]) -> NoReturn:
-    """Raise the TypeError for keywords that ``function`` does not take, with what to do instead."""
+def explain_keywords(function: str, unknown: dict[str, Any], known: Sequence[str]) -> NoReturn:
+    """Raise the TypeError for keywords that ``function``, which takes ``known``, does not take, with what to do instead."""
     name = next(iter(unknown))
     if name in _EXPLAINED:
-        raise TypeError(f"{function}() takes no {name}=, because there are no {_EXPLAINED[name]}")
-    known = [f.name for f in fields(Options)] + ["sample_weight"]
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}: {_EXPLAINED[name]}")
     close = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {close[0]}=?" if close else f"; it takes {', '.join(known)}"
-    raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+    hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(known)}"
+    raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {hint}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -89,9 +88,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise TypeError(
-                f"ignore_index must be an int, got {type(self.ignore_index).__name__}: {self.ignore_index!r}"
-            )
+            raise TypeError(f"ignore_index must be an int, got {type(self.ignore_index).__name__}: {self.ignore_index!r}")
         if not -(2**63) <= self.ignore_index < 2**63:
             raise ValueError(f"ignore_index must fit in 64 bits, got {self.ignore_index}")
         _one_of("absent", self.absent, ABSENT)
@@ -102,6 +99,9 @@ class Options:
             raise TypeError(f"normalize must be a bool, got {type(self.normalize).__name__}: {self.normalize!r}")
         if self.engine is not None:
             _one_of("engine", self.engine, ENGINES)
+
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
 
 
 @lru_cache(maxsize=256, typed=True)

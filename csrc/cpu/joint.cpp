@@ -123,7 +123,7 @@ LDMI_INLINE void sum_transposed(const Batch& batch, int64_t begin, int64_t end, 
   constexpr int lanes = kLanes<float>;
   const int64_t classes = batch.logits.columns, width = padded<float>(classes);
   alignas(64) float transposed[kTileClasses * lanes], scratch[kTileClasses * lanes], tile[kBlockRows * kTileClasses + kSide];
-  alignas(64) float maximum[kBlockRows], sum[kBlockRows], own[kBlockRows], row_lse[kBlockRows];
+  alignas(64) float maximum[kBlockRows], sum[kBlockRows], own[kBlockRows], row_lse[kBlockRows], minus_log[kBlockRows];
   alignas(64) double weight[kBlockRows], scale[kBlockRows];
   int64_t label[kBlockRows];
   for (int64_t i = begin; i < end; i += kBlockRows) {
@@ -165,7 +165,9 @@ LDMI_INLINE void sum_transposed(const Batch& batch, int64_t begin, int64_t end, 
       store(row_lse + r, m + log_sum);
       Vec<double> low, high;
       // in this order nothing is lost when all logits are far from 0
-      widen(log_sum + (m - load(own + r)), low, high);
+      const Vec<float> row_ce = log_sum + (m - load(own + r));
+      store(minus_log + r, row_ce);
+      widen(row_ce, low, high);
       block_ce[0] = fma(low, load(weight + r), block_ce[0]);
       block_ce[1] = fma(high, load(weight + r + lanes / 2), block_ce[1]);
       widen(load(sum + r), low, high);
@@ -178,7 +180,7 @@ LDMI_INLINE void sum_transposed(const Batch& batch, int64_t begin, int64_t end, 
     } else {
       for (int r = 0; r < count; ++r) lse[i + r] = weight[r] == 0 ? 0 : row_lse[r];
       for (int r = 0; r < count; ++r) {
-        if (weight[r] != 0) ce += weight[r] * static_cast<double>(row_lse[r] - maximum[r] + (maximum[r] - own[r]));
+        if (weight[r] != 0) ce += weight[r] * static_cast<double>(minus_log[r]);
       }
     }
     for (int r = 0; r < count; ++r) weights[label[r]] += weight[r];

@@ -76,11 +76,11 @@ Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool str
   const auto fill = [&](double value) {
     for (int64_t i = 0; i < C * C; ++i) V[i] = value;
   };
+  const int64_t kept = strict && present > 0 ? C : present;
   if (!finite) {
     fill(kNaN);
-    return {kNaN, kNaN, present};
+    return {kNaN, kNaN, kept};
   }
-  const int64_t kept = strict && present > 0 ? C : present;
   const auto singular = [&] {
     fill(0);
     return Determinant{-__builtin_inf(), 0, kept};

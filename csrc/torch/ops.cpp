@@ -6,10 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>

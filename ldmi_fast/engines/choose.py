@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check_tensors
-from ..options import ENGINE_VARIABLE, ENGINES, Options, explain_keywords, forced_engine, make_options
+from ..options import ENGINE_VARIABLE, ENGINES, OPTION_NAMES, Options, explain_keywords, forced_engine, make_options
 from . import composite, native
 
 
@@ -103,7 +103,7 @@ def explain(
         TypeError, ValueError, RuntimeError: as :func:`ldmi_fast.dmi_loss` would.
     """
     if unknown:
-        explain_keywords("explain", unknown)
+        explain_keywords("explain", unknown, ("sample_weight", *OPTION_NAMES))
     options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
     soft = check_tensors(logits, target, sample_weight, options)
     classes = logits.shape[1]

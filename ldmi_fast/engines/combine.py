@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 def combine(
-    log_abs_det: Tensor, kept: Tensor, total: Tensor, ce: Tensor, eps: float, normalize: bool, cross_entropy_weight: float
+    log_abs_det: Tensor,
+    kept: Tensor,
+    total: Tensor,
+    ce: Tensor,
+    eps: float,
+    normalize: bool,
+    cross_entropy_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and the two factors of its gradient.
 

@@ -12,6 +12,8 @@ Sums run in fp64 (fp32 on a device that has no fp64). Index sums are determinist
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _used(
+def used_rows(
     target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, acc: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Which rows count [N] bool (None: all), their labels (0 elsewhere), weights (0 elsewhere; None: 1), and a NaN when a
@@ -92,12 +94,11 @@ def joint(
     acc = accumulator(logits.device)
     dtype = compute_dtype(logits.dtype)
     rows, classes = logits.shape
-    used, label, weight, nan = _used(target, sample_weight, num_labels, ignore_index, acc)
+    used, label, weight, nan = used_rows(target, sample_weight, num_labels, ignore_index, acc)
     x = logits.to(dtype)
     if used is not None:
         x = torch.where(used.unsqueeze(-1), x, 1.0 / classes if input == "probs" else 0.0)
-    # A product (not a select) lets the NaN of a bad row reach the whole joint, and its gradient.
-    p = torch.softmax(x, -1) if input == "logits" else torch.where(torch.isfinite(x), x, x * torch.nan)
+    p = torch.softmax(x, -1) if input == "logits" else x + torch.where(torch.isfinite(x), 0, torch.nan).to(dtype)
     p_acc = p.to(acc)
     ones = weight if weight is not None else p_acc.new_ones(rows)
     if target.is_floating_point():
@@ -185,7 +186,7 @@ def logits_grad(
     acc = accumulator(logits.device)
     dtype = compute_dtype(logits.dtype)
     labels, classes = V.shape
-    used, label, weight, nan = _used(target, sample_weight, labels, ignore_index, acc)
+    used, label, weight, nan = used_rows(target, sample_weight, labels, ignore_index, acc)
     x = logits.to(dtype)
     if used is not None:
         x = torch.where(used.unsqueeze(-1), x, 1.0 / classes if input == "probs" else 0.0)
@@ -244,9 +245,16 @@ def total_weight(target: Tensor, sample_weight: Tensor | None, n: Tensor) -> Ten
     return sample_weight.sum(dtype=n.dtype)
 
 
+def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Keeps autocast from turning the matrix products into half precision."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
     """The loss [], by operations that PyTorch differentiates itself, as often as asked."""
-    with torch.autocast(logits.device.type, enabled=False):
+    with _full_precision(logits.device):
         S, n, _, ce = joint(
             logits,
             target,
@@ -258,18 +266,14 @@ def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: 
         )
         log_abs_det, _, kept, _ = logdet_inverse(S, n, options.absent)
         total = total_weight(target, sample_weight, n.detach())
-        value, _, _ = combine(
-            log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight
-        )
+        value, _, _ = combine(log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight)
         return value.to(compute_dtype(logits.dtype))
 
 
 def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
     """U = S / W [C, C] (S itself with ``normalize=False``; zeros when nothing has weight), differentiable like the loss."""
-    with torch.autocast(logits.device.type, enabled=False):
-        S, n, _, _ = joint(
-            logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input, need_ce=False
-        )
+    with _full_precision(logits.device):
+        S, n, _, _ = joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input, need_ce=False)
         if options.normalize:
             total = total_weight(target, sample_weight, n.detach())
             S = S / torch.where(total == 0, 1, total)

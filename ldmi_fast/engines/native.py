@@ -27,6 +27,4 @@ def can_run(device: torch.device) -> str:
 
 def is_fused(logits: Tensor, target: Tensor) -> bool:
     """Whether the loss and its gradient come from one call: small problems with hard labels."""
-    return target.dim() == 1 and (
-        logits.numel() <= _FUSED_ELEMENTS or logits.size(0) <= _FUSED_ROWS_PER_CLASS * logits.size(1)
-    )
+    return target.dim() == 1 and (logits.numel() <= _FUSED_ELEMENTS or logits.size(0) <= _FUSED_ROWS_PER_CLASS * logits.size(1))
