@@ -342,14 +342,21 @@ void joint_by_label(const Batch& batch, const plan::CpuJoint& plan, double* S, d
   if (order.bad()) poison(labels, classes, S, n, ce);
 }
 
+LDMI_INLINE void load_pair(const float* from, Vec<double>& low, Vec<double>& high) { widen(load(from), low, high); }
+LDMI_INLINE void load_pair(const double* from, Vec<double>& low, Vec<double>& high) {
+  low = load(from);
+  high = load(from + kLanes<double>);
+}
+
 // S = T^T diag(w) P in two phases a block of rows: predictions and weighted targets, by rows; their product, by labels.
 template <class T>
 void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, const Threads& threads) {
   constexpr int lanes = kLanes<T>;
-  constexpr int64_t kStep = 64;   // rows whose products are summed in T before they go to double
-  constexpr int64_t kLabels = 4;  // labels of one register tile: 4 x 2 vectors
+  constexpr int64_t kStep = 64;                      // rows of one register tile
+  constexpr int64_t kLabels = 4;                     // labels of one register tile: 4 x 2 vectors of doubles
+  constexpr int64_t kClasses = 2 * kLanes<double>;   // its classes
   const int64_t rows = batch.logits.rows, classes = batch.logits.columns, labels = batch.num_labels;
-  const int64_t width = padded<T>(classes), label_width = (labels + kLabels - 1) / kLabels * kLabels;
+  const int64_t width = (classes + kClasses - 1) / kClasses * kClasses, label_width = (labels + kLabels - 1) / kLabels * kLabels;
   const int64_t target_width = label_width > padded<T>(labels) ? label_width : padded<T>(labels);
   const plan::CpuSoft plan = plan::cpu_soft(rows, classes, labels, sizeof(T));
   Buffer<T> predictions(plan.block_rows * width), targets(plan.block_rows * target_width);
@@ -391,8 +398,9 @@ void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, co
           log_sum = __builtin_log(static_cast<double>(sum));
           lse[i] = maximum + static_cast<T>(log_sum);
           const Vec<T> inverse = splat(T{1} / sum);
-          for (int64_t j = 0; j < width; j += lanes) store(p + j, load(p + j) * inverse);
+          for (int64_t j = 0; j < classes; j += lanes) store(p + j, load(p + j) * inverse);
         }
+        for (int64_t c = padded<T>(classes); c < width; ++c) p[c] = 0;
         for (int64_t k = 0; k < labels; ++k) {
           t[k] = static_cast<T>(weight * static_cast<double>(target[k]));
           // a zero in the target contributes nothing, also where the prediction is 0
@@ -413,28 +421,29 @@ void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, co
         for (int64_t r = 0; r < here * kStep; ++r) total += static_cast<double>(targets[r * target_width + k]);
         n[k] += total;
       }
-      for (int64_t j = 0; j < width; j += 2 * lanes) {
-        const bool two = j + lanes < width;
-        const int64_t second = two ? j + lanes : j;
+      // Products and sums in double: a singular joint stays singular to 2^-52, which fp32 sums would hide.
+      for (int64_t j = 0; j < width; j += kClasses) {
         for (int64_t step = 0; step < here; ++step) {
-          Vec<T> sum[kLabels][2];
-          for (auto& pair : sum) pair[0] = pair[1] = splat(T{0});
-          const T* p = predictions.get() + step * kStep * width;
+          Vec<double> sum[kLabels][2];
+          for (auto& pair : sum) pair[0] = pair[1] = splat(0.0);
+          const T* p = predictions.get() + step * kStep * width + j;
           const T* t = targets.get() + step * kStep * target_width + k0;
           for (int64_t r = 0; r < kStep; ++r, p += width, t += target_width) {
-            const Vec<T> a = load(p + j), b = load(p + second);
+            Vec<double> low, high;
+            load_pair(p, low, high);
 #pragma GCC unroll 4
             for (int64_t k = 0; k < kLabels; ++k) {
-              sum[k][0] = fma(a, splat(t[k]), sum[k][0]);
-              sum[k][1] = fma(b, splat(t[k]), sum[k][1]);
+              const Vec<double> factor = splat(static_cast<double>(t[k]));
+              sum[k][0] = fma(low, factor, sum[k][0]);
+              sum[k][1] = fma(high, factor, sum[k][1]);
             }
           }
+          const int64_t last = j + kClasses < classes ? j + kClasses : classes;
           for (int64_t k = k0; k < k_end; ++k) {
-            T flat[2 * lanes];
+            double flat[kClasses];
             store(flat, sum[k - k0][0]);
-            store(flat + lanes, sum[k - k0][1]);
-            const int64_t last = j + (two ? 2 : 1) * lanes < classes ? j + (two ? 2 : 1) * lanes : classes;
-            for (int64_t c = j; c < last; ++c) S[k * classes + c] += static_cast<double>(flat[c - j]);
+            store(flat + kLanes<double>, sum[k - k0][1]);
+            for (int64_t c = j; c < last; ++c) S[k * classes + c] += flat[c - j];
           }
         }
       }

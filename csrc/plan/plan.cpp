@@ -72,7 +72,7 @@ Plan cpu(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value
   }
   const CpuJoint joint = cpu_joint(rows, classes, labels);
   const CpuLogitsGrad grad = cpu_logits_grad(rows, classes, labels, compute_bytes);
-  if (is_fused(rows, classes)) {
+  if (is_fused(rows, classes, value_bytes)) {
     out.kernels = {std::string("fused (joint, ") + factor + ", logits_grad)"};
     out.regime = "small: one call leaves the loss and its gradient";
     out.workspace_bytes = std::max(joint.workspace_bytes, grad.workspace_bytes) + 2 * classes * classes * 8 + (classes + rows) * 8;

@@ -13,7 +13,10 @@ namespace ldmi::plan {
 inline constexpr int64_t kFusedElements = 262144;  // N * C
 // So do problems with few rows for their classes, whose cost is the factorisation: the memory of S is then used again for its factors.
 inline constexpr int64_t kFusedRowsPerClass = 2;  // N / C
-inline bool is_fused(int64_t rows, int64_t classes) { return rows * classes <= kFusedElements || rows <= kFusedRowsPerClass * classes; }
+// Not in half precision: there the upstream gradient (a loss scale of 65536, say) must come in before the gradient is rounded.
+inline bool is_fused(int64_t rows, int64_t classes, int64_t value_bytes) {
+  return value_bytes >= 4 && (rows * classes <= kFusedElements || rows <= kFusedRowsPerClass * classes);
+}
 
 // Gauss-Jordan in registers and L1 up to here; LAPACK's blocked LU above.
 inline constexpr int64_t kGaussJordanClasses = 64;

@@ -118,8 +118,8 @@ def joint(
         logp = torch.log_softmax(x, -1) if input == "logits" else p.log()
         if target.is_floating_point():
             # a zero in the target contributes nothing, also where the prediction is 0
-            zero = t == 0
-            ce = -(t * torch.where(zero, 0, logp.to(acc))).sum()
+            nothing = (t == 0) & (p == 0)
+            ce = -(t * torch.where(nothing, 0, logp.to(acc))).sum()
         else:
             ce = -(ones * logp.gather(1, (label % classes).unsqueeze(-1)).squeeze(-1).to(acc)).sum()
     if nan is not None:
@@ -158,13 +158,20 @@ def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, T
     singular = singular & finite
     regular = ~singular[..., None, None]
     R = torch.where(regular, R, eye.to(S.dtype))
-    sign, log_abs_det = torch.linalg.slogdet(R)
+    # Not slogdet: PyTorch's second derivatives of it are wrong in forward mode and under vmap; those of LU are right.
+    lu, pivots, _ = torch.linalg.lu_factor_ex(R)
+    diagonal = lu.diagonal(dim1=-2, dim2=-1)
+    log_abs_det = diagonal.abs().log().sum(-1)
+    swaps = (pivots != torch.arange(1, classes + 1, device=S.device)).sum(-1)
+    sign = diagonal.detach().sign().prod(-1) * (1 - 2 * (swaps % 2))
     log_abs_det = log_abs_det + torch.where(present & finite.unsqueeze(-1), n_safe.log(), 0).sum(-1)
     V = torch.linalg.inv(R).mT / n_safe.unsqueeze(-1)
     V = torch.where(keep & regular, V, 0)
     nan = torch.where(finite, 1.0, torch.nan).to(S.dtype)
-    log_abs_det = torch.where(singular, -torch.inf, log_abs_det * nan)
-    sign = torch.where(singular, 0, sign.detach() * nan)
+    # A matrix that is not finite has a NaN gradient in every entry, through this sum; 0 for all others.
+    poison = (S * (nan - 1)[..., None, None]).sum((-2, -1))
+    log_abs_det = torch.where(singular, -torch.inf, log_abs_det + poison)
+    sign = torch.where(singular, 0, sign * nan)
     return log_abs_det, sign, kept, V * nan[..., None, None]
 
 

@@ -14,6 +14,7 @@ fused = torch.ops.ldmi_fast.fused.default
 
 # One call for the whole problem up to either of these; csrc/plan says why.
 _FUSED_ELEMENTS, _FUSED_ROWS_PER_CLASS = ops.compiled.fused_limits() if ops.compiled is not None else (-1, -1)
+_FUSED_DTYPES = frozenset({torch.float32, torch.float64})
 
 
 def can_run(device: torch.device) -> str:
@@ -26,5 +27,9 @@ def can_run(device: torch.device) -> str:
 
 
 def is_fused(logits: Tensor, target: Tensor) -> bool:
-    """Whether the loss and its gradient come from one call: small problems with hard labels."""
-    return target.dim() == 1 and (logits.numel() <= _FUSED_ELEMENTS or logits.size(0) <= _FUSED_ROWS_PER_CLASS * logits.size(1))
+    """Whether the loss and its gradient come from one call: small problems with hard labels, not in half precision."""
+    return (
+        target.dim() == 1
+        and (logits.numel() <= _FUSED_ELEMENTS or logits.size(0) <= _FUSED_ROWS_PER_CLASS * logits.size(1))
+        and logits.dtype in _FUSED_DTYPES
+    )

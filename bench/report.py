@@ -1,0 +1,353 @@
+"""``python -m bench.report``: a result file as a markdown report with plots, written next to it.
+
+Reads the result of ``python -m bench.kernels.run`` and, if there is one beside it, that of ``python -m bench.memory``.
+Writes ``<name>.md``, ``<name>-speedup.png`` and ``<name>-roofline.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from bench.kernels.cases import DIRECTIONS, Direction, Shape
+from bench.kernels.interleave import Quantiles
+from bench.kernels.measure import COPY
+from bench.kernels.peers import PEERS
+from bench.kernels.results import KERNELS_JSON, Record, RunResult, load_result, write_atomic
+from bench.markdown import markdown_table
+from bench.memory import MEMORY_JSON, MemoryResult, load_memory, memory_markdown
+
+METHOD = (
+    "All peers of a shape are timed round-robin in one run, in random order within a round; ratios are medians over "
+    "the rounds of the ratio within a round, with their 20th and 80th percentiles. Shapes are rows x classes, logits "
+    "in float32; large shapes rotate through buffers larger than the cache, small ones (overhead of a call) run on one "
+    "thread. Forward alone runs without gradients."
+)
+BAR_NOTE = (
+    "The bar is the fastest member of a family of peers: E eager or compiled, D with `index_add_` or `scatter_add_`, "
+    "joint in fp32 or fp64."
+)
+
+LABELS = {"forward": "fwd", "forward_backward": "fwd+bwd"}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """For one shape, forward and backward: our time at most ``of_e`` times E's, and at most a ``1 / over_d`` of D's."""
+
+    shape: Shape
+    of_e: float
+    over_d: float
+
+
+GOALS = (
+    *(Goal(Shape(65536, classes), of_e=0.5, over_d=4.0) for classes in (10, 14, 100)),
+    Goal(Shape(65536, 1000), of_e=0.7, over_d=2.5),
+    Goal(Shape(256, 14), of_e=1.0, over_d=3.0),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One goal and what was measured: ``ratio`` is ours / peer, ``None`` where the peer was not timed."""
+
+    shape: Shape
+    direction: Direction
+    goal: str
+    limit: float
+    measured: Record | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median ratio is within the limit; None where nothing was measured."""
+        return None if self.measured is None else self.measured.ours_over_peer.p50 <= self.limit
+
+
+def outcomes(result: RunResult) -> list[Outcome]:
+    """Every speed goal against a result. The bar of a family is the member that ours compares worst with."""
+    found: list[Outcome] = []
+    for goal in GOALS:
+        for family, text, limit in (
+            ("E", f"<= {goal.of_e:g}x E", goal.of_e),
+            ("D", f">= {goal.over_d:g}x D", 1 / goal.over_d),
+        ):
+            record = result.fastest(goal.shape, "forward_backward", family)
+            found.append(Outcome(goal.shape, "forward_backward", text, limit, record))
+    for shape in result.shapes():
+        for direction in DIRECTIONS:
+            if result.find(shape, direction, "ours") is not None:
+                record = result.fastest(shape, direction, "D")
+                found.append(Outcome(shape, direction, "never slower than D", 1.0, record))
+    return found
+
+
+def ratio_text(ratio: Quantiles) -> str:
+    """``0.45x (0.43-0.48)``: median, p20 and p80."""
+    return f"{ratio.p50:.2f}x ({ratio.p20:.2f}-{ratio.p80:.2f})"
+
+
+def speedup_text(ratio: Quantiles) -> str:
+    """The same ratio turned round: how many times faster ours is."""
+    return f"{1 / ratio.p50:.1f}x ({1 / ratio.p80:.1f}-{1 / ratio.p20:.1f})"
+
+
+def goals_markdown(found: Sequence[Outcome]) -> str:
+    """The table of goals: goal, measured, met or not."""
+    rows = []
+    for outcome in found:
+        record = outcome.measured
+        if record is None:
+            measured, bar = "not measured", "-"
+        else:
+            to_text = ratio_text if record.family == "E" else speedup_text
+            measured, bar = to_text(record.ours_over_peer), record.peer
+        met = {True: "yes", False: "**no**", None: "-"}[outcome.met]
+        rows.append((str(outcome.shape), LABELS[outcome.direction], outcome.goal, measured, bar, met))
+    return markdown_table(("shape", "", "goal", "measured (p20-p80)", "bar", "met"), rows)
+
+
+def speedup_markdown(result: RunResult) -> str:
+    """How many times faster ours is than each peer."""
+    peers = [name for name in PEERS if name != "ours" and any(record.peer == name for record in result.records)]
+    rows = []
+    for direction in reversed(DIRECTIONS):
+        for shape in result.shapes():
+            mine = result.find(shape, direction, "ours")
+            if mine is None:
+                continue
+            found = [result.find(shape, direction, peer) for peer in peers]
+            cells = ["-" if record is None else f"{1 / record.ours_over_peer.p50:.2f}" for record in found]
+            rows.append((str(shape), LABELS[direction], f"{mine.seconds.p50 * 1e3:.3g}", *cells))
+    return markdown_table(("shape", "", "ours, ms", *peers), rows)
+
+
+def bandwidth(result: RunResult, record: Record) -> float:
+    """Bytes per second: of the copy, what it reads and writes; of a loss, the least traffic that it needs.
+
+    The forward has to read the logits; forward and backward read them twice and write the gradient.
+    """
+    if record.peer == COPY:
+        return 2 * result.environment["copy_bytes"] / record.seconds.p50
+    return record.shape.logits_bytes * (1 if record.direction == "forward" else 3) / record.seconds.p50
+
+
+def bandwidth_markdown(result: RunResult) -> str:
+    """What ours and the copy of the same run achieved, in GB/s."""
+    rows = []
+    for shape in result.shapes():
+        for direction in DIRECTIONS:
+            mine, copied = result.find(shape, direction, "ours"), result.find(shape, direction, COPY)
+            if mine is None or copied is None:
+                continue
+            ours_rate, copy_rate = bandwidth(result, mine), bandwidth(result, copied)
+            cells = (f"{ours_rate / 1e9:.2f}", f"{copy_rate / 1e9:.2f}", f"{ours_rate / copy_rate:.0%}")
+            elements = f"{shape.rows * shape.classes / mine.seconds.p50 / 1e9:.3f}"
+            rows.append((str(shape), LABELS[direction], *cells, elements))
+    return markdown_table(("shape", "", "ours, GB/s", "copy, GB/s", "share", "logits per ns"), rows)
+
+
+def environment_markdown(result: RunResult) -> str:
+    """One line on when and where."""
+    env = result.environment
+    load = "unknown" if env["load_average"] is None else f"{env['load_average']:.1f}"
+    return (
+        f"Measured on {result.date[:10]}: {env['cpu']} ({env['isa']}), {env['threads']} threads, "
+        f"load average at the start {load}, {env['system']}, "
+        f"Python {env['python']}, torch {env['torch']}, ldmi_fast {env['ldmi_fast']} (engine `{env['engine']}`)."
+    )
+
+
+def report_markdown(result: RunResult, memory: MemoryResult | None, plots: Sequence[str]) -> str:
+    """The whole report."""
+    found = outcomes(result)
+    judged = [outcome for outcome in found if outcome.met is not None]
+    parts = [
+        "# Speed and memory on the CPU",
+        environment_markdown(result),
+        METHOD,
+        "## Goals",
+        f"{sum(outcome.met is True for outcome in judged)} of {len(judged)} met.",
+        goals_markdown(found),
+        BAR_NOTE,
+        "## How many times faster ours is",
+        speedup_markdown(result),
+        "\n".join(f"- {peer.name}: {peer.description}" for peer in PEERS.values() if peer.name != "ours"),
+    ]
+    if result.unavailable:
+        parts.append("Not timed:")
+        parts.append(
+            "\n".join(
+                f"- {item['peer']} at {item['shape']} {LABELS[item['direction']]}: {item['reason']}" for item in result.unavailable
+            )
+        )
+    if large_rows(result) is not None:
+        parts += ["## Bandwidth", bandwidth_markdown(result)]
+    parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
+    if memory is not None:
+        parts += ["## Peak memory", memory_markdown(memory)]
+    return "\n\n".join(parts) + "\n"
+
+
+STYLES = {
+    "A": ("tab:gray", "o"),
+    "B": ("tab:brown", "v"),
+    "D": ("tab:blue", "s"),
+    "Dc": ("tab:cyan", "^"),
+    "E": ("tab:orange", "D"),
+}
+FAMILY_LABELS = {
+    "A": "A: published formula",
+    "B": "B: one-hot + slogdet",
+    "D": "D: best eager index_add/scatter_add",
+    "Dc": "Dc: D compiled",
+    "E": "E: cross-entropy, better of eager and compiled",
+}
+
+
+def large_rows(result: RunResult) -> int | None:
+    """The row count whose class counts make the curves: the largest one timed."""
+    return max((shape.rows for shape in result.shapes() if shape.large), default=None)
+
+
+def plot_speedup(result: RunResult) -> Figure:
+    """Speed-up over each family by class count, one panel a direction."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    rows = large_rows(result)
+    shapes = [shape for shape in result.shapes() if shape.rows == rows]
+    for axis, direction in zip(axes, DIRECTIONS, strict=True):
+        for family, (color, marker) in STYLES.items():
+            points = [(s.classes, record) for s in shapes if (record := result.fastest(s, direction, family))]
+            if not points:
+                continue
+            ratios = [record.ours_over_peer for _, record in points]
+            middle = [1 / ratio.p50 for ratio in ratios]
+            below = [1 / ratio.p50 - 1 / ratio.p80 for ratio in ratios]
+            above = [1 / ratio.p20 - 1 / ratio.p50 for ratio in ratios]
+            axis.errorbar(
+                [classes for classes, _ in points],
+                middle,
+                yerr=(below, above),
+                color=color,
+                marker=marker,
+                markersize=5,
+                capsize=3,
+                label=FAMILY_LABELS[family],
+            )
+        axis.axhline(1.0, color="black", linewidth=1, linestyle=":")
+        log_classes(axis, shapes)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(True, which="both", alpha=0.25)
+        axis.set_title({"forward": "forward", "forward_backward": "forward + backward"}[direction])
+    axes[0].set_ylabel("peer's time / ours")
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"Speed-up of ldmi_fast by class count, N = {rows} (bars: p20 to p80)")
+    return figure
+
+
+def log_classes(axis: Axes, shapes: Sequence[Shape]) -> None:
+    """A logarithmic class axis with a tick at each class count that was timed."""
+    axis.set_xscale("log")
+    axis.set_xticks([shape.classes for shape in shapes], [str(shape.classes) for shape in shapes], rotation=45)
+    axis.minorticks_off()
+    axis.set_xlabel("classes C")
+
+
+def plot_roofline(result: RunResult) -> Figure:
+    """Achieved bandwidth of ours against the copy's in the same run, and logits per nanosecond beside D and E."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    rows = large_rows(result)
+    shapes = [shape for shape in result.shapes() if shape.rows == rows]
+    classes = [shape.classes for shape in shapes]
+
+    def curve(direction: Direction, peer: str, value: Callable[[Record], float]) -> list[float]:
+        found = [result.find(shape, direction, peer) for shape in shapes]
+        return [float("nan") if record is None else value(record) for record in found]
+
+    def gigabytes(record: Record) -> float:
+        return bandwidth(result, record) / 1e9
+
+    for direction, color in zip(DIRECTIONS, ("tab:green", "tab:blue"), strict=True):
+        left.plot(classes, curve(direction, "ours", gigabytes), marker="o", color=color, label=f"ours, {LABELS[direction]}")
+        copies = curve(direction, COPY, gigabytes)
+        left.plot(classes, copies, color=color, linestyle="--", label=f"copy in the same run ({LABELS[direction]} case)")
+    left.set_ylabel("GB/s")
+    left.set_title("Bandwidth: N*C*4 bytes forward, 3*N*C*4 with backward")
+
+    def rate(record: Record) -> float:
+        return record.shape.rows * record.shape.classes / record.seconds.p50 / 1e9
+
+    timed = {record.peer for record in result.records}
+    for peer, color in (("ours", "tab:green"), ("E", "tab:orange"), ("Ec", "tab:red"), ("D", "tab:blue")):
+        if peer not in timed:
+            continue
+        right.plot(classes, curve("forward_backward", peer, rate), marker="o", color=color, label=peer)
+    right.set_ylabel("logits per ns, forward + backward")
+    right.set_title("Throughput")
+    for axis in (left, right):
+        log_classes(axis, shapes)
+        axis.set_ylim(bottom=0)
+        axis.grid(True, alpha=0.25)
+        axis.legend(frameon=False)
+    figure.suptitle(f"Roofline of ldmi_fast, N = {rows}, float32")
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG; closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def write_report(kernels: Path, memory: Path | None) -> list[Path]:
+    """Write the report and its plots next to the result file; returns the files written."""
+    result = load_result(kernels)
+    written: list[Path] = []
+    if large_rows(result) is not None:
+        for name, draw in (("speedup", plot_speedup), ("roofline", plot_roofline)):
+            path = kernels.with_name(f"{kernels.stem}-{name}.png")
+            write_atomic(path, png(draw(result)))
+            written.append(path)
+    text = report_markdown(result, None if memory is None else load_memory(memory), [path.name for path in written])
+    report = kernels.with_suffix(".md")
+    write_atomic(report, text)
+    return [report, *written]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("kernels", type=Path, nargs="?", default=KERNELS_JSON, help="default: %(default)s")
+    parser.add_argument("--memory", type=Path, help=f"default: {MEMORY_JSON.name} beside the result, if it is there")
+    options = parser.parse_args(arguments)
+    if not options.kernels.exists():
+        parser.error(f"no result file {options.kernels}: run `python -m bench.kernels.run` first")
+    memory = options.memory
+    if memory is None:
+        beside = options.kernels.with_name(MEMORY_JSON.name)
+        memory = beside if beside.exists() else None
+    elif not memory.exists():
+        parser.error(f"no memory result {memory}: run `python -m bench.memory` first")
+    for path in write_report(options.kernels, memory):
+        print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""joint_matrix, diagnose and explain: what they return, and that their words fit the batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import ldmi_fast
+from ldmi_fast import JointReport, Plan, diagnose, dmi_loss, explain, joint_matrix
+from tests.compare import loss_dtype
+from tests.problems import Problem, as_array, conditioned, problem
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize(
+    ("n", "classes"),
+    [
+        pytest.param(50, 1, id="one-class"),
+        pytest.param(203, 14, id="small"),
+        pytest.param(2000, 70, id="large"),
+        pytest.param(20, 70, id="fewer-samples-than-classes"),
+    ],
+)
+def test_joint_matrix_values(engine: str, device: torch.device, n: int, classes: int, soft: bool, dtype: torch.dtype) -> None:
+    batch = problem(n, classes, soft=soft, weighted=True, dtype=dtype)
+    here = batch.to(device=device)
+    exact = batch.answer().joint
+    assert batch.sample_weight is not None
+    total = batch.sample_weight.double().sum().item()
+    allowed = {"rtol": 2e-6 if loss_dtype(dtype) == torch.float32 else 1e-13, "atol": 0}
+    joint = joint_matrix(here.logits, here.target, sample_weight=here.sample_weight, engine=engine)
+    assert joint.shape == (classes, classes)
+    assert joint.dtype == loss_dtype(dtype)
+    assert joint.device.type == device.type
+    np.testing.assert_allclose(as_array(joint), exact / total, **allowed)
+    if not soft:  # soft targets of half precision do not quite sum to 1
+        assert joint.double().sum().item() == pytest.approx(1, rel=1e-6)
+    counts = joint_matrix(here.logits, here.target, sample_weight=here.sample_weight, normalize=False, engine=engine)
+    np.testing.assert_allclose(as_array(counts), exact, **allowed)
+
+
+def test_joint_matrix_rows_are_labels(engine: str, device: torch.device) -> None:
+    logits = torch.tensor([[0.0, -math.inf, -math.inf]], device=device)
+    joint = joint_matrix(logits, torch.tensor([2], device=device), engine=engine)
+    expected = torch.zeros(3, 3)
+    expected[2, 0] = 1
+    assert torch.equal(joint.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        pytest.param({}, {}, id="hard"),
+        pytest.param({"weighted": True, "absent": (1,)}, {"normalize": False}, id="absent-counts"),
+        pytest.param({"soft": True, "weighted": True}, {}, id="soft"),
+        pytest.param({}, {"input": "probs", "ignore_index": 2}, id="probs-ignore"),
+    ],
+)
+def test_joint_matrix_derivatives(engine: str, device: torch.device, build: dict[str, Any], options: dict[str, Any]) -> None:
+    batch = problem(8, 3, dtype=torch.float64, **build).to(device=device)
+    inputs = [(batch.logits.softmax(1) if options.get("input") == "probs" else batch.logits).requires_grad_()]
+    if batch.target.is_floating_point():
+        inputs.append(batch.target.requires_grad_())
+
+    def joint(logits: Tensor, target: Tensor = batch.target) -> Tensor:
+        return joint_matrix(logits, target, sample_weight=batch.sample_weight, engine=engine, **options)
+
+    assert gradcheck(joint, tuple(inputs))
+    assert gradgradcheck(joint, tuple(inputs), fast_mode=True)
+
+
+def test_a_loss_of_ones_own_on_the_joint_matrix(engine: str, device: torch.device) -> None:
+    """-log|det U| written with torch gives the value and gradient of dmi_loss."""
+    batch = problem(100, 6, weighted=True, dtype=torch.float64).to(device=device)
+    results = []
+    for build in (
+        lambda z: -torch.linalg.slogdet(joint_matrix(z, batch.target, sample_weight=batch.sample_weight, engine=engine))[1],
+        lambda z: dmi_loss(z, batch.target, sample_weight=batch.sample_weight, engine=engine),
+    ):
+        logits = batch.leaf()
+        loss = build(logits)
+        loss.backward()
+        results.append((loss.item(), logits.grad))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-9, atol=1e-13)
+
+
+def test_joint_matrix_edge_cases(engine: str, device: torch.device) -> None:
+    batch = problem(40, 5, weighted=True).to(device=device)
+    assert not joint_matrix(batch.logits[:0], batch.target[:0], engine=engine).any()
+    ignored = torch.full_like(batch.target, -100)
+    logits = torch.full_like(batch.logits, float("nan")).requires_grad_()
+    nothing = joint_matrix(logits, ignored, engine=engine)
+    nothing.sum().backward()
+    assert not nothing.any()
+    assert logits.grad is not None
+    assert not logits.grad.any()
+    poisoned = batch.logits.clone()
+    poisoned[1] = float("nan")
+    assert joint_matrix(poisoned, batch.target, sample_weight=batch.sample_weight, engine=engine).isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft-weighted", "absent", "counts-eps", "deep", "probs"])
+def test_report_numbers(engine: str, device: torch.device, kind: str) -> None:
+    options: dict[str, Any] = {}
+    batch = problem(203, 14, dtype=torch.float64)
+    if kind == "soft-weighted":
+        batch = problem(203, 14, soft=True, weighted=True, dtype=torch.float64)
+    elif kind == "absent":
+        batch = problem(203, 14, absent=(0, 9), dtype=torch.float64)
+        options = {"ignore_index": 4}
+    elif kind == "counts-eps":
+        options = {"normalize": False, "eps": 1e-3, "cross_entropy_weight": 0.5}
+    elif kind == "deep":
+        batch = Problem(batch.logits.view(7, 29, 14).transpose(1, 2), batch.target.view(7, 29))
+    elif kind == "probs":
+        batch = Problem(batch.logits.softmax(1), batch.target)
+        options = {"input": "probs"}
+    here = batch.to(device=device)
+    report = diagnose(here.logits, here.target, sample_weight=here.sample_weight, engine=engine, **options)
+    answer = batch.answer(**options)
+    assert isinstance(report, JointReport)
+    assert report.loss == pytest.approx(answer.loss, rel=1e-12)
+    assert report.log_abs_det == pytest.approx(answer.log_abs_det, rel=1e-12)
+    assert report.sign == answer.sign
+    assert isinstance(report.sign, int)
+    assert report.condition_number == pytest.approx(answer.cond, rel=1e-9)
+    assert report.counts.shape == (14,)
+    assert report.counts.dtype == torch.float64
+    assert report.counts.device.type == "cpu"
+    np.testing.assert_allclose(as_array(report.counts), answer.counts, rtol=1e-12, atol=0)
+    assert report.absent_classes == answer.absent
+    assert report.num_absent == len(answer.absent)
+    assert report.kept == answer.kept
+    assert not report.singular
+    assert report.engine == engine
+    counted = 203 if kind != "absent" else 203 - int((batch.target == 4).sum())
+    assert report.num_samples == (counted if batch.sample_weight is None else int((batch.sample_weight > 0).sum()))
+    text = str(report)
+    for part in ("condition number", f"{report.loss:.6g}", f"{answer.kept} of 14 classes"):
+        assert part in text
+
+
+def advice(logits: Tensor, target: Tensor, **options: Any) -> str:
+    report = diagnose(logits, target, **options)
+    assert all(isinstance(line, str) and line for line in report.advice)
+    assert all(line in str(report) for line in report.advice)
+    return "\n".join(report.advice)
+
+
+def test_a_good_batch_gets_no_advice(engine: str, device: torch.device) -> None:
+    batch = problem(400, 5).to(device=device)
+    assert diagnose(batch.logits, batch.target, engine=engine).advice == []
+
+
+def test_advice_on_a_singular_batch(engine: str, device: torch.device) -> None:
+    batch = problem(400, 5).to(device=device)
+    report = diagnose(torch.zeros_like(batch.logits), batch.target, engine=engine)
+    assert report.singular
+    assert report.loss == math.inf
+    assert report.sign == 0
+    assert report.log_abs_det == -math.inf
+    assert report.condition_number > 1e15
+    words = "\n".join(report.advice)
+    assert "singular" in words
+    assert "cross" in words
+
+
+def test_advice_on_an_ill_conditioned_batch(engine: str, device: torch.device) -> None:
+    batch = conditioned(512, 8, 1e6, kind="twins").to(device=device)
+    report = diagnose(batch.logits, batch.target, engine=engine)
+    assert 1e5 < report.condition_number < 1e7
+    assert "condition number" in "\n".join(report.advice)
+
+
+def test_advice_on_absent_classes_and_small_batches(engine: str, device: torch.device) -> None:
+    batch = problem(8, 14).to(device=device)
+    words = advice(batch.logits, batch.target, engine=engine)
+    assert "6 of 14 classes" in words
+    strict = diagnose(batch.logits, batch.target, absent="strict", engine=engine)
+    assert strict.singular
+    assert strict.kept == 14
+    assert strict.num_absent == 6
+    assert "absent='present'" in "\n".join(strict.advice)
+    soft = problem(8, 14, soft=True).to(device=device)
+    assert "as many samples as classes" in advice(soft.logits, soft.target, engine=engine)
+
+
+def test_advice_on_a_wrong_sign(engine: str, device: torch.device) -> None:
+    batch = problem(400, 4).to(device=device)
+    swapped = batch.logits[:, [1, 0, 2, 3]]
+    report = diagnose(swapped, batch.target, engine=engine)
+    assert report.sign == -1
+    assert "negative" in "\n".join(report.advice)
+    assert report.loss == pytest.approx(dmi_loss(batch.logits, batch.target, engine=engine).item(), rel=1e-5)
+
+
+def test_advice_on_eps_that_drowns_the_determinant(engine: str, device: torch.device) -> None:
+    batch = problem(256, 14, signal=1.0).to(device=device)
+    assert "eps" in advice(batch.logits, batch.target, eps=1e-3, engine=engine)
+
+
+def test_advice_on_nan_and_on_nothing(engine: str, device: torch.device) -> None:
+    batch = problem(40, 5).to(device=device)
+    broken = batch.logits.clone()
+    broken[2] = float("nan")
+    report = diagnose(broken, batch.target, engine=engine)
+    assert math.isnan(report.loss)
+    assert "NaN" in "\n".join(report.advice)
+    assert not report.singular
+    nothing = diagnose(batch.logits, torch.full_like(batch.target, -100), engine=engine)
+    assert nothing.loss == 0
+    assert nothing.kept == 0
+    assert nothing.num_samples == 0
+    assert "no row counts" in "\n".join(nothing.advice)
+    empty = diagnose(batch.logits[:0], batch.target[:0], engine=engine)
+    assert empty.loss == 0
+    assert str(empty)
+
+
+def test_diagnose_leaves_autograd_alone(engine: str, device: torch.device) -> None:
+    batch = problem(40, 5, soft=True).to(device=device)
+    logits, target = batch.leaf(), batch.target.clone().requires_grad_()
+    report = diagnose(logits, target, engine=engine)
+    assert logits.grad is None
+    assert not report.counts.requires_grad
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("n", "classes"),
+    [
+        pytest.param(0, 14, id="empty"),
+        pytest.param(256, 14, id="small"),
+        pytest.param(65536, 100, id="large"),
+        pytest.param(4096, 1000, id="many-classes"),
+    ],
+)
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_plans(engine: str, device: torch.device, n: int, classes: int, soft: bool) -> None:
+    logits = torch.zeros(n, classes, device=device)
+    target = torch.zeros(n, classes, device=device) if soft else torch.zeros(n, dtype=torch.int64, device=device)
+    plan = explain(logits, target, engine=engine)
+    assert isinstance(plan, Plan)
+    assert plan.engine == engine
+    assert isinstance(plan.kernels, tuple)
+    assert plan.kernels
+    assert all(isinstance(name, str) for name in plan.kernels)
+    assert isinstance(plan.regime, str)
+    assert plan.regime
+    assert isinstance(plan.workspace_bytes, int)
+    assert plan.workspace_bytes >= 0
+    assert "engine=" in plan.reason
+    text = str(plan)
+    for part in (plan.engine, plan.kernels[0], plan.regime, plan.reason, f"{plan.workspace_bytes:,}"):
+        assert part in text
+
+
+def test_plan_without_a_forced_engine() -> None:
+    plan = explain(torch.zeros(256, 14), torch.zeros(256, dtype=torch.int64))
+    assert "forced" not in plan.reason
+    assert plan.reason
+    elsewhere = explain(torch.zeros(256, 14, device="meta"), torch.zeros(256, dtype=torch.int64, device="meta"))
+    assert elsewhere.engine == "composite"
+    assert "meta" in elsewhere.reason
+
+
+def test_explain_reads_no_values() -> None:
+    """It runs nothing: labels out of range, and tensors that have no storage, are fine."""
+    assert explain(torch.zeros(4, 3), torch.full((4,), 99)).engine
+    assert explain(torch.zeros(4, 3, device="meta"), torch.zeros(4, 3, device="meta")).engine == "composite"
+
+
+def test_the_package_exports_what_it_documents() -> None:
+    assert {"DMILoss", "JointReport", "Plan", "diagnose", "dmi_loss", "explain", "joint_matrix"} <= set(ldmi_fast.__all__)
+    assert all(hasattr(ldmi_fast, name) for name in ldmi_fast.__all__)
