@@ -64,6 +64,13 @@ def _target_grad(
     return torch.cat(blocks)
 
 
+def _as_result(value: Tensor, logits: Tensor) -> Tensor:
+    """In the dtype of results for these logits. Never by a .to() that returns its argument: Dynamo of torch 2.11 takes that for a
+    second output of the Function, and gives it the gradient that belongs to the first."""
+    dtype = composite.compute_dtype(logits.dtype)
+    return value if value.dtype == dtype else value.to(dtype)
+
+
 class _Fused(torch.autograd.Function):
     """The loss and its gradient from one op; the backward scales the gradient into a new tensor."""
 
@@ -118,7 +125,7 @@ class _Loss(torch.autograd.Function):
         ctx.options = options
         ctx.engine = engine
         ctx.save_for_backward(logits, target, sample_weight, lse, V, scale, ce_scale)
-        return loss.to(composite.compute_dtype(logits.dtype))
+        return _as_result(loss, logits)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,7 +164,7 @@ class _Joint(torch.autograd.Function):
         ctx.options = options
         ctx.engine = engine
         ctx.save_for_backward(logits, target, sample_weight, lse, scale)
-        return (S * scale).to(composite.compute_dtype(logits.dtype))
+        return _as_result(S * scale, logits)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -179,7 +179,8 @@ def test_double_backward_through_a_compiled_loss_is_right_or_refused(engine: str
     try:
         ours = products(compiled(loss))
     except RuntimeError as error:
-        if "double backward" not in str(error):
+        # torch 2.11 returns a gradient that is cut off from the graph, so that differentiating it is the error
+        if "double backward" not in str(error) and "does not require grad" not in str(error):
             raise
         return
     assert torch.allclose(ours, expected, rtol=1e-9)
@@ -204,6 +205,19 @@ def test_autocast_and_checkpointing_inside_a_graph(engine: str, device: torch.de
             return torch.utils.checkpoint.checkpoint(lambda z: dmi_loss(z, target, engine=engine), logits, use_reentrant=False)
 
     check(compiled(step), here, device)
+
+
+def test_fp64_under_compile(engine: str, device: torch.device) -> None:
+    """Results in the dtype of the sums: a conversion that returns its own argument confuses Dynamo's autograd functions."""
+    batch = problem(20000, 14, weighted=True, dtype=torch.float64).to(device=device)
+    results = []
+    for wrap in (lambda f: f, compiled):
+        logits = batch.leaf()
+        loss = wrap(lambda z, y: dmi_loss(z, y, sample_weight=batch.sample_weight, engine=engine))(logits, batch.target)
+        loss.backward()
+        results.append((loss.detach(), logits.grad))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-13)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-12)
 
 
 def test_joint_matrix_under_compile(engine: str, device: torch.device) -> None:
