@@ -44,8 +44,9 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   return Tensor(handle);
 }
 
-// The gradient [N, C]. A large one is new memory from the system at every step, whose first touch costs a page fault each 4 KiB, more
-// than the kernel itself; huge pages, where the system lets a program ask for them, make that one fault each 2 MiB.
+// The gradient [N, C]. A large one is new memory from the system at every step (glibc's malloc keeps at most 32 MiB to use again), whose
+// first touch costs a page fault each 4 KiB, more than the kernel itself; huge pages, where the system lets a program ask for them,
+// make that one fault each 2 MiB.
 Tensor empty_grad(const Tensor& logits) {
   Tensor grad = empty({logits.size(0), logits.size(1)}, logits.scalar_type());
 #ifdef __linux__
@@ -53,7 +54,7 @@ Tensor empty_grad(const Tensor& logits) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(grad.numel()) * grad.element_size();
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (last > first + kHuge) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be declined
+  if (end - begin > (uintptr_t{1} << 25)) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be declined
 #endif
   return grad;
 }
