@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .engines import composite, native
-from .engines.combine import combine
 from .options import Options
 
 _Twin = Callable[[Tensor, Tensor, "Tensor | None", Options], Tensor]
@@ -107,7 +106,7 @@ class _Fused(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """joint -> logdet_inverse -> combine, and in the backward logits_grad."""
+    """loss_forward (joint -> logdet_inverse and the scalars behind them), and in the backward logits_grad."""
 
     @staticmethod
     def forward(
@@ -118,14 +117,21 @@ class _Loss(torch.autograd.Function):
         options: Options,
         engine: ModuleType,
     ) -> Tensor:
-        S, n, lse, ce = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
-        log_abs_det, _, kept, V = engine.logdet_inverse(S, n, options.absent)
-        total = composite.total_weight(target, sample_weight, n)
-        loss, scale, ce_scale = combine(log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight)
+        loss, lse, V, scale, ce_scale = engine.loss_forward(
+            logits,
+            target,
+            sample_weight,
+            options.ignore_index,
+            options.absent,
+            options.eps,
+            options.normalize,
+            options.cross_entropy_weight,
+            options.input,
+        )
         ctx.options = options
         ctx.engine = engine
         ctx.save_for_backward(logits, target, sample_weight, lse, V, scale, ce_scale)
-        return _as_result(loss, logits)
+        return loss
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:

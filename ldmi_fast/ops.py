@@ -4,6 +4,8 @@
         -> S [K, C] fp64, n [K] fp64, lse [N] fp32 (fp64 for fp64 logits), ce [] fp64
     logdet_inverse(S [..., C, C], n [..., C], absent) -> log_abs_det [...], sign [...], kept [...] int64, V [..., C, C]
     logits_grad(logits, target, sample_weight?, lse, V [K, C], scale [], ce_scale [], ignore_index, input) -> dZ [N, C]
+    loss_forward(logits, target, sample_weight?, ignore_index, absent, eps, normalize, cross_entropy_weight, input)
+        -> loss [], lse [N], V [C, C], scale [], ce_scale []: joint, logdet_inverse and the scalars behind them, for logits_grad
     fused(logits, target, sample_weight?, ignore_index, absent, eps, normalize, cross_entropy_weight, input) -> loss [], dZ
 
 ``engines.composite`` defines what they compute, and runs them on every device that has no kernels of its own. The ops carry
@@ -28,6 +30,9 @@ _SCHEMAS = (
     "logdet_inverse(Tensor S, Tensor n, str absent) -> (Tensor log_abs_det, Tensor sign, Tensor kept, Tensor V)",
     "logits_grad(Tensor logits, Tensor target, Tensor? sample_weight, Tensor lse, Tensor V, Tensor scale,"
     " Tensor ce_scale, int ignore_index, str input) -> Tensor",
+    "loss_forward(Tensor logits, Tensor target, Tensor? sample_weight, int ignore_index, str absent, float eps,"
+    " bool normalize, float cross_entropy_weight, str input)"
+    " -> (Tensor loss, Tensor lse, Tensor V, Tensor scale, Tensor ce_scale)",
     "fused(Tensor logits, Tensor target, Tensor? sample_weight, int ignore_index, str absent, float eps,"
     " bool normalize, float cross_entropy_weight, str input) -> (Tensor loss, Tensor grad)",
 )
@@ -70,6 +75,30 @@ def _logits_grad_fake(
     input: str,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("ldmi_fast::loss_forward", lib=_LIBRARY)
+def _loss_forward_fake(
+    logits: Tensor,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    absent: str,
+    eps: float,
+    normalize: bool,
+    cross_entropy_weight: float,
+    input: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    acc = composite.accumulator(logits.device)
+    dtype = composite.compute_dtype(logits.dtype)
+    rows, classes = logits.shape
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((rows,), dtype=dtype),
+        logits.new_empty((classes, classes), dtype=acc),
+        logits.new_empty((), dtype=acc),
+        logits.new_empty((), dtype=acc),
+    )
 
 
 @torch.library.register_fake("ldmi_fast::fused", lib=_LIBRARY)

@@ -1,4 +1,5 @@
-// Which instruction set this machine runs, decided once; and the parts of logdet_inverse around LAPACK, which need no vectors.
+// Which instruction set this machine runs, decided once; and what needs no vectors: the scalars between the kernels, and the parts of
+// logdet_inverse around LAPACK.
 
 #include <algorithm>
 #include <cmath>
@@ -8,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "half.h"
 #include "kernels.h"
 
 #define LDMI_DECLARE(ISA)                                                                                                     \
@@ -15,7 +17,7 @@
   void joint(const Batch&, double*, double*, void*, double*, const Threads&);                                                 \
   void logits_grad(const Batch&, const void*, const double*, double, double, void*, const Threads&);                          \
   Determinant logdet_inverse(const double*, const double*, int64_t, bool, double*);                                           \
-  double fused(const Batch&, const FusedOptions&, FactorFn, void*, const Threads&);                                           \
+  double fused(const Batch&, const LossOptions&, FactorFn, void*, const Threads&);                                           \
   }
 #define LDMI_KERNELS(ISA) Kernels{#ISA, ISA::joint, ISA::logits_grad, ISA::logdet_inverse, ISA::fused}
 
@@ -66,6 +68,51 @@ Kernels choose() {
 const Kernels& kernels() {
   static const Kernels chosen = choose();
   return chosen;
+}
+
+Loss combine(const Determinant& det, double total, double ce, const LossOptions& options) {
+  const bool empty = total == 0;
+  if (empty) total = 1;
+  const double level = det.log_abs_det - (options.normalize ? static_cast<double>(det.kept) * std::log(total) : 0);
+  Loss out{-level, 1, options.cross_entropy_weight / total};
+  if (options.eps > 0) {
+    const double log_eps = std::log(options.eps);
+    const double distance = level - log_eps;
+    out.loss = -((distance > 0 ? level : log_eps) + std::log1p(std::exp(-std::fabs(distance))));
+    out.scale = 1 / (1 + std::exp(-distance));
+    if (std::isnan(distance)) out.loss = out.scale = distance;
+  }
+  if (empty) out.loss = 0;
+  if (options.cross_entropy_weight != 0) out.loss += out.ce_scale * ce;
+  return out;
+}
+
+double total_weight(const Batch& batch, const double* n) {
+  double total = 0;
+  if (batch.soft.data == nullptr) {
+    for (int64_t k = 0; k < batch.num_labels; ++k) total += n[k];
+    return total;
+  }
+  const Weights& w = batch.weights;
+  if (w.data == nullptr) return static_cast<double>(batch.logits.rows);
+  for (int64_t i = 0; i < batch.logits.rows; ++i) {
+    const int64_t at = i * w.stride;
+    switch (w.type) {
+      case Type::kFloat16:
+        total += static_cast<double>(widen(static_cast<const Half*>(w.data)[at]));
+        break;
+      case Type::kBFloat16:
+        total += static_cast<double>(widen(static_cast<const BFloat16*>(w.data)[at]));
+        break;
+      case Type::kFloat32:
+        total += static_cast<double>(static_cast<const float*>(w.data)[at]);
+        break;
+      case Type::kFloat64:
+        total += static_cast<const double*>(w.data)[at];
+        break;
+    }
+  }
+  return total;
 }
 
 Screening equilibrate(double* S, const double* n, int64_t C, bool strict) {

@@ -78,7 +78,7 @@ struct Determinant {
 // log|det S| and V = S^{-T} (row-major, contiguous) of one matrix by Gauss-Jordan elimination with partial pivoting, for small C.
 using LogdetInverseFn = Determinant (*)(const double* S, const double* n, int64_t C, bool strict, double* V);
 
-struct FusedOptions {
+struct LossOptions {
   bool strict;
   double eps;
   bool normalize;
@@ -89,7 +89,7 @@ struct FusedOptions {
 using FactorFn = Determinant (*)(double* S, const double* n, int64_t C, bool strict, double* V);
 
 // The loss (returned) and its gradient `grad` [N, C], for hard labels.
-using FusedFn = double (*)(const Batch&, const FusedOptions&, FactorFn, void* grad, const Threads&);
+using FusedFn = double (*)(const Batch&, const LossOptions&, FactorFn, void* grad, const Threads&);
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -103,6 +103,16 @@ struct Kernels {
 // The kernels for this machine: the widest instruction set that it has, or the one that the environment variable LDMI_FAST_ISA
 // names (baseline, avx2, avx512). Throws std::runtime_error if that one is unknown or cannot run here.
 const Kernels& kernels();
+
+// The loss, and the two factors of its gradient, from l = log|det S| - k log W (without k log W when not normalised): -l, or with eps
+// -logaddexp(l, log eps), whose derivative is sigmoid(l - log eps), plus the mean cross entropy. Nothing has weight: 0.
+struct Loss {
+  double loss, scale, ce_scale;
+};
+Loss combine(const Determinant&, double total_weight, double ce, const LossOptions&);
+
+// W: the sum of the weights of the rows that count.
+double total_weight(const Batch&, const double* n);
 
 // The pieces of logdet_inverse for the caller that factors R with LAPACK (larger C); the same for all instruction sets.
 

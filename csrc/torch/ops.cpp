@@ -280,20 +280,43 @@ Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_we
   return grad;
 }
 
+Tensor scalar(double value, ScalarType type) {
+  Tensor out = empty({}, type);
+  if (type == ScalarType::Double) {
+    *static_cast<double*>(out.data_ptr()) = value;
+  } else {
+    *static_cast<float*>(out.data_ptr()) = static_cast<float>(value);
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor target, std::optional<Tensor> sample_weight,
+                                                                int64_t ignore_index, std::string absent, double eps, bool normalize,
+                                                                double cross_entropy_weight, std::string input) {
+  STD_TORCH_CHECK(logits.dim() == 2, "ldmi_fast: logits must be a matrix");
+  const int64_t C = logits.size(1);
+  const cpu::Batch batch = batch_of(logits, target, sample_weight, C, ignore_index, input);
+  const cpu::LossOptions options{strict_of(absent), eps, normalize, cross_entropy_weight};
+  Tensor S = empty({C, C}, ScalarType::Double), n = empty({C}, ScalarType::Double), V = empty({C, C}, ScalarType::Double);
+  Tensor lse = empty({batch.logits.rows}, compute_type(logits));
+  double* s = static_cast<double*>(S.data_ptr());
+  const double* weights = static_cast<const double*>(n.data_ptr());
+  double ce = 0;
+  cpu::kernels().joint(batch, s, static_cast<double*>(n.data_ptr()), lse.data_ptr(), &ce, kThreads);
+  const cpu::Determinant det = factor(s, weights, C, options.strict, static_cast<double*>(V.data_ptr()));
+  const cpu::Loss loss = cpu::combine(det, cpu::total_weight(batch, weights), ce, options);
+  return {scalar(loss.loss, compute_type(logits)), lse, V, scalar(loss.scale, ScalarType::Double),
+          scalar(loss.ce_scale, ScalarType::Double)};
+}
+
 std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Tensor> sample_weight, int64_t ignore_index,
                                  std::string absent, double eps, bool normalize, double cross_entropy_weight, std::string input) {
   STD_TORCH_CHECK(target.dim() == 1 && logits.dim() == 2, "ldmi_fast: fused takes logits [N, C] and class indices [N]");
   const cpu::Batch batch = batch_of(logits, target, sample_weight, logits.size(1), ignore_index, input);
-  Tensor loss = empty({}, compute_type(logits));
   Tensor grad = empty_grad(logits);
-  const double value =
+  const double loss =
       cpu::kernels().fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, factor, grad.data_ptr(), kThreads);
-  if (compute_type(logits) == ScalarType::Double) {
-    *static_cast<double*>(loss.data_ptr()) = value;
-  } else {
-    *static_cast<float*>(loss.data_ptr()) = static_cast<float>(value);
-  }
-  return {loss, grad};
+  return {scalar(loss, compute_type(logits)), grad};
 }
 
 }  // namespace
@@ -302,6 +325,7 @@ STABLE_TORCH_LIBRARY_IMPL(ldmi_fast, CPU, m) {
   m.impl("joint", TORCH_BOX(&joint));
   m.impl("logdet_inverse", TORCH_BOX(&logdet_inverse));
   m.impl("logits_grad", TORCH_BOX(&logits_grad));
+  m.impl("loss_forward", TORCH_BOX(&loss_forward));
   m.impl("fused", TORCH_BOX(&fused));
 }
 

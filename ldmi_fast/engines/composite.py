@@ -223,6 +223,25 @@ def logits_grad(
     return g.to(logits.dtype)
 
 
+def loss_forward(
+    logits: Tensor,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    absent: str,
+    eps: float,
+    normalize: bool,
+    cross_entropy_weight: float,
+    input: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss [] (fp32; fp64 for fp64 logits), and what its gradient needs: lse [N], V [C, C], scale [], ce_scale []."""
+    S, n, lse, ce = joint(logits, target, sample_weight, logits.shape[1], ignore_index, input)
+    log_abs_det, _, kept, V = logdet_inverse(S, n, absent)
+    total = total_weight(target, sample_weight, n)
+    value, scale, ce_scale = combine(log_abs_det, kept, total, ce, eps, normalize, cross_entropy_weight)
+    return value.to(compute_dtype(logits.dtype)), lse, V, scale, ce_scale
+
+
 def fused(
     logits: Tensor,
     target: Tensor,
@@ -235,12 +254,10 @@ def fused(
     input: str,
 ) -> tuple[Tensor, Tensor]:
     """The loss [] (fp32; fp64 for fp64 logits) and its gradient [N, C], in one call."""
-    S, n, lse, ce = joint(logits, target, sample_weight, logits.shape[1], ignore_index, input)
-    log_abs_det, _, kept, V = logdet_inverse(S, n, absent)
-    total = total_weight(target, sample_weight, n)
-    value, scale, ce_scale = combine(log_abs_det, kept, total, ce, eps, normalize, cross_entropy_weight)
-    grad = logits_grad(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)
-    return value.to(compute_dtype(logits.dtype)), grad
+    value, lse, V, scale, ce_scale = loss_forward(
+        logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input
+    )
+    return value, logits_grad(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)
 
 
 def total_weight(target: Tensor, sample_weight: Tensor | None, n: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from .. import ops
 joint = torch.ops.ldmi_fast.joint.default
 logdet_inverse = torch.ops.ldmi_fast.logdet_inverse.default
 logits_grad = torch.ops.ldmi_fast.logits_grad.default
+loss_forward = torch.ops.ldmi_fast.loss_forward.default
 fused = torch.ops.ldmi_fast.fused.default
 
 # One call for the whole problem up to either of these; csrc/plan says why.
