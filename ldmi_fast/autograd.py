@@ -82,17 +82,7 @@ class _Fused(torch.autograd.Function):
         options: Options,
         engine: ModuleType,
     ) -> Tensor:
-        loss, grad = engine.fused(
-            logits,
-            target,
-            sample_weight,
-            options.ignore_index,
-            options.absent,
-            options.eps,
-            options.normalize,
-            options.cross_entropy_weight,
-            options.input,
-        )
+        loss, grad = engine.fused(logits, target, sample_weight, *options.of_loss)
         ctx.options = options
         ctx.save_for_backward(logits, target, sample_weight, grad)
         return loss
@@ -117,17 +107,7 @@ class _Loss(torch.autograd.Function):
         options: Options,
         engine: ModuleType,
     ) -> Tensor:
-        loss, lse, V, scale, ce_scale = engine.loss_forward(
-            logits,
-            target,
-            sample_weight,
-            options.ignore_index,
-            options.absent,
-            options.eps,
-            options.normalize,
-            options.cross_entropy_weight,
-            options.input,
-        )
+        loss, lse, V, scale, ce_scale = engine.loss_forward(logits, target, sample_weight, *options.of_loss)
         ctx.options = options
         ctx.engine = engine
         ctx.save_for_backward(logits, target, sample_weight, lse, V, scale, ce_scale)

@@ -100,6 +100,11 @@ class Options:
         if self.engine is not None:
             _one_of("engine", self.engine, ENGINES)
 
+    @property
+    def of_loss(self) -> tuple[int, str, float, bool, float, str]:
+        """The options that the ops ``loss_forward`` and ``fused`` take after their tensors, in their order."""
+        return (self.ignore_index, self.absent, self.eps, self.normalize, self.cross_entropy_weight, self.input)
+
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 
