@@ -106,20 +106,24 @@ def raise_for_values(target: Tensor, sample_weight: Tensor | None, classes: int,
         IndexError: a label is neither in 0..C-1 nor ignore_index.
         ValueError: a sample weight is negative, infinite or NaN.
     """
+    label = None
+    if target.dtype not in FLOATS:
+        if target.dtype == torch.uint64:  # most operators do not take it; what does not fit is out of range anyway
+            label = torch.where(target.view(torch.int64) < 0, torch.iinfo(torch.int64).max, target.view(torch.int64))
+        else:
+            label = target.to(torch.int64)
     if sample_weight is not None:
         bad = ~(torch.isfinite(sample_weight) & (sample_weight >= 0))
+        if label is not None:
+            bad &= label != ignore_index
         if bad.any():
             i = int(bad.nonzero()[0])
             raise ValueError(
                 f"sample_weight must be finite and >= 0, got {sample_weight[i].item()} for sample {i} "
                 f"({int(bad.sum())} such of {bad.numel()})"
             )
-    if target.dtype in FLOATS:
+    if label is None:
         return
-    if target.dtype == torch.uint64:  # most operators do not take it; what does not fit is out of range anyway
-        label = torch.where(target.view(torch.int64) < 0, torch.iinfo(torch.int64).max, target.view(torch.int64))
-    else:
-        label = target.to(torch.int64)
     bad = ((label < 0) | (label >= classes)) & (label != ignore_index)
     if sample_weight is not None:
         bad &= sample_weight != 0

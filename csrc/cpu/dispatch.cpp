@@ -12,14 +12,15 @@
 #include "half.h"
 #include "kernels.h"
 
-#define LDMI_DECLARE(ISA)                                                                                                     \
-  namespace ISA {                                                                                                             \
-  void joint(const Batch&, double*, double*, void*, double*, const Threads&);                                                 \
-  void logits_grad(const Batch&, const void*, const double*, double, double, void*, const Threads&);                          \
-  Determinant logdet_inverse(const double*, const double*, int64_t, bool, double*);                                           \
-  double fused(const Batch&, const LossOptions&, FactorFn, void*, const Threads&);                                           \
+#define LDMI_DECLARE(ISA)                                                                            \
+  namespace ISA {                                                                                    \
+  void joint(const Batch&, double*, double*, void*, double*, const Threads&);                        \
+  void logits_grad(const Batch&, const void*, const double*, double, double, void*, const Threads&); \
+  Determinant logdet_inverse(const double*, const double*, int64_t, bool, double*);                  \
+  double fused(const Batch&, const LossOptions&, FactorFn, void*, const Threads&);                   \
   }
-#define LDMI_KERNELS(ISA) Kernels{#ISA, ISA::joint, ISA::logits_grad, ISA::logdet_inverse, ISA::fused}
+#define LDMI_KERNELS(ISA) \
+  Kernels { #ISA, ISA::joint, ISA::logits_grad, ISA::logdet_inverse, ISA::fused }
 
 namespace ldmi::cpu {
 

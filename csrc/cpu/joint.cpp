@@ -21,7 +21,7 @@ struct Block {
   // of the softmax; vectors are read from them, so they end on a whole one
   alignas(64) T maximum[kBlockRows];
   alignas(64) T sum[kBlockRows];
-  alignas(64) T own[kBlockRows];  // the logit (or probability) of the row's own label
+  alignas(64) T own[kBlockRows];         // the logit (or probability) of the row's own label
   alignas(64) double scale[kBlockRows];  // weight / sum
 };
 
@@ -116,8 +116,8 @@ LDMI_INLINE void add_rows(const float* tile, int count, const int64_t* label, co
   }
 }
 
-// The rows begin..end of one task into `sums` [K, width], `weights` [K] and `ce`; few classes, in transposed groups of rows. A row that
-// does not count is summed with weight 0.
+// The rows begin..end of one task into `sums` [K, width], `weights` [K] and `ce`; few classes, in transposed groups of rows. A row
+// that does not count is summed with weight 0.
 LDMI_INLINE void sum_transposed(const Batch& batch, int64_t begin, int64_t end, double* sums, double* weights, double& ce, float* lse,
                                 bool& wrong) {
   constexpr int lanes = kLanes<float>;
@@ -352,9 +352,9 @@ LDMI_INLINE void load_pair(const double* from, Vec<double>& low, Vec<double>& hi
 template <class T>
 void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, const Threads& threads) {
   constexpr int lanes = kLanes<T>;
-  constexpr int64_t kStep = 64;                      // rows of one register tile
-  constexpr int64_t kLabels = 4;                     // labels of one register tile: 4 x 2 vectors of doubles
-  constexpr int64_t kClasses = 2 * kLanes<double>;   // its classes
+  constexpr int64_t kStep = 64;                     // rows of one register tile
+  constexpr int64_t kLabels = 4;                    // labels of one register tile: 4 x 2 vectors of doubles
+  constexpr int64_t kClasses = 2 * kLanes<double>;  // its classes
   const int64_t rows = batch.logits.rows, classes = batch.logits.columns, labels = batch.num_labels;
   const int64_t width = (classes + kClasses - 1) / kClasses * kClasses, label_width = (labels + kLabels - 1) / kLabels * kLabels;
   const int64_t target_width = label_width > padded<T>(labels) ? label_width : padded<T>(labels);

@@ -22,7 +22,7 @@ struct Matrix {
 // Class indices; element i at data[i * stride].
 struct Labels {
   const void* data;
-  int bytes;       // 1, 2, 4 or 8
+  int bytes;  // 1, 2, 4 or 8
   bool is_signed;
   int64_t stride;
 };
@@ -65,8 +65,8 @@ using JointFn = void (*)(const Batch&, double* S, double* n, void* lse, double* 
 
 // `grad` [N, C] contiguous, of the type of the logits:
 // scale * d(-log|det S|)/dlogits + ce_scale * d(summed cross entropy)/dlogits, with V [K, C] contiguous.
-using LogitsGradFn =
-    void (*)(const Batch&, const void* lse, const double* V, double scale, double ce_scale, void* grad, const Threads&);
+using LogitsGradFn = void (*)(const Batch&, const void* lse, const double* V, double scale, double ce_scale, void* grad,
+                              const Threads&);
 
 // What is known of one [C, C] matrix besides its inverse.
 struct Determinant {
@@ -127,7 +127,8 @@ struct Screening {
 Screening equilibrate(double* S, const double* n, int64_t C, bool strict);
 
 // From LAPACK's LU (column-major, its pivots 1-based) the determinant of S; singular as the contract says.
-Determinant determinant_of(const Screening&, const double* LU_column_major, const int32_t* pivots, const double* n, int64_t C, bool strict);
+Determinant determinant_of(const Screening&, const double* LU_column_major, const int32_t* pivots, const double* n, int64_t C,
+                           bool strict);
 
 // X = R^{-T} [C, C] row-major into V, in place. `found` decides between V, zeros and NaN.
 void finish_inverse(const Screening&, const Determinant& found, const double* n, int64_t C, double* X);

@@ -131,8 +131,8 @@ LDMI_INLINE void hard_row(const Batch& batch, const T* x, const T* V, double V_s
   if (ce_scale != 0) tile[column] -= static_cast<T>(gamma);
 }
 
-// The gradients of the rows begin..end, in transposed groups; few classes. `grad` of another type than fp32 goes through a tile, as do the
-// last rows, past which nothing may be written.
+// The gradients of the rows begin..end, in transposed groups; few classes. `grad` of another type than fp32 goes through a tile, as do
+// the last rows, past which nothing may be written.
 LDMI_INLINE void grad_transposed(const Batch& batch, int64_t begin, int64_t end, const float* lse, const float* table,
                                  const double* table_scale, Scales s, void* grad) {
   constexpr int lanes = kLanes<float>;
@@ -354,8 +354,7 @@ void grad_of(const Batch& batch, const T* lse, const double* V, Scales s, void* 
     grad_soft(batch, lse, V, s, grad, threads);
     return;
   }
-  const plan::CpuLogitsGrad plan =
-      plan::cpu_logits_grad(batch.logits.rows, batch.logits.columns, batch.num_labels, sizeof(T));
+  const plan::CpuLogitsGrad plan = plan::cpu_logits_grad(batch.logits.rows, batch.logits.columns, batch.num_labels, sizeof(T));
   if (plan.order == plan::Order::kNatural) {
     grad_natural(batch, plan, lse, V, s, grad, threads);
   } else {

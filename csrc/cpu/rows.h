@@ -61,8 +61,7 @@ template <class T>
 LDMI_INLINE const T* read_row(const Matrix& m, int64_t i, T* scratch) {
   constexpr Type native = sizeof(T) == 4 ? Type::kFloat32 : Type::kFloat64;
   const int64_t offset = i * m.row_stride;
-  if (m.type == native && m.column_stride == 1 &&
-      offset + padded<T>(m.columns) <= (m.rows - 1) * m.row_stride + m.columns) {
+  if (m.type == native && m.column_stride == 1 && offset + padded<T>(m.columns) <= (m.rows - 1) * m.row_stride + m.columns) {
     return static_cast<const T*>(m.data) + offset;
   }
   switch (m.type) {
@@ -116,8 +115,7 @@ LDMI_INLINE int64_t label_of(const Labels& y, int64_t i) {
     case 2:
       return y.is_signed ? static_cast<const int16_t*>(y.data)[at] : static_cast<const uint16_t*>(y.data)[at];
     case 4:
-      return y.is_signed ? static_cast<const int32_t*>(y.data)[at]
-                         : static_cast<int64_t>(static_cast<const uint32_t*>(y.data)[at]);
+      return y.is_signed ? static_cast<const int32_t*>(y.data)[at] : static_cast<int64_t>(static_cast<const uint32_t*>(y.data)[at]);
     default: {
       const int64_t label = static_cast<const int64_t*>(y.data)[at];
       return y.is_signed || label >= 0 ? label : INT64_MAX;

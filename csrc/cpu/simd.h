@@ -23,12 +23,14 @@ struct Lane;
 template <>
 struct Lane<float> {
   using Int = int32_t;
+  using UInt = uint32_t;
   static constexpr int mantissa = 23;
   static constexpr int bias = 127;
 };
 template <>
 struct Lane<double> {
   using Int = int64_t;
+  using UInt = uint64_t;
   static constexpr int mantissa = 52;
   static constexpr int bias = 1023;
 };
@@ -41,7 +43,9 @@ template <class T>
 struct Vec {
   typedef T Raw __attribute__((vector_size(LDMI_VECTOR_BYTES)));
   using Int = typename Lane<T>::Int;
+  using UInt = typename Lane<T>::UInt;
   typedef Int RawInt __attribute__((vector_size(LDMI_VECTOR_BYTES)));
+  typedef UInt RawUInt __attribute__((vector_size(LDMI_VECTOR_BYTES)));
   typedef T InMemory __attribute__((vector_size(LDMI_VECTOR_BYTES), aligned(alignof(T)), may_alias));
   Raw v;
 };
@@ -138,7 +142,8 @@ LDMI_INLINE T reduce_add(Vec<T> value) {
   return out;
 }
 
-// exp(x) of each of U vectors, for x <= about 1, to about one unit in the last place; 0 below the smallest normal number; NaN stays NaN.
+// exp(x) of each of U vectors, for x <= about 1, to about one unit in the last place; 0 below the smallest normal number; NaN stays
+// NaN.
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n exp(r). Adding 1.5 * 2^mantissa rounds x / ln 2 to the integer n and leaves n in
 // the low bits of the sum, which shifted into the exponent's place make 2^n.
@@ -147,7 +152,8 @@ LDMI_INLINE T reduce_add(Vec<T> value) {
 template <class T, int U>
 LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
   using Int = typename Vec<T>::Int;
-  using RawInt = typename Vec<T>::RawInt;
+  using UInt = typename Vec<T>::UInt;
+  using RawUInt = typename Vec<T>::RawUInt;
   constexpr int mantissa = Lane<T>::mantissa;
   constexpr T magic = static_cast<T>(1.5) * static_cast<T>(Int{1} << mantissa);
   constexpr bool single = sizeof(T) == 4;
@@ -156,11 +162,11 @@ LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
   constexpr T ln2_high = static_cast<T>(single ? 0.693359375 : 6.93145751953125e-1);
   constexpr T ln2_low = static_cast<T>(single ? -2.12194440e-4 : 1.42860682030941723212e-6);
   // (exp(r) - 1 - r) / r^2: minimax (S. Moshier's Cephes) in single precision; Taylor, whose remainder is below 2^-57, in double
-  [[maybe_unused]] constexpr double coefficients[] = {
-      1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0,
-      1.0 / 720.0,        1.0 / 120.0,       1.0 / 24.0,       1.0 / 6.0,       0.5};
+  [[maybe_unused]] constexpr double coefficients[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
+                                                      1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
+                                                      1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5};
   [[maybe_unused]] constexpr float short_coefficients[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
-                                          4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+                                                           4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   constexpr int terms = single ? 6 : 12;
   const auto coefficient = [&](int i) {
     if constexpr (single) {
@@ -192,8 +198,8 @@ LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
   for (int u = 0; u < U; ++u) value[u] = fma(value[u], square[u], r[u]);
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u) {
-    // a cast between vector types keeps the bits
-    const RawInt bits = (reinterpret_cast<RawInt>(shifted[u].v) << mantissa) + (static_cast<Int>(Lane<T>::bias) << mantissa);
+    // a cast between vector types keeps the bits; unsigned, since what is shifted out does not matter
+    const RawUInt bits = (reinterpret_cast<RawUInt>(shifted[u].v) << mantissa) + (static_cast<UInt>(Lane<T>::bias) << mantissa);
     const Vec<T> power{reinterpret_cast<typename Vec<T>::Raw>(bits)};
     const Vec<T> out = fma(value[u], power, power);
     x[u].v = x[u].v < splat<T>(lowest).v ? splat<T>(0).v : out.v;
@@ -248,10 +254,8 @@ LDMI_INLINE void widen(Vec<float> value, Vec<double>& low, Vec<double>& high) {
   low.v = __builtin_convertvector(__builtin_shufflevector(value.v, value.v, 0, 1, 2, 3), Vec<double>::Raw);
   high.v = __builtin_convertvector(__builtin_shufflevector(value.v, value.v, 4, 5, 6, 7), Vec<double>::Raw);
 #else
-  low.v = __builtin_convertvector(
-      __builtin_shufflevector(value.v, value.v, 0, 1, 2, 3, 4, 5, 6, 7), Vec<double>::Raw);
-  high.v = __builtin_convertvector(
-      __builtin_shufflevector(value.v, value.v, 8, 9, 10, 11, 12, 13, 14, 15), Vec<double>::Raw);
+  low.v = __builtin_convertvector(__builtin_shufflevector(value.v, value.v, 0, 1, 2, 3, 4, 5, 6, 7), Vec<double>::Raw);
+  high.v = __builtin_convertvector(__builtin_shufflevector(value.v, value.v, 8, 9, 10, 11, 12, 13, 14, 15), Vec<double>::Raw);
 #endif
 }
 
@@ -262,9 +266,7 @@ LDMI_INLINE void add_scaled(double* to, Vec<float> value, double scale) {
   store(to, fma(low, splat(scale), load(to)));
   store(to + kLanes<double>, fma(high, splat(scale), load(to + kLanes<double>)));
 }
-LDMI_INLINE void add_scaled(double* to, Vec<double> value, double scale) {
-  store(to, fma(value, splat(scale), load(to)));
-}
+LDMI_INLINE void add_scaled(double* to, Vec<double> value, double scale) { store(to, fma(value, splat(scale), load(to))); }
 
 template <class T>
 constexpr int64_t padded(int64_t count) {

@@ -1,5 +1,5 @@
-// Few classes: vectors across rows, not across classes. A tile holds a group of kLanes<float> rows transposed, element (row l, class c)
-// at tile[c * lanes + l], so that sums and maxima over the classes are plain vector operations, no lane is wasted on a row that is
+// Few classes: vectors across rows, not across classes. A tile holds a group of kLanes<float> rows transposed, element (row l, class
+// c) at tile[c * lanes + l], so that sums and maxima over the classes are plain vector operations, no lane is wasted on a row that is
 // shorter than a vector, and the exponentials of different classes are independent chains of instructions.
 #pragma once
 
@@ -47,8 +47,7 @@ LDMI_INLINE void transpose(Square (&m)[kSide]) {
 }
 
 // The rows of a group: read in place or converted, zeros for a row that does not count (nothing of it may be looked at).
-LDMI_INLINE void rows_of_group(const Matrix& m, int64_t first, int count, const int64_t* label, float* scratch,
-                               const float** rows) {
+LDMI_INLINE void rows_of_group(const Matrix& m, int64_t first, int count, const int64_t* label, float* scratch, const float** rows) {
   constexpr int lanes = kLanes<float>;
   const int64_t width = padded<float>(m.columns);
   for (int l = 0; l < lanes; ++l) {

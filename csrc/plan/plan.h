@@ -31,7 +31,7 @@ enum class Order { kNatural, kByLabel };
 
 struct CpuJoint {
   Order order;
-  int64_t tasks;            // a function of the shape alone
+  int64_t tasks;  // a function of the shape alone
   int64_t workspace_bytes;
 };
 CpuJoint cpu_joint(int64_t rows, int64_t classes, int64_t labels);

@@ -27,8 +27,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An uninitialised contiguous tensor on the CPU. By the shim directly: the wrappers in stable/ops.h look their operator up by name at every
-// call, which costs more than a small problem's whole computation.
+// An uninitialised contiguous tensor on the CPU. By the shim directly: the wrappers in stable/ops.h look their operator up by name at
+// every call, which costs more than a small problem's whole computation.
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   int64_t strides[4];
   int64_t stride = 1;
@@ -44,9 +44,9 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
   return Tensor(handle);
 }
 
-// The gradient [N, C]. A large one is new memory from the system at every step (glibc's malloc keeps at most 32 MiB to use again), whose
-// first touch costs a page fault each 4 KiB, more than the kernel itself; huge pages, where the system lets a program ask for them,
-// make that one fault each 2 MiB.
+// The gradient [N, C]. A large one is new memory from the system at every step (glibc's malloc keeps at most 32 MiB to use again),
+// whose first touch costs a page fault each 4 KiB, more than the kernel itself; huge pages, where the system lets a program ask for
+// them, make that one fault each 2 MiB.
 Tensor empty_grad(const Tensor& logits) {
   Tensor grad = empty({logits.size(0), logits.size(1)}, logits.scalar_type());
 #ifdef __linux__
@@ -54,7 +54,8 @@ Tensor empty_grad(const Tensor& logits) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(grad.numel()) * grad.element_size();
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (end - begin > (uintptr_t{1} << 25)) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be declined
+  if (end - begin > (uintptr_t{1} << 25))
+    (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be declined
 #endif
   return grad;
 }
@@ -126,7 +127,8 @@ cpu::Batch batch_of(const Tensor& logits, const Tensor& target, const std::optio
   }
   STD_TORCH_CHECK(target.size(0) == rows, "ldmi_fast: target has ", target.size(0), " rows, logits ", rows);
   if (sample_weight.has_value()) {
-    STD_TORCH_CHECK(sample_weight->dim() == 1 && sample_weight->size(0) == rows, "ldmi_fast: sample_weight must have shape [", rows, "]");
+    STD_TORCH_CHECK(sample_weight->dim() == 1 && sample_weight->size(0) == rows, "ldmi_fast: sample_weight must have shape [", rows,
+                    "]");
     batch.weights = {sample_weight->data_ptr(), type_of(*sample_weight, "sample_weight"), sample_weight->stride(0)};
   }
   // an empty tensor has no address, and a null address means that there is none
@@ -155,8 +157,8 @@ void check_double(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double, "ldmi_fast: ", name, " must be float64");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> joint(Tensor logits, Tensor target, std::optional<Tensor> sample_weight,
-                                                 int64_t num_labels, int64_t ignore_index, std::string input) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> joint(Tensor logits, Tensor target, std::optional<Tensor> sample_weight, int64_t num_labels,
+                                                 int64_t ignore_index, std::string input) {
   const cpu::Batch batch = batch_of(logits, target, sample_weight, num_labels, ignore_index, input);
   Tensor S = empty({num_labels, batch.logits.columns}, ScalarType::Double);
   Tensor n = empty({num_labels}, ScalarType::Double);

@@ -51,7 +51,6 @@ def used_rows(
     if sample_weight is not None:
         weight = sample_weight.to(acc)
         used = weight != 0
-        poison = (used & ~(weight >= 0)).any()
     if not soft:
         if target.dtype == torch.uint64:
             target = torch.where(target.view(torch.int64) < 0, num_labels, target.view(torch.int64))
@@ -59,10 +58,13 @@ def used_rows(
         kept = target != ignore_index
         used = kept if used is None else used & kept
         bad = used & ((target < 0) | (target >= num_labels))
-        poison = bad.any() if poison is None else poison | bad.any()
+        poison = bad.any()
         target = torch.where(used & ~bad, target, 0)
     elif used is not None:
         target = torch.where(used.unsqueeze(-1), target, 0)
+    if weight is not None and used is not None:
+        bad_weight = (used & ~(weight >= 0)).any()
+        poison = bad_weight if poison is None else poison | bad_weight
     if used is not None:
         weight = used.to(acc) if weight is None else torch.where(used, weight, 0)
     nan = None if poison is None else torch.where(poison, torch.nan, 0.0).to(acc)
