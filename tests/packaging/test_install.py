@@ -1,0 +1,117 @@
+"""What a user installs: sdist, wheels with and without compiled kernels, in a clean place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ["csrc", "ldmi_fast", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "CHANGELOG.md"]
+PARTS += ["build_backend.py", "pyproject.toml", "setup.py"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The sources alone, without what an in-place build left among them."""
+    copy = tmp_path / "tree"
+    copy.mkdir()
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, copy / part)
+    return copy
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "LDMI_FAST_NATIVE", "LDMI_FAST_ENGINE")}
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment | variables, capture_output=True, text=True, check=False
+    )
+
+
+def wheel(tree: Path, where: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", str(where), "."]
+    return run(*pip, cwd=tree, **variables)
+
+
+def installed(wheel_file: Path, where: Path) -> Path:
+    """A virtual environment with the wheel, which sees the torch of this one; its Python."""
+    venv = where / "venv"
+    assert run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=where).returncode == 0
+    site = next((venv / "lib").glob("python*/site-packages"))
+    with zipfile.ZipFile(wheel_file) as archive:
+        archive.extractall(site)
+    # after the environment's own packages, those of this one; not its .pth files, which would bring the source tree
+    (site / "torch_of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return venv / "bin" / "python"
+
+
+def test_sdist_and_compiled_wheel(tree: Path, tmp_path: Path) -> None:
+    built = run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path / "dist", cwd=tree)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    for part in ("csrc/cpu/joint.cpp", "csrc/cpu/simd.h", "csrc/torch/ops.cpp", "CMakeLists.txt", "build_backend.py", "LICENSE"):
+        assert (source / part).is_file(), part
+    made = wheel(source, tmp_path / "wheels", LDMI_FAST_NATIVE="1")
+    assert made.returncode == 0, made.stdout + made.stderr
+    (wheel_file,) = (tmp_path / "wheels").glob("*.whl")
+    names = zipfile.ZipFile(wheel_file).namelist()
+    assert [name for name in names if name.startswith("ldmi_fast/_C.") and name.endswith(".so")]
+    assert "ldmi_fast/py.typed" in names
+    assert {name.split("/")[0] for name in names} == {"ldmi_fast", wheel_file.name.split("-cp")[0] + ".dist-info"}
+    told = run(installed(wheel_file, tmp_path), "-m", "ldmi_fast", cwd=tmp_path)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "engine cpu        runs" in told.stdout
+
+
+def test_pure_wheel(tree: Path, tmp_path: Path) -> None:
+    made = wheel(tree, tmp_path / "wheels", LDMI_FAST_NATIVE="0")
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "WITHOUT compiled kernels (LDMI_FAST_NATIVE=0)" in made.stdout + made.stderr
+    (wheel_file,) = (tmp_path / "wheels").glob("*.whl")
+    assert wheel_file.name.endswith("-py3-none-any.whl")
+    told = run(installed(wheel_file, tmp_path), "-m", "ldmi_fast", cwd=tmp_path)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "engine cpu        cannot run: this installation is pure Python" in told.stdout
+    assert "engine composite  runs" in told.stdout
+
+
+def test_without_a_compiler(tree: Path, tmp_path: Path) -> None:
+    """Said aloud, and pure Python; an error if the kernels were demanded."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    made = wheel(tree, tmp_path / "wheels", PATH=str(empty))
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "WITHOUT compiled kernels (no C++ compiler found" in made.stdout + made.stderr
+    (wheel_file,) = (tmp_path / "wheels").glob("*.whl")
+    assert wheel_file.name.endswith("-py3-none-any.whl")
+    refused = wheel(tree, tmp_path / "none", PATH=str(empty), LDMI_FAST_NATIVE="1")
+    assert refused.returncode != 0
+    assert "LDMI_FAST_NATIVE=1, but no C++ compiler found" in refused.stdout + refused.stderr
+
+
+def test_a_compiler_that_cannot(tree: Path, tmp_path: Path) -> None:
+    """An old compiler is not tried and failed with, but found out by a small program."""
+    old = tmp_path / "bin" / "oldcc"
+    old.parent.mkdir()
+    old.write_text("#!/bin/sh\necho 'error: unknown builtin' >&2\nexit 1\n")
+    old.chmod(0o755)
+    made = wheel(tree, tmp_path / "wheels", CXX=str(old))
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "cannot compile them" in made.stdout + made.stderr
+    assert "unknown builtin" in made.stdout + made.stderr
