@@ -14,10 +14,6 @@
 #include <tuple>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "../cpu/kernels.h"
 #include "../plan/plan.h"
 
@@ -42,22 +38,6 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
                                            aoti_torch_device_type_cpu(), 0, &handle) == 0,
                   "ldmi_fast: out of memory");
   return Tensor(handle);
-}
-
-// The gradient [N, C]. A large one is new memory from the system at every step (glibc's malloc keeps at most 32 MiB to use again),
-// whose first touch costs a page fault each 4 KiB, more than the kernel itself; huge pages, where the system lets a program ask for
-// them, make that one fault each 2 MiB.
-Tensor empty_grad(const Tensor& logits) {
-  Tensor grad = empty({logits.size(0), logits.size(1)}, logits.scalar_type());
-#ifdef __linux__
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(grad.numel()) * grad.element_size();
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (end - begin > (uintptr_t{1} << 25))
-    (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may be declined
-#endif
-  return grad;
 }
 
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
@@ -275,7 +255,7 @@ Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_we
   const cpu::Batch batch = batch_of(logits, target, sample_weight, V.size(0), ignore_index, input);
   V = dense(V);
   lse = dense(lse);
-  Tensor grad = empty_grad(logits);
+  Tensor grad = empty({logits.size(0), logits.size(1)}, logits.scalar_type());
   cpu::kernels().logits_grad(batch, lse.data_ptr(), static_cast<const double*>(V.data_ptr()),
                              *static_cast<const double*>(scale.data_ptr()), *static_cast<const double*>(ce_scale.data_ptr()),
                              grad.data_ptr(), kThreads);
@@ -315,7 +295,7 @@ std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Ten
                                  std::string absent, double eps, bool normalize, double cross_entropy_weight, std::string input) {
   STD_TORCH_CHECK(target.dim() == 1 && logits.dim() == 2, "ldmi_fast: fused takes logits [N, C] and class indices [N]");
   const cpu::Batch batch = batch_of(logits, target, sample_weight, logits.size(1), ignore_index, input);
-  Tensor grad = empty_grad(logits);
+  Tensor grad = empty({logits.size(0), logits.size(1)}, logits.scalar_type());
   const double loss =
       cpu::kernels().fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, factor, grad.data_ptr(), kThreads);
   return {scalar(loss, compute_type(logits)), grad};
