@@ -156,20 +156,21 @@ def test_explain_runs_nothing(engine: str | None, soft: bool) -> None:
 
 
 @needs_compiled
-def test_explain_tells_what_runs() -> None:
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=["float16", "float32", "float64"])
+@pytest.mark.parametrize(("rows", "classes"), [(64, 10), (100_000, 10), (100, 150), (3000, 150)])
+def test_explain_tells_what_runs(rows: int, classes: int, dtype: torch.dtype, soft: bool) -> None:
     """The ops that run are those of the plan."""
-    for rows, classes in [(64, 10), (100_000, 10), (3000, 150)]:
-        batch = problem(rows, classes)
-        logits = batch.leaf()
-        plan = explain(logits, batch.target)
-        ran = {op.split(".")[1] for op in operators(lambda: dmi_loss(logits, batch.target).backward()) if "ldmi_fast" in op}
-        if len(plan.kernels) == 1:
-            assert plan.kernels[0].startswith("fused")
-            assert ran == {"fused"}
-        else:
-            assert [kernel.split(" ")[0] for kernel in plan.kernels] == ["joint", "logdet_inverse", "logits_grad"]
-            assert "fused" not in ran
-            assert "logits_grad" in ran
+    batch = problem(rows, classes, soft=soft, dtype=dtype)
+    logits = batch.leaf()
+    plan = explain(logits, batch.target)
+    ran = {op.split(".")[1] for op in operators(lambda: dmi_loss(logits, batch.target).backward()) if "ldmi_fast" in op}
+    if len(plan.kernels) == 1:
+        assert plan.kernels[0].startswith("fused")
+        assert ran == {"fused"}
+    else:
+        assert [kernel.split(" ")[0] for kernel in plan.kernels] == ["joint", "logdet_inverse", "logits_grad"]
+        assert ran == {"loss_forward", "logits_grad"}
 
 
 # --- the regimes of the plan ------------------------------------------------------------------------------------------------------
