@@ -98,6 +98,7 @@ cpu::Batch batch_of(const Tensor& logits, const Tensor& target, const std::optio
   cpu::Batch batch{};
   batch.logits = matrix_of(logits, "logits");
   STD_TORCH_CHECK(batch.logits.columns > 0, "ldmi_fast: logits must have at least one class");
+  STD_TORCH_CHECK(num_labels > 0, "ldmi_fast: num_labels must be at least 1, got ", num_labels);
   const int64_t rows = batch.logits.rows;
   if (target.dim() == 1) {
     batch.labels = labels_of(target);
@@ -249,6 +250,8 @@ Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_we
   check_double(V, "V");
   check_double(scale, "scale");
   check_double(ce_scale, "ce_scale");
+  STD_TORCH_CHECK(scale.numel() == 1 && ce_scale.numel() == 1, "ldmi_fast: scale and ce_scale must be scalars");
+  STD_TORCH_CHECK(logits.dim() == 2, "ldmi_fast: logits must be a matrix");
   STD_TORCH_CHECK(V.dim() == 2 && V.size(1) == logits.size(1), "ldmi_fast: V must have shape [K, C]");
   STD_TORCH_CHECK(lse.scalar_type() == compute_type(logits) && lse.dim() == 1 && lse.size(0) == logits.size(0),
                   "ldmi_fast: lse must have shape [N] and be float32 (float64 for float64 logits)");
