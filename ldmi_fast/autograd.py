@@ -107,7 +107,7 @@ class _Loss(torch.autograd.Function):
         options: Options,
         engine: ModuleType,
     ) -> Tensor:
-        loss, lse, V, scale, ce_scale = engine.loss_forward(logits, target, sample_weight, *options.of_loss)
+        loss, lse, V, scale, ce_scale = engine.loss_forward(logits, target, sample_weight, *options.of_loss, True)
         ctx.options = options
         ctx.engine = engine
         ctx.save_for_backward(logits, target, sample_weight, lse, V, scale, ce_scale)
@@ -168,16 +168,25 @@ class _Joint(torch.autograd.Function):
         return d_logits, d_target, None, None, None
 
 
+def _needs_gradient(logits: Tensor, target: Tensor) -> bool:
+    """Whether anything can come back for a gradient; if not, neither the inverse nor the gradient is computed."""
+    return torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad)
+
+
 def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
     """The loss [] of flattened arguments, by ``engine``, differentiable."""
     if engine is composite or transformed():
         return composite.loss(logits, target, sample_weight, options)
+    if not _needs_gradient(logits, target):
+        return engine.loss_forward(logits, target, sample_weight, *options.of_loss, False)[0]
     function = _Fused if engine.is_fused(logits, target) else _Loss
     return function.apply(logits, target, sample_weight, options, engine)
 
 
 def fused(logits: Tensor, target: Tensor, options: Options) -> Tensor:
     """The loss [] of a small problem by the compiled engine, differentiable."""
+    if not _needs_gradient(logits, target):
+        return native.loss_forward(logits, target, None, *options.of_loss, False)[0]
     return _Fused.apply(logits, target, None, options, native)
 
 

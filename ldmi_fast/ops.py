@@ -4,8 +4,9 @@
         -> S [K, C] fp64, n [K] fp64, lse [N] fp32 (fp64 for fp64 logits), ce [] fp64
     logdet_inverse(S [..., C, C], n [..., C], absent) -> log_abs_det [...], sign [...], kept [...] int64, V [..., C, C]
     logits_grad(logits, target, sample_weight?, lse, V [K, C], scale [], ce_scale [], ignore_index, input) -> dZ [N, C]
-    loss_forward(logits, target, sample_weight?, ignore_index, absent, eps, normalize, cross_entropy_weight, input)
-        -> loss [], lse [N], V [C, C], scale [], ce_scale []: joint, logdet_inverse and the scalars behind them, for logits_grad
+    loss_forward(logits, target, sample_weight?, ignore_index, absent, eps, normalize, cross_entropy_weight, input, gradient)
+        -> loss [], lse [N], V [C, C], scale [], ce_scale []: joint, logdet_inverse and the scalars behind them, for logits_grad;
+        V is [0, 0] where no gradient is asked for
     fused(logits, target, sample_weight?, ignore_index, absent, eps, normalize, cross_entropy_weight, input) -> loss [], dZ
 
 ``engines.composite`` defines what they compute, and runs them on every device that has no kernels of its own. The ops carry
@@ -31,7 +32,7 @@ _SCHEMAS = (
     "logits_grad(Tensor logits, Tensor target, Tensor? sample_weight, Tensor lse, Tensor V, Tensor scale,"
     " Tensor ce_scale, int ignore_index, str input) -> Tensor",
     "loss_forward(Tensor logits, Tensor target, Tensor? sample_weight, int ignore_index, str absent, float eps,"
-    " bool normalize, float cross_entropy_weight, str input)"
+    " bool normalize, float cross_entropy_weight, str input, bool gradient)"
     " -> (Tensor loss, Tensor lse, Tensor V, Tensor scale, Tensor ce_scale)",
     "fused(Tensor logits, Tensor target, Tensor? sample_weight, int ignore_index, str absent, float eps,"
     " bool normalize, float cross_entropy_weight, str input) -> (Tensor loss, Tensor grad)",
@@ -88,14 +89,16 @@ def _loss_forward_fake(
     normalize: bool,
     cross_entropy_weight: float,
     input: str,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     acc = composite.accumulator(logits.device)
     dtype = composite.compute_dtype(logits.dtype)
     rows, classes = logits.shape
+    kept = classes if gradient else 0
     return (
         logits.new_empty((), dtype=dtype),
         logits.new_empty((rows,), dtype=dtype),
-        logits.new_empty((classes, classes), dtype=acc),
+        logits.new_empty((kept, kept), dtype=acc),
         logits.new_empty((), dtype=acc),
         logits.new_empty((), dtype=acc),
     )

@@ -33,7 +33,7 @@ SCHEMAS = {
     "logits_grad": "ldmi_fast::logits_grad(Tensor logits, Tensor target, Tensor? sample_weight, Tensor lse, Tensor V, "
     "Tensor scale, Tensor ce_scale, int ignore_index, str input) -> Tensor",
     "loss_forward": "ldmi_fast::loss_forward(Tensor logits, Tensor target, Tensor? sample_weight, int ignore_index, "
-    "str absent, float eps, bool normalize, float cross_entropy_weight, str input) -> "
+    "str absent, float eps, bool normalize, float cross_entropy_weight, str input, bool gradient) -> "
     "(Tensor loss, Tensor lse, Tensor V, Tensor scale, Tensor ce_scale)",
     "fused": "ldmi_fast::fused(Tensor logits, Tensor target, Tensor? sample_weight, int ignore_index, str absent, float eps, "
     "bool normalize, float cross_entropy_weight, str input) -> (Tensor loss, Tensor grad)",
@@ -72,7 +72,8 @@ def arguments(
     logits = (batch.logits.softmax(-1) if input == "probs" else batch.logits).to(dtype)
     target, weight = batch.target, batch.sample_weight
     if name in ("fused", "loss_forward"):
-        return logits, target, weight, -100, "present", 1e-3, True, 0.5, input
+        options = (logits, target, weight, -100, "present", 1e-3, True, 0.5, input)
+        return options if name == "fused" else (*options, True)
     joint = (logits, target, weight, classes, -100, input)
     if name == "joint":
         return joint

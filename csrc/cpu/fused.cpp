@@ -5,7 +5,7 @@
 
 namespace ldmi::cpu::LDMI_ISA {
 
-double fused(const Batch& batch, const LossOptions& options, FactorFn factor, void* grad, const Threads& threads) {
+double fused(const Batch& batch, const LossOptions& options, void* grad, const Threads& threads) {
   const int64_t rows = batch.logits.rows, C = batch.logits.columns;
   Buffer<double> workspace(2 * C * C + C + rows);
   double* S = workspace.get();
@@ -14,7 +14,7 @@ double fused(const Batch& batch, const LossOptions& options, FactorFn factor, vo
   double* lse = n + C;  // floats or doubles
   double ce = 0;
   joint(batch, S, n, lse, &ce, threads);
-  const Determinant det = factor(S, n, C, options.strict, V);
+  const Determinant det = logdet_inverse(S, n, C, options.strict, V, threads);
   const Loss loss = combine(det, total_weight(batch, n), ce, options);
   logits_grad(batch, lse, V, loss.scale, loss.ce_scale, grad, threads);
   return loss.loss;

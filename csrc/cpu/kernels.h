@@ -51,12 +51,12 @@ struct Threads {
 };
 
 template <class Body>
-void for_each_task(const Threads& threads, int64_t tasks, Body&& body) {
+void for_each_task(const Threads& threads, int64_t tasks, const Body& body) {
   if (tasks == 1) {
     body(int64_t{0});
     return;
   }
-  threads.run(tasks, &body, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); });
+  threads.run(tasks, const_cast<Body*>(&body), [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); });
 }
 
 // S [K, C], n [K] and ce [1] in double; lse [N] in float (double for fp64 logits). All contiguous, all overwritten. Rows that do
@@ -75,8 +75,9 @@ struct Determinant {
   int64_t kept;        // number of classes that the determinant is of
 };
 
-// log|det S| and V = S^{-T} (row-major, contiguous) of one matrix by Gauss-Jordan elimination with partial pivoting, for small C.
-using LogdetInverseFn = Determinant (*)(const double* S, const double* n, int64_t C, bool strict, double* V);
+// log|det S| and V = S^{-T} (row-major, contiguous) of one matrix by Gauss-Jordan elimination with partial pivoting. V may be null:
+// the determinant alone, with the same bits.
+using LogdetInverseFn = Determinant (*)(const double* S, const double* n, int64_t C, bool strict, double* V, const Threads&);
 
 struct LossOptions {
   bool strict;
@@ -85,11 +86,8 @@ struct LossOptions {
   double cross_entropy_weight;
 };
 
-// What fused calls between its two passes: log|det S| and V, and S may be overwritten.
-using FactorFn = Determinant (*)(double* S, const double* n, int64_t C, bool strict, double* V);
-
 // The loss (returned) and its gradient `grad` [N, C], for hard labels.
-using FusedFn = double (*)(const Batch&, const LossOptions&, FactorFn, void* grad, const Threads&);
+using FusedFn = double (*)(const Batch&, const LossOptions&, void* grad, const Threads&);
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -113,24 +111,5 @@ Loss combine(const Determinant&, double total_weight, double ce, const LossOptio
 
 // W: the sum of the weights of the rows that count.
 double total_weight(const Batch&, const double* n);
-
-// The pieces of logdet_inverse for the caller that factors R with LAPACK (larger C); the same for all instruction sets.
-
-struct Screening {
-  double norm;      // ||R||_inf
-  bool finite;      // S and n hold neither NaN nor infinity
-  bool dead;        // strict, and a class is absent
-  int64_t present;  // number of classes that have weight
-};
-
-// In place of S, R = diag(1/n) S of the classes that have weight, with identity rows and columns for the others, column-major [C, C].
-Screening equilibrate(double* S, const double* n, int64_t C, bool strict);
-
-// From LAPACK's LU (column-major, its pivots 1-based) the determinant of S; singular as the contract says.
-Determinant determinant_of(const Screening&, const double* LU_column_major, const int32_t* pivots, const double* n, int64_t C,
-                           bool strict);
-
-// X = R^{-T} [C, C] row-major into V, in place. `found` decides between V, zeros and NaN.
-void finish_inverse(const Screening&, const Determinant& found, const double* n, int64_t C, double* X);
 
 }  // namespace ldmi::cpu

@@ -1,9 +1,19 @@
-// log|det| and inverse of a small matrix in one sweep: Gauss-Jordan elimination in place, with partial pivoting.
+// log|det| and inverse of a matrix by Gauss-Jordan elimination in place, with partial pivoting: 2 C^3 operations for both.
 //
 // Step k divides row k by its pivot and takes it out of every other row; the column that it clears holds column k of the inverse
 // from then on. Row exchanges of the matrix are undone as column exchanges of the inverse, in the reverse order. The product of the
-// pivots is the determinant.
+// pivots is the determinant. Without the inverse the same steps on the rows and columns that are still to come are an LU
+// factorisation: every entry that both compute goes through the same operations, so the determinant has the same bits.
+//
+// The steps are taken in panels of columns J, whose effect on the rest is one matrix product,
+//
+//     D = R[J, J] after the exchanges      G[J] = D^{-1}      G[i] = -R[i, J] D^{-1} for the other rows i
+//     R[:, c] <- (R[:, c] with zeros in the rows J) + G R[J, c]       for every column c outside the panel
+//
+// where eliminating the panel by itself leaves G in its place. The next panel is eliminated while the other columns are still being
+// updated. Whoever does a block of columns, its operations are the same, so the bits do not depend on the number of threads.
 
+#include "../plan/plan.h"
 #include "isa.h"
 #include "rows.h"
 
@@ -44,102 +54,350 @@ class LogProduct {
   int64_t exponents_ = 0;
 };
 
+// What the elimination finds out besides the inverse, and when it has to stop.
+struct Elimination {
+  double threshold;  // the largest magnitude that is no pivot
+  double sign = 1;
+  LogProduct determinant;
+  bool take(double pivot, bool exchanged) {
+    const double magnitude = __builtin_fabs(pivot);
+    if (!(magnitude > threshold)) return false;
+    sign = (pivot < 0) != exchanged ? -sign : sign;
+    determinant.multiply(magnitude);
+    return true;
+  }
+};
+
+// The first of the entries begin..end-1 that no other exceeds in magnitude.
+LDMI_INLINE int64_t pivot_row(const double* column, int64_t begin, int64_t end) {
+  constexpr int lanes = kLanes<double>;
+  Vec<double> most = splat(-1.0);
+  int64_t i = begin;
+  for (; i + lanes <= end; i += lanes) {
+    const Vec<double> x = load(column + i);
+    most = max(max(x, Vec<double>{-x.v}), most);
+  }
+  double largest = reduce_max(most);
+  for (; i < end; ++i) {
+    const double magnitude = __builtin_fabs(column[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  for (i = begin; i < end; ++i) {
+    if (__builtin_fabs(column[i]) == largest) return i;
+  }
+  return begin;  // NaN throughout
+}
+
+// The block of the matrix that stays in registers during a product.
+constexpr int kTileVectors = 3;
+constexpr int64_t kTileRows = kTileVectors * kLanes<double>;
+#if LDMI_VECTOR_BYTES == 64
+constexpr int64_t kTileColumns = 8;  // 32 registers instead of 16
+#else
+constexpr int64_t kTileColumns = 4;
+#endif
+// Columns that are updated together: their rows J stay in L1.
+constexpr int64_t kChunk = 32;
+// Columns that are eliminated one by one; wider panels are eliminated by halves.
+constexpr int64_t kNarrow = 8;
+constexpr int64_t kWidest = 64;
+
+// A column-major matrix [C, C], column c at data + c * C, and what happens to it.
+struct Panels {
+  double* data;
+  int64_t C;
+  bool inverse;
+  int64_t* exchanged;
+  Elimination& found;
+  double* scratch;  // kPanelDoubles(C, kWidest / 2)
+
+  double* column(int64_t c) const { return data + c * C; }
+};
+
+constexpr int64_t panel_doubles(int64_t C, int64_t width) { return (C + kTileRows - 1) / kTileRows * kTileRows * width; }
+
+// Rows from first_row on of the columns k..k+width-1, tile by tile, for the products with them.
+void pack(const Panels& p, int64_t first_row, int64_t k, int64_t width, double* to) {
+  constexpr int lanes = kLanes<double>;
+  for (int64_t i = first_row; i < p.C; i += kTileRows, to += kTileRows * width) {
+    const int64_t rows = p.C - i < kTileRows ? p.C - i : kTileRows;
+    for (int64_t j = 0; j < width; ++j) {
+      const double* from = p.column(k + j) + i;
+      double* tile = to + j * kTileRows;
+      if (rows == kTileRows) {
+        for (int v = 0; v < kTileVectors; ++v) store(tile + v * lanes, load(from + v * lanes));
+      } else {
+        for (int64_t r = 0; r < kTileRows; ++r) tile[r] = r < rows ? from[r] : 0;
+      }
+    }
+  }
+}
+
+// One tile of the matrix += G's tile [width, kTileRows] times X [width, kTileColumns].
+LDMI_INLINE void multiply_tile(const double* G, const double* X, int64_t width, double* to, int64_t stride, int64_t rows,
+                               int64_t columns) {
+  constexpr int lanes = kLanes<double>;
+  Vec<double> sum[kTileColumns][kTileVectors];
+#pragma GCC unroll 8
+  for (int c = 0; c < kTileColumns; ++c) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) sum[c][v] = splat(0.0);
+  }
+  for (int64_t j = 0; j < width; ++j) {
+    Vec<double> g[kTileVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) g[v] = load(G + j * kTileRows + v * lanes);
+#pragma GCC unroll 8
+    for (int c = 0; c < kTileColumns; ++c) {
+      const Vec<double> x = splat(X[j * kTileColumns + c]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) sum[c][v] = fma(g[v], x, sum[c][v]);
+    }
+  }
+  if (rows == kTileRows && columns == kTileColumns) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kTileColumns; ++c) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) {
+        double* at = to + c * stride + v * lanes;
+        store(at, load(at) + sum[c][v]);
+      }
+    }
+    return;
+  }
+  double tile[kTileColumns][kTileRows];
+#pragma GCC unroll 8
+  for (int c = 0; c < kTileColumns; ++c) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) store(tile[c] + v * lanes, sum[c][v]);
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = 0; r < rows; ++r) to[c * stride + r] += tile[c][r];
+  }
+}
+
+// The effect of an eliminated panel (columns k..k+width-1; G: its rows from first_row on, packed) on the columns begin..end-1 outside.
+void update(const Panels& p, const double* G, int64_t first_row, int64_t k, int64_t width, int64_t begin, int64_t end) {
+  alignas(64) double X[kChunk * kWidest];
+  for (int64_t c0 = begin; c0 < end; c0 += kChunk) {
+    const int64_t count = end - c0 < kChunk ? end - c0 : kChunk;
+    for (int64_t c = 0; c < (count + kTileColumns - 1) / kTileColumns * kTileColumns; ++c) {
+      double* x = X + c / kTileColumns * kTileColumns * width + c % kTileColumns;
+      if (c >= count) {
+        for (int64_t j = 0; j < width; ++j) x[j * kTileColumns] = 0;
+        continue;
+      }
+      double* column = p.column(c0 + c);
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t other = p.exchanged[k + j];
+        const double value = column[other];
+        column[other] = column[k + j];
+        column[k + j] = value;
+      }
+      for (int64_t j = 0; j < width; ++j) {
+        x[j * kTileColumns] = column[k + j];
+        column[k + j] = 0;
+      }
+    }
+    const double* g = G;
+    for (int64_t i = first_row; i < p.C; i += kTileRows, g += kTileRows * width) {
+      const int64_t rows = p.C - i < kTileRows ? p.C - i : kTileRows;
+      for (int64_t c = 0; c < count; c += kTileColumns) {
+        const int64_t columns = count - c < kTileColumns ? count - c : kTileColumns;
+        multiply_tile(g, X + c * width, width, p.column(c0 + c) + i, p.C, rows, columns);
+      }
+    }
+  }
+}
+
+// Eliminates columns k..k+width-1, width <= kNarrow, by themselves: G is in their place afterwards.
+bool eliminate_narrow(const Panels& p, int64_t first_row, int64_t k, int64_t width) {
+  constexpr int lanes = kLanes<double>;
+  for (int64_t j = 0; j < width; ++j) {
+    double* column = p.column(k + j);
+    const int64_t row = k + j, pivot = pivot_row(column, row, p.C);
+    if (!p.found.take(column[pivot], pivot != row)) return false;
+    p.exchanged[row] = pivot;
+    double factor[kNarrow] = {}, *others[kNarrow];
+    int64_t count = 0;
+    const double reciprocal = 1 / column[pivot];
+    for (int64_t c = 0; c < width; ++c) {
+      double* other = p.column(k + c);
+      const double value = other[pivot];
+      other[pivot] = other[row];
+      other[row] = value;
+      if (c == j) continue;
+      factor[count] = -value * reciprocal;
+      others[count++] = other;
+    }
+    int64_t i = first_row;
+    for (; i + lanes <= p.C; i += lanes) {
+      const Vec<double> x = load(column + i);
+      for (int64_t c = 0; c < count; ++c) store(others[c] + i, fma(x, splat(factor[c]), load(others[c] + i)));
+      store(column + i, x * splat(-reciprocal));
+    }
+    for (; i < p.C; ++i) {
+      for (int64_t c = 0; c < count; ++c) others[c][i] = column[i] * factor[c] + others[c][i];
+      column[i] *= -reciprocal;
+    }
+    for (int64_t c = 0; c < count; ++c) others[c][row] = -factor[c];
+    column[row] = reciprocal;
+  }
+  return true;
+}
+
+bool eliminate_panel(const Panels& p, int64_t first_row, int64_t k, int64_t width) {
+  if (width <= kNarrow) return eliminate_narrow(p, first_row, k, width);
+  const int64_t half = (width / 2 + kNarrow - 1) / kNarrow * kNarrow;
+  if (!eliminate_panel(p, first_row, k, half)) return false;
+  pack(p, first_row, k, half, p.scratch);
+  update(p, p.scratch, first_row, k, half, k + half, k + width);
+  if (!eliminate_panel(p, first_row, k + half, width - half)) return false;
+  pack(p, first_row, k + half, width - half, p.scratch);
+  update(p, p.scratch, first_row, k + half, width - half, k, k + half);
+  return true;
+}
+
+bool eliminate(double* data, int64_t C, bool inverse, int64_t* exchanged, Elimination& found, const Threads& threads) {
+  const plan::CpuLogdetInverse plan = plan::cpu_logdet_inverse(C);
+  const int64_t width = plan.panel;
+  Buffer<double> packed(2 * panel_doubles(C, width)), scratch(panel_doubles(C, width / 2));
+  const Panels p{data, C, inverse, exchanged, found, scratch.get()};
+  // the rows that still matter: all of them, or those from the panel on
+  const auto first_row = [&](int64_t k) { return inverse ? 0 : k; };
+  const auto panel = [&](int64_t k, double* G) {
+    const int64_t columns = C - k < width ? C - k : width;
+    if (!eliminate_panel(p, first_row(k), k, columns)) return false;
+    pack(p, first_row(k), k, columns, G);
+    return true;
+  };
+  double *G = packed.get(), *next_G = G + panel_doubles(C, width);
+  bool regular = panel(0, G);
+  for (int64_t k = 0; regular && k < C; k += width) {
+    const int64_t columns = C - k < width ? C - k : width, next = k + columns;
+    const int64_t next_end = C - next < width ? C : next + width;
+    // piece 0 is the next panel, which the step after this one waits for; then the columns after it, then those before
+    const int64_t after = (C - next_end + kChunk - 1) / kChunk, before = inverse ? k / kChunk : 0;
+    const int64_t pieces = 1 + after + before;
+    int64_t taken = 0;
+    const auto work = [&](int64_t) {
+      for (;;) {
+        const int64_t piece = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+        if (piece >= pieces) return;
+        if (piece == 0) {
+          if (next >= C) continue;
+          update(p, G, first_row(k), k, columns, next, next_end);
+          regular = panel(next, next_G);
+        } else {
+          const int64_t begin = piece <= after ? next_end + (piece - 1) * kChunk : (piece - 1 - after) * kChunk;
+          update(p, G, first_row(k), k, columns, begin, C - begin < kChunk ? C : begin + kChunk);
+        }
+      }
+    };
+    for_each_task(threads, !plan.parallel ? 1 : pieces < 64 ? pieces : 64, work);
+    double* const done = G;
+    G = next_G;
+    next_G = done;
+  }
+  return regular;
+}
+
+// What is seen of S and n on the way to R = diag(1/n) S of the classes that have weight, with identity rows and columns for the
+// others.
+struct Screening {
+  double norm = 0;  // ||R||_inf
+  bool finite = true;
+};
+
+constexpr int64_t kBlock = 32;
+
+void exchange(double* a, double* b, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const double value = a[i];
+    a[i] = b[i];
+    b[i] = value;
+  }
+}
+
+// The rows begin..end-1 of R (column-major), at most kBlock.
+Screening equilibrate(const double* S, const double* n, int64_t C, int64_t begin, int64_t end, double* R) {
+  double sum[kBlock] = {}, all[kBlock] = {}, scale[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    all[i - begin] = n[i] * 0;
+    scale[i - begin] = 1 / n[i];
+  }
+  for (int64_t j0 = 0; j0 < C; j0 += kBlock) {
+    const int64_t j1 = C - j0 < kBlock ? C : j0 + kBlock;
+    for (int64_t i = begin; i < end; ++i) {
+      const bool here = n[i] > 0;
+      for (int64_t j = j0; j < j1; ++j) {
+        const double entry = S[i * C + j];
+        all[i - begin] += entry * 0;  // NaN if any entry is NaN or infinite
+        const double value = here && n[j] > 0 ? entry * scale[i - begin] : (i == j ? 1.0 : 0.0);
+        R[j * C + i] = value;
+        sum[i - begin] += __builtin_fabs(value);
+      }
+    }
+  }
+  Screening out;
+  for (int64_t i = begin; i < end; ++i) {
+    out.finite &= all[i - begin] == 0;
+    out.norm = sum[i - begin] > out.norm ? sum[i - begin] : out.norm;
+  }
+  return out;
+}
+
 }  // namespace
 
-Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool strict, double* V) {
-  constexpr int lanes = kLanes<double>;
-  const int64_t width = padded<double>(C);
-  Buffer<double> matrix(C * width);
+Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool strict, double* V, const Threads& threads) {
+  const bool inverse = V != nullptr, parallel = plan::cpu_logdet_inverse(C).parallel;
+  const int64_t blocks = (C + kBlock - 1) / kBlock;
+  Buffer<double> own(inverse ? 0 : C * C);
   Buffer<int64_t> exchanged(C);
-  double* R = matrix.get();
-  double norm = 0, sign = 1;
-  LogProduct determinant;
+  Buffer<Screening> screenings(blocks);
+  double* const R = inverse ? V : own.get();
+  const auto for_each_block = [&](auto body) {
+    const auto run = [&](int64_t b) { body(b, b * kBlock, C - b * kBlock < kBlock ? C : (b + 1) * kBlock); };
+    if (parallel) {
+      for_each_task(threads, blocks, run);
+    } else {
+      for (int64_t b = 0; b < blocks; ++b) run(b);
+    }
+  };
+  for_each_block([&](int64_t b, int64_t begin, int64_t end) { screenings[b] = equilibrate(S, n, C, begin, end, R); });
+  Screening seen;
+  for (int64_t b = 0; b < blocks; ++b) {
+    seen.finite &= screenings[b].finite;
+    seen.norm = screenings[b].norm > seen.norm ? screenings[b].norm : seen.norm;
+  }
   int64_t present = 0;
-  bool finite = true;
-  for (int64_t i = 0; i < C; ++i) {
-    double* row = R + i * width;
-    double sum = 0, all = n[i] * 0;
-    const bool here = n[i] > 0;
-    const double scale = 1 / n[i];
-    for (int64_t j = 0; j < C; ++j) {
-      const double entry = S[i * C + j];
-      all += entry * 0;  // NaN if any entry is NaN or infinite
-      row[j] = here && n[j] > 0 ? entry * scale : (i == j ? 1.0 : 0.0);
-      sum += row[j] < 0 ? -row[j] : row[j];
-    }
-    for (int64_t j = C; j < width; ++j) row[j] = 0;
-    finite &= all == 0;
-    norm = sum > norm ? sum : norm;
-    present += here;
-    if (here && finite) determinant.multiply(n[i]);
-  }
-  const auto fill = [&](double value) {
-    for (int64_t i = 0; i < C * C; ++i) V[i] = value;
-  };
+  for (int64_t i = 0; i < C; ++i) present += n[i] > 0;
   const int64_t kept = strict && present > 0 ? C : present;
-  if (!finite) {
-    fill(kNaN);
-    return {kNaN, kNaN, kept};
-  }
-  const auto singular = [&] {
-    fill(0);
-    return Determinant{-__builtin_inf(), 0, kept};
+  const auto without_inverse = [&](double log_abs_det, double sign, double everywhere) {
+    for (int64_t i = 0; inverse && i < C * C; ++i) V[i] = everywhere;
+    return Determinant{log_abs_det, sign, kept};
   };
-  if (present == 0) {
-    fill(0);
-    return {0, 1, 0};
-  }
-  if (kept != present) return singular();
-  const double threshold = static_cast<double>(C) * 0x1p-52 * norm;
-  for (int64_t k = 0; k < C; ++k) {
-    int64_t pivot_row = k;
-    double largest = -1;
-    for (int64_t i = k; i < C; ++i) {
-      const double magnitude = __builtin_fabs(R[i * width + k]);
-      if (magnitude > largest) {
-        largest = magnitude;
-        pivot_row = i;
-      }
-    }
-    if (!(largest > threshold)) return singular();
-    exchanged[k] = pivot_row;
-    double* row = R + k * width;
-    if (pivot_row != k) {
-      double* other = R + pivot_row * width;
-      for (int64_t j = 0; j < width; j += lanes) {
-        const Vec<double> a = load(row + j);
-        store(row + j, load(other + j));
-        store(other + j, a);
-      }
-      sign = -sign;
-    }
-    const double pivot = row[k];
-    sign = pivot < 0 ? -sign : sign;
-    determinant.multiply(largest);
-    row[k] = 1;
-    const Vec<double> inverse = splat(1 / pivot);
-    for (int64_t j = 0; j < width; j += lanes) store(row + j, load(row + j) * inverse);
-    for (int64_t i = 0; i < C; ++i) {
-      if (i == k) continue;
-      double* other = R + i * width;
-      const Vec<double> factor = splat(-other[k]);
-      other[k] = 0;
-      for (int64_t j = 0; j < width; j += lanes) store(other + j, fma(factor, load(row + j), load(other + j)));
-    }
-  }
-  for (int64_t k = C - 1; k >= 0; --k) {
-    if (exchanged[k] == k) continue;
-    for (int64_t i = 0; i < C; ++i) {
-      const double a = R[i * width + k];
-      R[i * width + k] = R[i * width + exchanged[k]];
-      R[i * width + exchanged[k]] = a;
-    }
-  }
+  if (!seen.finite) return without_inverse(kNaN, kNaN, kNaN);
+  if (present == 0) return without_inverse(0, 1, 0);
+  if (kept != present) return without_inverse(-__builtin_inf(), 0, 0);
+  Elimination found{static_cast<double>(C) * 0x1p-52 * seen.norm, 1, {}};
   for (int64_t i = 0; i < C; ++i) {
-    const double scale = 1 / n[i];
-    for (int64_t j = 0; j < C; ++j) V[i * C + j] = n[i] > 0 && n[j] > 0 ? R[j * width + i] * scale : 0.0;
+    if (n[i] > 0) found.determinant.multiply(n[i]);
   }
-  return {determinant.log(), sign, kept};
+  if (!eliminate(R, C, inverse, exchanged.get(), found, threads)) return without_inverse(-__builtin_inf(), 0, 0);
+  if (inverse) {
+    // columns of the inverse (rows of V) change places as the rows of R did, last exchange first
+    for (int64_t k = C - 1; k >= 0; --k) {
+      if (exchanged[k] != k) exchange(V + k * C, V + exchanged[k] * C, C);
+    }
+    for_each_block([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const double scale = 1 / n[i];
+        for (int64_t j = 0; j < C; ++j) V[i * C + j] = n[i] > 0 && n[j] > 0 ? V[i * C + j] * scale : 0.0;
+      }
+    });
+  }
+  return {found.determinant.log(), found.sign, kept};
 }
 
 }  // namespace ldmi::cpu::LDMI_ISA

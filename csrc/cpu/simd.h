@@ -62,7 +62,7 @@ LDMI_INLINE void store(T* to, Vec<T> value) {
 
 template <class T>
 LDMI_INLINE Vec<T> splat(T value) {
-  return {typename Vec<T>::Raw{} + value};
+  return {value - typename Vec<T>::Raw{}};  // x - 0 is x, even -0: one broadcast
 }
 
 template <class T>

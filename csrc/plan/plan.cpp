@@ -48,6 +48,17 @@ CpuLogitsGrad cpu_logits_grad(int64_t rows, int64_t classes, int64_t labels, int
   return out;
 }
 
+CpuLogdetInverse cpu_logdet_inverse(int64_t classes) {
+  CpuLogdetInverse out{};
+  // wide enough for the products to be bound by multiplications, narrow enough for the panels not to hold them up
+  out.panel = classes <= 256 ? 32 : 64;
+  // below, waking threads takes longer than the work
+  out.parallel = classes >= 192;
+  // two packed panels, and half a one for its own elimination
+  out.workspace_bytes = 5 * (classes + 24) * out.panel / 2 * 8;
+  return out;
+}
+
 CpuSoft cpu_soft(int64_t rows, int64_t classes, int64_t labels, int64_t value_bytes) {
   CpuSoft out{};
   // predictions and targets of a block within about 1.5 MiB
@@ -60,8 +71,9 @@ CpuSoft cpu_soft(int64_t rows, int64_t classes, int64_t labels, int64_t value_by
 Plan cpu(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs) {
   Plan out{};
   const int64_t compute_bytes = value_bytes == 8 ? 8 : 4;
-  const std::string factor = classes <= kGaussJordanClasses ? "logdet_inverse (Gauss-Jordan)" : "logdet_inverse (LAPACK LU)";
-  const int64_t factor_bytes = classes * classes * 8;
+  const CpuLogdetInverse elimination = cpu_logdet_inverse(classes);
+  const std::string factor = std::string("logdet_inverse (Gauss-Jordan, ") + (elimination.parallel ? "all threads)" : "one thread)");
+  const int64_t factor_bytes = classes * classes * 8 + elimination.workspace_bytes;
   if (soft) {
     const CpuSoft plan = cpu_soft(rows, classes, labels, compute_bytes);
     out.kernels = {"joint (soft targets)", factor, "logits_grad (soft targets)"};
@@ -75,7 +87,8 @@ Plan cpu(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value
   if (is_fused(rows, classes, value_bytes)) {
     out.kernels = {std::string("fused (joint, ") + factor + ", logits_grad)"};
     out.regime = "small: one call leaves the loss and its gradient";
-    out.workspace_bytes = std::max(joint.workspace_bytes, grad.workspace_bytes) + 2 * classes * classes * 8 + (classes + rows) * 8;
+    out.workspace_bytes = std::max({joint.workspace_bytes, grad.workspace_bytes, elimination.workspace_bytes}) +
+                          2 * classes * classes * 8 + (classes + rows) * 8;
     out.reason = "N * C <= " + std::to_string(kFusedElements) + " or N <= " + std::to_string(kFusedRowsPerClass) +
                  " C: dispatching three ops would cost more than it saves";
     return out;

@@ -18,9 +18,6 @@ inline bool is_fused(int64_t rows, int64_t classes, int64_t value_bytes) {
   return value_bytes >= 4 && (rows * classes <= kFusedElements || rows <= kFusedRowsPerClass * classes);
 }
 
-// Gauss-Jordan in registers and L1 up to here; LAPACK's blocked LU above.
-inline constexpr int64_t kGaussJordanClasses = 64;
-
 // The sums S of one task are private up to this many entries (128 KiB); above, rows are visited in the order of their labels.
 inline constexpr int64_t kPrivateSums = 16384;
 
@@ -42,6 +39,13 @@ struct CpuLogitsGrad {
   int64_t workspace_bytes;
 };
 CpuLogitsGrad cpu_logits_grad(int64_t rows, int64_t classes, int64_t labels, int64_t value_bytes);
+
+struct CpuLogdetInverse {
+  int64_t panel;  // columns that are eliminated together
+  bool parallel;
+  int64_t workspace_bytes;
+};
+CpuLogdetInverse cpu_logdet_inverse(int64_t classes);
 
 struct CpuSoft {
   int64_t block_rows;  // rows whose predictions are held at a time

@@ -6,8 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -150,51 +148,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> joint(Tensor logits, Tensor target, s
   return {S, n, lse, ce};
 }
 
-// A column-major [C, C] matrix of doubles in memory that is not torch's.
-Tensor column_major(double* data, int64_t C) {
-  const int64_t sizes[] = {C, C}, strides[] = {1, C};
-  AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, aoti_torch_dtype_float64(),
-                                                     aoti_torch_device_type_cpu(), 0, &handle) == 0,
-                  "ldmi_fast: cannot wrap a matrix");
-  return Tensor(handle);
-}
-
-// log|det| and V of one larger matrix by torch's LAPACK, in no more memory than S, which becomes R and then its LU factors, and V.
-cpu::Determinant factor_lapack(double* S, const double* n, int64_t C, bool strict, double* V) {
-  const cpu::Screening screening = cpu::equilibrate(S, n, C, strict);
-  cpu::Determinant found{};
-  if (!screening.finite || screening.dead) {
-    found = cpu::determinant_of(screening, nullptr, nullptr, n, C, strict);
-  } else {
-    const Tensor R = column_major(S, C), pivots = empty({C}, ScalarType::Int), info = empty({}, ScalarType::Int);
-    using torch::stable::detail::from;
-    using torch::stable::detail::to;
-    std::array<StableIValue, 6> factor{from(R), from(true), from(false), from(R), from(pivots), from(info)};
-    STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_lu_factor_ex", "out", factor.data(), TORCH_ABI_VERSION) == 0,
-                    "ldmi_fast: LU factorisation failed");
-    for (int i = 0; i < 3; ++i) (void)to<Tensor>(factor[i]);
-    found = cpu::determinant_of(screening, S, static_cast<const int32_t*>(pivots.data_ptr()), n, C, strict);
-    if (found.sign != 0) {
-      // X = R^{-1}, column-major, is R^{-T}, row-major
-      std::memset(V, 0, static_cast<std::size_t>(C * C) * sizeof(double));
-      for (int64_t i = 0; i < C; ++i) V[i * C + i] = 1;
-      const Tensor X = column_major(V, C);
-      std::array<StableIValue, 6> solve{from(R), from(pivots), from(X), from(true), from(false), from(X)};
-      STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_lu_solve", "out", solve.data(), TORCH_ABI_VERSION) == 0,
-                      "ldmi_fast: solving with the LU factors failed");
-      (void)to<Tensor>(solve[0]);
-    }
-  }
-  cpu::finish_inverse(screening, found, n, C, V);
-  return found;
-}
-
-// S may be overwritten.
-cpu::Determinant factor(double* S, const double* n, int64_t C, bool strict, double* V) {
-  return C <= plan::kGaussJordanClasses ? cpu::kernels().logdet_inverse(S, n, C, strict, V) : factor_lapack(S, n, C, strict, V);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> logdet_inverse(Tensor S, Tensor n, std::string absent) {
   check_double(S, "S");
   check_double(n, "n");
@@ -230,17 +183,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logdet_inverse(Tensor S, Tensor n, st
     g[i] = found.sign;
     k[i] = found.kept;
   };
-  if (C <= plan::kGaussJordanClasses) {
-    cpu::for_each_task(kThreads, count, [&](int64_t i) {
-      write(i, cpu::kernels().logdet_inverse(s + i * C * C, weights + i * C, C, strict, v + i * C * C));
-    });
+  const auto one = [&](int64_t i) {
+    write(i, cpu::kernels().logdet_inverse(s + i * C * C, weights + i * C, C, strict, v + i * C * C, kThreads));
+  };
+  // a thread for each of many small matrices, or all threads for each larger one
+  if (!plan::cpu_logdet_inverse(C).parallel) {
+    cpu::for_each_task(kThreads, count, one);
   } else {
-    const Tensor scratch = empty({C, C}, ScalarType::Double);
-    double* R = static_cast<double*>(scratch.data_ptr());
-    for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(R, s + i * C * C, static_cast<std::size_t>(C * C) * sizeof(double));
-      write(i, factor_lapack(R, weights + i * C, C, strict, v + i * C * C));
-    }
+    for (int64_t i = 0; i < count; ++i) one(i);
   }
   return {shaped(log_abs_det, false), shaped(sign, false), shaped(kept, false), shaped(V, true)};
 }
@@ -256,6 +206,9 @@ Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_we
   STD_TORCH_CHECK(lse.scalar_type() == compute_type(logits) && lse.dim() == 1 && lse.size(0) == logits.size(0),
                   "ldmi_fast: lse must have shape [N] and be float32 (float64 for float64 logits)");
   const cpu::Batch batch = batch_of(logits, target, sample_weight, V.size(0), ignore_index, input);
+  STD_TORCH_CHECK(target.dim() == 1 || V.size(0) == V.size(1) || *static_cast<const double*>(ce_scale.data_ptr()) == 0,
+                  "ldmi_fast: the cross entropy of soft targets needs a column for each of ", V.size(1), " classes, target has ",
+                  V.size(0));
   V = dense(V);
   lse = dense(lse);
   Tensor grad = empty({logits.size(0), logits.size(1)}, logits.scalar_type());
@@ -277,18 +230,19 @@ Tensor scalar(double value, ScalarType type) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor target, std::optional<Tensor> sample_weight,
                                                                 int64_t ignore_index, std::string absent, double eps, bool normalize,
-                                                                double cross_entropy_weight, std::string input) {
+                                                                double cross_entropy_weight, std::string input, bool gradient) {
   STD_TORCH_CHECK(logits.dim() == 2, "ldmi_fast: logits must be a matrix");
-  const int64_t C = logits.size(1);
+  const int64_t C = logits.size(1), kept = gradient ? C : 0;
   const cpu::Batch batch = batch_of(logits, target, sample_weight, C, ignore_index, input);
   const cpu::LossOptions options{strict_of(absent), eps, normalize, cross_entropy_weight};
-  Tensor S = empty({C, C}, ScalarType::Double), n = empty({C}, ScalarType::Double), V = empty({C, C}, ScalarType::Double);
+  Tensor S = empty({C, C}, ScalarType::Double), n = empty({C}, ScalarType::Double), V = empty({kept, kept}, ScalarType::Double);
   Tensor lse = empty({batch.logits.rows}, compute_type(logits));
   double* s = static_cast<double*>(S.data_ptr());
   const double* weights = static_cast<const double*>(n.data_ptr());
   double ce = 0;
   cpu::kernels().joint(batch, s, static_cast<double*>(n.data_ptr()), lse.data_ptr(), &ce, kThreads);
-  const cpu::Determinant det = factor(s, weights, C, options.strict, static_cast<double*>(V.data_ptr()));
+  const cpu::Determinant det =
+      cpu::kernels().logdet_inverse(s, weights, C, options.strict, gradient ? static_cast<double*>(V.data_ptr()) : nullptr, kThreads);
   const cpu::Loss loss = cpu::combine(det, cpu::total_weight(batch, weights), ce, options);
   return {scalar(loss.loss, compute_type(logits)), lse, V, scalar(loss.scale, ScalarType::Double),
           scalar(loss.ce_scale, ScalarType::Double)};
@@ -300,7 +254,7 @@ std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Ten
   const cpu::Batch batch = batch_of(logits, target, sample_weight, logits.size(1), ignore_index, input);
   Tensor grad = empty({logits.size(0), logits.size(1)}, logits.scalar_type());
   const double loss =
-      cpu::kernels().fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, factor, grad.data_ptr(), kThreads);
+      cpu::kernels().fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, grad.data_ptr(), kThreads);
   return {scalar(loss, compute_type(logits)), grad};
 }
 

@@ -235,13 +235,17 @@ def loss_forward(
     normalize: bool,
     cross_entropy_weight: float,
     input: str,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss [] (fp32; fp64 for fp64 logits), and what its gradient needs: lse [N], V [C, C], scale [], ce_scale []."""
+    """The loss [] (fp32; fp64 for fp64 logits), and what its gradient needs: lse [N], V [C, C], scale [], ce_scale [].
+
+    V is [0, 0] where no gradient is asked for.
+    """
     S, n, lse, ce = joint(logits, target, sample_weight, logits.shape[1], ignore_index, input)
     log_abs_det, _, kept, V = logdet_inverse(S, n, absent)
     total = total_weight(target, sample_weight, n)
     value, scale, ce_scale = combine(log_abs_det, kept, total, ce, eps, normalize, cross_entropy_weight)
-    return value.to(compute_dtype(logits.dtype)), lse, V, scale, ce_scale
+    return value.to(compute_dtype(logits.dtype)), lse, V if gradient else V.new_empty((0, 0)), scale, ce_scale
 
 
 def fused(
@@ -257,7 +261,7 @@ def fused(
 ) -> tuple[Tensor, Tensor]:
     """The loss [] (fp32; fp64 for fp64 logits) and its gradient [N, C], in one call."""
     value, lse, V, scale, ce_scale = loss_forward(
-        logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input
+        logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input, True
     )
     return value, logits_grad(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)
 

@@ -6,25 +6,23 @@
 // The program ends at the first difference, with a description of the batch.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "case.h"
+#include "schedule.h"
 
 #ifdef LDMI_TEST_WIDE
 namespace ldmi::cpu::wide {
 void joint(const Batch&, double*, double*, void*, double*, const Threads&);
 void logits_grad(const Batch&, const void*, const double*, double, double, void*, const Threads&);
-Determinant logdet_inverse(const double*, const double*, int64_t, bool, double*);
-double fused(const Batch&, const LossOptions&, FactorFn, void*, const Threads&);
+Determinant logdet_inverse(const double*, const double*, int64_t, bool, double*, const Threads&);
+double fused(const Batch&, const LossOptions&, void*, const Threads&);
 }  // namespace ldmi::cpu::wide
 #endif
 
@@ -54,45 +52,6 @@ const cpu::Kernels& kernels() {
 #endif
   return cpu::kernels();
 }
-
-// fused may not read S again: it is the memory of its factors by then.
-cpu::Determinant factor(double* S, const double* n, int64_t C, bool strict, double* V) {
-  const cpu::Determinant found = kernels().logdet_inverse(S, n, C, strict, V);
-  std::fill(S, S + C * C, std::numeric_limits<double>::quiet_NaN());
-  return found;
-}
-
-// --- how the tasks of a call are run ---------------------------------------------------------------------------------------------
-
-struct Schedule {
-  const char* name;
-  int threads;    // 0: on the caller's
-  uint64_t seed;  // of the order; 0: as they come
-};
-Schedule schedule{"in order", 0, 0};
-
-void run_tasks(int64_t tasks, void* context, void (*body)(void* context, int64_t task)) {
-  std::vector<int64_t> order(tasks);
-  std::iota(order.begin(), order.end(), int64_t{0});
-  if (schedule.seed != 0) {
-    Random random(schedule.seed);
-    for (int64_t i = tasks - 1; i > 0; --i) std::swap(order[i], order[random.integer(0, i)]);
-  }
-  if (schedule.threads == 0) {
-    for (const int64_t task : order) body(context, task);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  std::vector<std::thread> threads;
-  for (int t = 0; t < schedule.threads; ++t) {
-    threads.emplace_back([&] {
-      for (int64_t i = next++; i < tasks; i = next++) body(context, order[i]);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
-
-const cpu::Threads kThreads{run_tasks};
 
 // --- comparison -----------------------------------------------------------------------------------------------------------------
 
@@ -151,7 +110,7 @@ double loss_in_pieces(const Case& batch, const cpu::LossOptions& options, std::v
   std::vector<std::byte> lse(batch.problem.rows * (batch.batch.logits.type == cpu::Type::kFloat64 ? 8 : 4));
   double ce;
   kernels().joint(batch.batch, S.data(), n.data(), lse.data(), &ce, kThreads);
-  const cpu::Determinant found = factor(S.data(), n.data(), C, options.strict, V.data());
+  const cpu::Determinant found = kernels().logdet_inverse(S.data(), n.data(), C, options.strict, V.data(), kThreads);
   const cpu::Loss loss = cpu::combine(found, cpu::total_weight(batch.batch, n.data()), ce, options);
   kernels().logits_grad(batch.batch, lse.data(), V.data(), loss.scale, loss.ce_scale, grad.data(), kThreads);
   return loss.loss;
@@ -175,7 +134,7 @@ Results run(const Case& batch, const Upstream& upstream) {
   if (has_loss(problem)) {
     out.loss_grad.assign(elements * size_of(type), unset_byte);
     out.loss = problem.soft ? loss_in_pieces(batch, upstream.options, out.loss_grad)
-                            : kernels().fused(batch.batch, upstream.options, factor, out.loss_grad.data(), kThreads);
+                            : kernels().fused(batch.batch, upstream.options, out.loss_grad.data(), kThreads);
   }
   return out;
 }

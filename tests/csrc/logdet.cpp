@@ -1,5 +1,4 @@
-// logdet_inverse (Gauss-Jordan), and the pieces round LAPACK (equilibrate, determinant_of, finish_inverse) with a plain LU in the
-// place of LAPACK's, against an elimination in long double.
+// logdet_inverse against an elimination in long double; the same bits on every schedule of its tasks, and without the inverse.
 //
 //     logdet SEED CASES
 
@@ -7,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <limits>
 #include <vector>
@@ -14,6 +14,7 @@
 #include "../../csrc/cpu/kernels.h"
 #include "random.h"
 #include "reference.h"
+#include "schedule.h"
 
 namespace ldmi::test {
 namespace {
@@ -27,8 +28,14 @@ struct Input {
   std::vector<double> S, n;
 };
 
-Input draw(Random& random, int64_t most) {
-  Input in{random.chance(0.5) ? random.integer(1, 12) : random.integer(1, most), random.chance(0.3), true, false, {}, {}};
+// Mostly few classes; sometimes several panels, and now and then so many that threads share them.
+int64_t draw_classes(Random& random) {
+  const double kind = random.uniform();
+  return kind < 0.5 ? random.integer(1, 12) : kind < 0.95 ? random.integer(1, 80) : random.integer(81, 270);
+}
+
+Input draw(Random& random) {
+  Input in{draw_classes(random), random.chance(0.3), true, false, {}, {}};
   const int64_t C = in.C;
   in.S.resize(C * C);
   in.n.resize(C);
@@ -66,65 +73,15 @@ Input draw(Random& random, int64_t most) {
   return in;
 }
 
-// R = P L U, column-major, with LAPACK's pivots.
-void factor(std::vector<double>& A, std::vector<int32_t>& pivots, int64_t C) {
-  const auto at = [&](int64_t i, int64_t j) -> double& { return A[j * C + i]; };
-  for (int64_t k = 0; k < C; ++k) {
-    int64_t best = k;
-    for (int64_t i = k; i < C; ++i) best = std::fabs(at(i, k)) > std::fabs(at(best, k)) ? i : best;
-    pivots[k] = static_cast<int32_t>(best + 1);
-    if (best != k) {
-      for (int64_t j = 0; j < C; ++j) std::swap(at(k, j), at(best, j));
-    }
-    if (at(k, k) == 0) continue;
-    for (int64_t i = k + 1; i < C; ++i) {
-      at(i, k) /= at(k, k);
-      for (int64_t j = k + 1; j < C; ++j) at(i, j) -= at(i, k) * at(k, j);
-    }
-  }
-}
-
-// R^{-1}, column-major, from the factors.
-void invert(const std::vector<double>& A, const std::vector<int32_t>& pivots, int64_t C, std::vector<double>& X) {
-  const auto at = [&](int64_t i, int64_t j) { return A[j * C + i]; };
-  for (int64_t c = 0; c < C; ++c) {
-    double* x = &X[c * C];
-    std::fill(x, x + C, 0.0);
-    x[c] = 1;
-    for (int64_t k = 0; k < C; ++k) std::swap(x[k], x[pivots[k] - 1]);
-    for (int64_t i = 0; i < C; ++i) {
-      for (int64_t j = 0; j < i; ++j) x[i] -= at(i, j) * x[j];
-    }
-    for (int64_t i = C - 1; i >= 0; --i) {
-      for (int64_t j = i + 1; j < C; ++j) x[i] -= at(i, j) * x[j];
-      x[i] /= at(i, i);
-    }
-  }
-}
-
-cpu::Determinant by_pieces(const Input& in, std::vector<double>& V) {
-  const int64_t C = in.C;
-  std::vector<double> R = in.S;
-  std::vector<int32_t> pivots(C);
-  const cpu::Screening screening = cpu::equilibrate(R.data(), in.n.data(), C, in.strict);
-  const bool wanted = screening.finite && !screening.dead;
-  if (wanted) factor(R, pivots, C);
-  const cpu::Determinant found =
-      cpu::determinant_of(screening, wanted ? R.data() : nullptr, wanted ? pivots.data() : nullptr, in.n.data(), C, in.strict);
-  if (wanted && found.sign != 0) invert(R, pivots, C, V);
-  cpu::finish_inverse(screening, found, in.n.data(), C, V.data());
-  return found;
-}
-
-[[noreturn]] void fail(const char* way, int64_t number, const Input& in, const char* what, double got, double want, double error) {
-  std::printf("%s: case %lld (C = %lld%s%s): %s is %.17g, expected %.17g +- %.3g\n", way, static_cast<long long>(number),
+[[noreturn]] void fail(int64_t number, const Input& in, const char* what, double got, double want, double error) {
+  std::printf("case %lld (C = %lld%s%s): %s is %.17g, expected %.17g +- %.3g\n", static_cast<long long>(number),
               static_cast<long long>(in.C), in.strict ? ", strict" : "", in.singular ? ", singular" : "", what, got, want, error);
   std::exit(1);
 }
 
-void compare(const char* way, int64_t number, const Input& in, const cpu::Determinant& got, const std::vector<double>& V) {
+void compare(int64_t number, const Input& in, const cpu::Determinant& got, const std::vector<double>& V) {
   const auto hold = [&](const char* what, double value, Bounded answer) {
-    if (!answer.accepts(value)) fail(way, number, in, what, value, answer.value, answer.error);
+    if (!answer.accepts(value)) fail(number, in, what, value, answer.value, answer.error);
   };
   if (!in.finite) {
     hold("log_abs_det", got.log_abs_det, {kNaN, 0});
@@ -154,17 +111,28 @@ void compare(const char* way, int64_t number, const Input& in, const cpu::Determ
 }
 
 void check(uint64_t seed, int64_t cases) {
+  constexpr double unset = -1.2345e67;
   for (int64_t number = 0; number < cases; ++number) {
     Random random(seed * 1000003 + static_cast<uint64_t>(number));
-    const Input in = draw(random, 66);
-    std::vector<double> V(in.C * in.C, -1.2345e67);
-    if (in.C <= 64) {
-      const cpu::Determinant found = cpu::kernels().logdet_inverse(in.S.data(), in.n.data(), in.C, in.strict, V.data());
-      compare("Gauss-Jordan", number, in, found, V);
+    const Input in = draw(random);
+    const auto run = [&](double* V) { return cpu::kernels().logdet_inverse(in.S.data(), in.n.data(), in.C, in.strict, V, kThreads); };
+    schedule = {"in order", 0, 0};
+    std::vector<double> V(in.C * in.C, unset);
+    const cpu::Determinant found = run(V.data());
+    compare(number, in, found, V);
+    const cpu::Determinant alone = run(nullptr);
+    if (std::memcmp(&alone, &found, sizeof found) != 0) {
+      fail(number, in, "the determinant without the inverse", alone.log_abs_det, found.log_abs_det, 0);
     }
-    std::fill(V.begin(), V.end(), -1.2345e67);
-    const cpu::Determinant found = by_pieces(in, V);
-    compare("LU", number, in, found, V);
+    for (const Schedule& other : {Schedule{"any order", 0, random.bits() | 1}, Schedule{"three threads", 3, random.bits() | 1}}) {
+      if (in.C < 192) break;  // one task
+      schedule = other;
+      std::vector<double> again(in.C * in.C, unset);
+      const cpu::Determinant same = run(again.data());
+      if (std::memcmp(&same, &found, sizeof found) != 0 || std::memcmp(again.data(), V.data(), V.size() * sizeof(double)) != 0) {
+        fail(number, in, other.name, same.log_abs_det, found.log_abs_det, 0);
+      }
+    }
   }
   std::printf("%s: %lld matrices agree\n", cpu::kernels().isa, static_cast<long long>(cases));
 }

@@ -229,14 +229,14 @@ def test_plan_fused_by_rows_per_class() -> None:
 
 @needs_compiled
 def test_plan_factor() -> None:
-    """Own elimination for few classes, LAPACK above."""
+    """Elimination on one thread for few classes, on all for more."""
     rows = 10**6
 
-    def lapack(classes: int) -> bool:
-        return "LAPACK" in kernels(rows, classes)[1]
+    def shared(classes: int) -> bool:
+        return "all threads" in kernels(rows, classes)[1]
 
-    last = last_before(lapack, 1, 5000)
-    assert "Gauss-Jordan" in kernels(rows, last)[1]
+    last = last_before(shared, 1, 5000)
+    assert "one thread" in kernels(rows, last)[1]
     for classes in (last, last + 1):
         assert_engines_agree(6 * classes, classes)
         assert_engines_agree(6 * classes, classes, soft=True)
@@ -283,5 +283,5 @@ def test_plan_is_bounded() -> None:
             for soft in (False, True):
                 for value_bytes in (2, 4, 8):
                     plan = ops.compiled.plan(rows, classes, classes, soft, value_bytes, False)
-                    allowed = 0.05 * rows * classes * value_bytes + 16 * classes * classes + 16 * rows + 4 * 2**20
+                    allowed = 0.05 * rows * classes * value_bytes + 1.05 * (16 * classes * classes + 16 * rows) + 4 * 2**20
                     assert plan["workspace_bytes"] <= allowed, (rows, classes, soft, value_bytes, plan)

@@ -17,6 +17,8 @@ from tests.problems import problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
+OPS = torch.ops.ldmi_fast
+
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
 
@@ -50,7 +52,12 @@ SHAPES = [
     pytest.param(25_000, 10, False, torch.float32, id="fused-several-tasks"),
     pytest.param(60_000, 10, False, torch.bfloat16, id="staged-half"),
     pytest.param(60_000, 10, False, torch.float64, id="staged-double"),
+    pytest.param(3000, 130, False, torch.float64, id="joint-by-label"),
+    pytest.param(2000, 300, False, torch.float32, id="both-by-label"),
+    pytest.param(2000, 300, False, torch.float64, id="both-by-label-double"),
+    pytest.param(250, 200, False, torch.float64, id="fused-elimination-in-parallel"),
     pytest.param(6000, 40, True, torch.float32, id="soft"),
+    pytest.param(2000, 260, True, torch.float64, id="soft-elimination-in-parallel"),
 ]
 
 
@@ -69,6 +76,29 @@ def test_every_number_of_threads_gives_the_same_bits(rows: int, classes: int, so
     for count, loss, grad in results[1:]:
         assert torch.equal(loss, first_loss), f"the loss differs with {count} threads"
         assert torch.equal(grad, first_grad), f"the gradient differs with {count} threads"
+
+
+@pytest.mark.parametrize(("rows", "classes", "soft", "dtype"), SHAPES)
+def test_the_loss_alone_has_the_same_bits(rows: int, classes: int, soft: bool, dtype: torch.dtype) -> None:
+    """Without a gradient to come there is no inverse, and the determinant is the same."""
+    batch = problem(rows, classes, soft=soft, weighted=True, dtype=dtype)
+    loss = dmi_loss(batch.leaf(), batch.target, sample_weight=batch.sample_weight, engine="cpu")
+    alone = dmi_loss(batch.logits, batch.target, sample_weight=batch.sample_weight, engine="cpu")
+    assert loss.requires_grad
+    assert not alone.requires_grad
+    assert torch.equal(loss, alone)
+    with torch.no_grad():
+        assert torch.equal(loss, dmi_loss(batch.leaf(), batch.target, sample_weight=batch.sample_weight, engine="cpu"))
+
+
+def test_no_inverse_where_no_gradient_is_asked_for() -> None:
+    batch = problem(40, 5)
+    loss, lse, V, scale, ce_scale = OPS.loss_forward(batch.logits, batch.target, None, -100, "present", 0.0, True, 0.0, "logits", False)
+    wanted = OPS.loss_forward(batch.logits, batch.target, None, -100, "present", 0.0, True, 0.0, "logits", True)
+    assert V.shape == (0, 0)
+    assert wanted[2].shape == (5, 5)
+    for a, b in zip((loss, lse, scale, ce_scale), (*wanted[:2], *wanted[3:]), strict=True):
+        assert torch.equal(a, b)
 
 
 # --- half precision ---------------------------------------------------------------------------------------------------------------
@@ -204,6 +234,7 @@ calls = {
     "V of no labels": lambda: OPS.logits_grad(x, y, None, lse, V[:0], one, one, -100, "logits"),
     "empty scale": lambda: OPS.logits_grad(x, y, None, lse, V, one.view(1)[:0], one, -100, "logits"),
     "empty ce_scale": lambda: OPS.logits_grad(x, y, None, lse, V, one, one.view(1)[:0], -100, "logits"),
+    "soft cross entropy of fewer labels": lambda: OPS.logits_grad(x, torch.rand(6, 2), None, lse, V[:2], one, one, -100, "logits"),
     "fp32 scale": lambda: OPS.logits_grad(x, y, None, lse, V, one.float(), one, -100, "logits"),
     "soft targets for fused": lambda: OPS.fused(x, torch.rand(6, 3), None, -100, "present", 0.0, True, 0.0, "logits"),
 }
