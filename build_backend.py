@@ -6,7 +6,9 @@ copy of several gigabytes is installed for it; only a bare environment pays for 
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,21 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that need no change
 
 
+def torch_version(folder: Path) -> str:
+    """The version of the torch package in ``folder``, without importing it; "0" if that is no torch."""
+    file = folder / "version.py"
+    found = re.search(r"__version__ = '(.+)'", file.read_text()) if file.exists() else None
+    return found[1] if found else "0"
+
+
 def installed_torch() -> Path | None:
-    """The folder of the torch package of the environment that is being installed into, also from inside an isolated build."""
-    for name in ("purelib", "platlib"):
-        folder = Path(sysconfig.get_paths()[name]) / "torch"
-        if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+    """The folder of a torch that is new enough: of this environment, or of the one that an isolated build is for."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    folders += [Path(sysconfig.get_paths()[name]) / "torch" for name in ("purelib", "platlib")]
+    for folder in folders:
+        numbers = tuple(int(number) for number in re.findall(r"\d+", torch_version(folder))[:2])
+        if numbers >= (2, 10) and (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
             return folder
     return None
 

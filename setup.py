@@ -8,7 +8,6 @@ Environment variables:
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -19,6 +18,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from build_backend import installed_torch, torch_version
 
 ROOT = Path(__file__).resolve().parent
 
@@ -37,17 +39,6 @@ def say(message: str) -> None:
 def version() -> str:
     text = (ROOT / "ldmi_fast" / "_version.py").read_text()
     return re.search(r'__version__ = "(.+)"', text)[1]
-
-
-def torch_folder() -> Path | None:
-    """The installed torch package, of this environment or of the one that an isolated build is for."""
-    spec = importlib.util.find_spec("torch")
-    folders = [Path(spec.origin).parent] if spec is not None and spec.origin else []
-    folders += [Path(sysconfig.get_paths()[name]) / "torch" for name in ("purelib", "platlib")]
-    for folder in folders:
-        if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
-            return folder
-    return None
 
 
 def cxx_compiler() -> str | None:
@@ -91,7 +82,7 @@ def why_pure() -> str:
         missing = f"the compiled kernels are built on Linux only, and this is {sys.platform}"
     elif compiler is None:
         missing = "no C++ compiler found (looked for $CXX, c++, g++, clang++)"
-    elif torch_folder() is None:
+    elif installed_torch() is None:
         missing = "torch >= 2.10 is not installed, and its headers are needed"
     else:
         missing = what_compiler_lacks(compiler)
@@ -104,8 +95,7 @@ class CMakeBuild(build_ext):
     """Configures and builds with CMake and Ninja, and puts the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
-        torch = torch_folder()
-        torch_version = re.search(r"__version__ = '(.+)'", (torch / "version.py").read_text())[1]
+        torch = installed_torch()
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
@@ -119,11 +109,12 @@ class CMakeBuild(build_ext):
                 str(build),
                 "-G",
                 "Ninja",
+                f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",  # not the one of an earlier isolated build
                 f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11}",
                 f"-DLDMI_TORCH_DIR={torch}",
-                f"-DLDMI_TORCH_VERSION={torch_version}",
+                f"-DLDMI_TORCH_VERSION={torch_version(torch)}",
                 f"-DLDMI_VERSION={version()}",
                 f"-DLDMI_SANITIZE={os.environ.get('LDMI_FAST_SANITIZE', '')}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
@@ -133,7 +124,9 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "--build", str(build), "--target", "_C"])
 
 
-reason = why_pure()
+# Metadata and source distributions are made before torch, or on machines that build nothing: there is nothing to decide yet.
+COMMANDS = {"build", "build_ext", "bdist", "bdist_wheel", "develop", "editable_wheel", "install"}
+reason = why_pure() if COMMANDS & set(sys.argv[1:]) else ""
 if reason:
     say(f"building WITHOUT compiled kernels ({reason}); the composite engine will run everything")
 setup(

@@ -37,7 +37,7 @@ MEMORY_JSON = RESULTS_DIR / "memory-cpu.json"
 MEASURED = ("ours", "D", "E")
 MIB = 2**20
 WARM_UP = (Shape(64, 4), Shape(200, 80))
-"""Below and above the class count from which the factorisation goes to LAPACK."""
+"""Few and more classes: the factorisation of one panel and of several."""
 PR_SET_THP_DISABLE = 41
 
 

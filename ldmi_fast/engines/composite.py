@@ -63,7 +63,7 @@ def used_rows(
     elif used is not None:
         target = torch.where(used.unsqueeze(-1), target, 0)
     if weight is not None and used is not None:
-        bad_weight = (used & ~(weight >= 0)).any()
+        bad_weight = (used & ~((weight >= 0) & (weight < torch.inf))).any()
         poison = bad_weight if poison is None else poison | bad_weight
     if used is not None:
         weight = used.to(acc) if weight is None else torch.where(used, weight, 0)
@@ -117,13 +117,16 @@ def joint(
             lse = torch.where(used, lse, 0)
     ce = p_acc.new_zeros(())
     if need_ce:
-        logp = torch.log_softmax(x, -1) if input == "logits" else p.log()
+        # the logarithm of what is not asked for would give its gradient 0 / 0 where a probability is 0
         if target.is_floating_point():
             # a zero in the target contributes nothing, also where the prediction is 0
             nothing = (t == 0) & (p == 0)
+            logp = torch.log_softmax(x, -1) if input == "logits" else torch.where(nothing, 1, p).log()
             ce = -(t * torch.where(nothing, 0, logp.to(acc))).sum()
         else:
-            ce = -(ones * logp.gather(1, (label % classes).unsqueeze(-1)).squeeze(-1).to(acc)).sum()
+            own = (label % classes).unsqueeze(-1)
+            logp = torch.log_softmax(x, -1).gather(1, own) if input == "logits" else p.gather(1, own).log()
+            ce = -(ones * logp.squeeze(-1).to(acc)).sum()
     if nan is not None:
         S, n, ce = S + nan, n + nan, ce + nan
     return S, n, lse, ce

@@ -93,7 +93,9 @@ def test_the_loss_alone_has_the_same_bits(rows: int, classes: int, soft: bool, d
 
 def test_no_inverse_where_no_gradient_is_asked_for() -> None:
     batch = problem(40, 5)
-    loss, lse, V, scale, ce_scale = OPS.loss_forward(batch.logits, batch.target, None, -100, "present", 0.0, True, 0.0, "logits", False)
+    loss, lse, V, scale, ce_scale = OPS.loss_forward(
+        batch.logits, batch.target, None, -100, "present", 0.0, True, 0.0, "logits", False
+    )
     wanted = OPS.loss_forward(batch.logits, batch.target, None, -100, "present", 0.0, True, 0.0, "logits", True)
     assert V.shape == (0, 0)
     assert wanted[2].shape == (5, 5)
