@@ -18,7 +18,7 @@ demo test: export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv install demo test bench bench-check lint format clean distclean FORCE
+.PHONY: help venv install demo test bench bench-check gpu lint format clean distclean FORCE
 
 help: ## this list
 	@echo 'Targets:'
@@ -47,6 +47,10 @@ bench: install ## time the loss against its peers on this CPU; writes bench/resu
 
 bench-check: install ## time it again and fail where it became slower than the committed result says
 	$(PY) -m bench.kernels.check $(ARGS)
+
+# With the Python that is there, whose torch is for this GPU, and no network: bench/gpu/run.sh says what its variables are.
+gpu: ## on a machine with an NVIDIA GPU: build in place, test, sanitize, measure; ARGS names parts
+	PYTHON=$(PYTHON) bench/gpu/run.sh $(ARGS)
 
 lint: install ## ruff and clang-format, changing nothing
 	$(PY) -m ruff check .

@@ -24,6 +24,12 @@ def torch_version(folder: Path) -> str:
     return found[1] if found else "0"
 
 
+def torch_cuda_major(folder: Path) -> str:
+    """The major version of the CUDA that the torch in ``folder`` is built with; empty for none."""
+    found = re.search(r"^cuda\b.*= '(\d+)", (folder / "version.py").read_text(), re.M)
+    return found[1] if found else ""
+
+
 def installed_torch() -> Path | None:
     """The folder of a torch that is new enough: of this environment, or of the one that an isolated build is for."""
     spec = importlib.util.find_spec("torch")

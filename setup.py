@@ -3,6 +3,10 @@
 Environment variables:
     LDMI_FAST_NATIVE=0   pure Python, no compiler needed; =1 fail if the compiled module cannot be built.
                          Default: build it where a C++ compiler is found, and say so where none is.
+    LDMI_FAST_CUDA=0     no CUDA kernels; =1 fail if they cannot be built. Default: build them where nvcc, a torch of the same major
+                         CUDA version and an NVIDIA device are found (a machine without one would compile for minutes what it cannot run).
+    LDMI_FAST_CUDA_ARCHS architectures, such as "80 90a". Default: those of the devices here, or else 80 90a 100 120. PTX of the last
+                         one goes along, for later devices.
     LDMI_FAST_SANITIZE   sanitizers for the kernels, such as address,undefined (for tests).
 """
 
@@ -20,7 +24,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from build_backend import installed_torch, torch_version
+from build_backend import installed_torch, torch_cuda_major, torch_version
 
 ROOT = Path(__file__).resolve().parent
 
@@ -91,6 +95,55 @@ def why_pure() -> str:
     return missing
 
 
+def nvcc_major() -> str | None:
+    """The major version of nvcc; None if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        return None
+    found = re.search(r"release (\d+)\.", subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout)
+    return found[1] if found else None
+
+
+def device_archs() -> list[str]:
+    """The architectures of the NVIDIA devices of this machine, as nvcc names them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = re.findall(r"^(\d+)\.(\d+)$", subprocess.run(query, capture_output=True, text=True, check=False).stdout, re.M)
+    return sorted({f"{major}{minor}" + ("a" if major == "9" else "") for major, minor in found}, key=lambda arch: int(arch.rstrip("a")))
+
+
+def cuda_archs() -> list[str]:
+    """What to build CUDA kernels for; nothing if none are built."""
+    choice = os.environ.get("LDMI_FAST_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"LDMI_FAST_CUDA must be 0, 1 or auto, got {choice!r}")
+    if choice == "0":
+        return []
+    wanted = os.environ.get("LDMI_FAST_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").split()
+    for arch in wanted:
+        if not re.fullmatch(r"\d{2,3}a?", arch):
+            raise SystemExit(f"LDMI_FAST_CUDA_ARCHS must name architectures such as 80 or 90a, got {arch!r}")
+    here, nvcc, torch_cuda = device_archs(), nvcc_major(), torch_cuda_major(installed_torch())
+    missing = ""
+    if nvcc is None:
+        missing = "nvcc is not on the PATH (nor in CUDA_HOME)"
+    elif torch_cuda not in ("", nvcc):
+        missing = f"nvcc is of CUDA {nvcc} and torch of CUDA {torch_cuda}"
+    if missing and choice == "1":
+        raise SystemExit(f"ldmi_fast: LDMI_FAST_CUDA=1, but {missing}")
+    if not missing and choice == "auto":
+        if torch_cuda == "":
+            missing = "torch is built without CUDA"
+        elif not here and not wanted:
+            missing = "no NVIDIA device here; LDMI_FAST_CUDA=1 builds them all the same"
+    if missing:
+        say(f"building without CUDA kernels ({missing})")
+        return []
+    return wanted or here or ["80", "90a", "100", "120"]
+
+
 class CMakeBuild(build_ext):
     """Configures and builds with CMake and Ninja, and puts the module where setuptools expects it."""
 
@@ -99,6 +152,7 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
+        archs = cuda_archs()
         pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
         subprocess.check_call(
             [
@@ -116,6 +170,8 @@ class CMakeBuild(build_ext):
                 f"-DLDMI_TORCH_DIR={torch}",
                 f"-DLDMI_TORCH_VERSION={torch_version(torch)}",
                 f"-DLDMI_VERSION={version()}",
+                f"-DLDMI_CUDA={'ON' if archs else 'OFF'}",
+                *([f"-DLDMI_CUDA_ARCHS={';'.join(archs)}"] if archs else []),
                 f"-DLDMI_SANITIZE={os.environ.get('LDMI_FAST_SANITIZE', '')}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
             ]

@@ -13,7 +13,7 @@ from . import autograd
 from .checks import check_tensors, flatten, raise_for_values
 from .engines import native
 from .engines.choose import choose
-from .options import ENGINE_VARIABLE, OPTION_NAMES, Options, explain_keywords, make_options
+from .options import CHECK_VARIABLE, ENGINE_VARIABLE, OPTION_NAMES, Options, explain_keywords, make_options
 
 
 def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -22,20 +22,31 @@ def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, option
     return flatten(logits, target, sample_weight)
 
 
+def _may_look(value: Tensor) -> bool:
+    """Whether the data may be looked at: in eager, on the CPU. Elsewhere that would wait for the device at every step, so there it is
+    for debugging, with LDMI_FAST_CHECK=1."""
+    if torch.compiler.is_compiling() or type(value) is not Tensor or autograd.transformed():
+        return False
+    if value.is_cpu:
+        return True
+    return os.environ.get(CHECK_VARIABLE) == "1" and not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
-    """On the CPU in eager, a NaN result is worth a look at the labels and weights: they may be out of range."""
-    if type(value) is Tensor and value.is_cpu and not autograd.transformed() and math.isnan(value.item()):
+    """A NaN result is worth a look at the labels and weights: they may be out of range."""
+    if math.isnan(value.item()):
         raise_for_values(target, sample_weight, classes, ignore_index)
 
 
 def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
-    """Whether this is the usual step of a small problem: plain tensors (N, C) and (N,) on the CPU, in eager mode, nothing forced."""
+    """Whether this is the usual step of a small problem: plain tensors (N, C) and (N,) on one device that has compiled kernels, in eager
+    mode, nothing forced."""
     return (
         not torch.compiler.is_compiling()
         and type(logits) is Tensor
         and type(target) is Tensor
-        and logits.is_cpu
-        and target.is_cpu
+        and logits.device == target.device
+        and native.runs_on(logits.device)
         and logits.dim() == 2
         and native.is_fused(logits, target)
         and options.engine is None
@@ -53,13 +64,13 @@ def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, optio
         except RuntimeError:
             check_tensors(logits, target, None, options)
             raise
-        if math.isnan(loss.item()):
-            raise_for_values(target, None, logits.shape[1], options.ignore_index)
+        if loss.is_cpu or _may_look(loss):
+            _check_values(loss, target, None, logits.shape[1], options.ignore_index)
         return loss
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
     engine = choose(logits, options)
     loss = autograd.loss(logits, target, sample_weight, options, engine)
-    if not torch.compiler.is_compiling():
+    if _may_look(loss):
         _check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
     return loss
 
@@ -101,7 +112,7 @@ def dmi_loss(
         normalize: False: the determinant of the weighted counts instead of their mean (a constant apart).
         cross_entropy_weight: this much of the weighted mean cross entropy is added, from the same pass.
         input: ``"probs"`` if the first argument holds probabilities, rows that sum to 1.
-        engine: ``"cpu"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable LDMI_FAST_ENGINE
+        engine: ``"cpu"``, ``"cuda"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable LDMI_FAST_ENGINE
             forces one for the whole process. Under torch.func transforms, and for derivatives of the gradient, the composite
             engine computes, whichever is named: only there PyTorch can differentiate any number of times.
 
@@ -113,7 +124,8 @@ def dmi_loss(
     Raises:
         TypeError, ValueError: arguments that cannot work, with what was given and what is expected. On the CPU in eager mode
             also for sample weights that are negative or not finite (elsewhere the loss is NaN).
-        IndexError: a label out of range, on the CPU in eager mode (elsewhere the loss is NaN).
+        IndexError: a label out of range, on the CPU in eager mode. Elsewhere the loss is NaN; on other devices the environment variable
+            LDMI_FAST_CHECK=1 raises these, too, and waits for the device at every step to do so.
         RuntimeError: the forced engine cannot run here, and why.
 
     Example:
@@ -154,6 +166,6 @@ def joint_matrix(
     options = make_options(ignore_index, "present", 0.0, normalize, 0.0, input, engine)
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
     joint = autograd.joint_matrix(logits, target, sample_weight, options, choose(logits, options))
-    if not torch.compiler.is_compiling() and joint.is_cpu:
+    if _may_look(joint):
         _check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], options.ignore_index)
     return joint

@@ -14,8 +14,9 @@ import torch
 
 ABSENT = ("present", "strict")
 INPUT = ("logits", "probs")
-ENGINES = ("cpu", "composite")
+ENGINES = ("cpu", "cuda", "composite")
 ENGINE_VARIABLE = "LDMI_FAST_ENGINE"
+CHECK_VARIABLE = "LDMI_FAST_CHECK"
 
 # Keywords that users of F.cross_entropy try, and what to do instead.
 _EXPLAINED = {

@@ -70,16 +70,18 @@ class Batch:
     target: Tensor
 
 
-def make_batch(shape: Shape, generator: torch.Generator) -> Batch:
-    """Logits of a model that has learnt something, with every class in the batch (where N >= C).
+def make_batch(shape: Shape, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Batch:
+    """Logits of a model that has learnt something, with every class in the batch (where N >= C), on the generator's device.
 
     The joint is then well conditioned at every class count, so that peers without the library's care for absent
     classes and conditioning are timed on inputs they can handle. Labels come in random order.
     """
-    target = torch.arange(shape.rows)[torch.randperm(shape.rows, generator=generator)] % shape.classes
-    logits = torch.randn(shape.rows, shape.classes, generator=generator)
+    device = generator.device
+    target = torch.randperm(shape.rows, generator=generator, device=device) % shape.classes
+    logits = torch.randn(shape.rows, shape.classes, generator=generator, device=device)
     # softmax then gives the label of a row about 0.6 whatever C is
-    logits[torch.arange(shape.rows), target] += math.log(shape.classes) + 1.0
+    logits[torch.arange(shape.rows, device=device), target] += math.log(shape.classes) + 1.0
+    logits = logits.to(dtype)
     return Batch(logits.requires_grad_(), logits.detach(), target)
 
 

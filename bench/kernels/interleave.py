@@ -88,6 +88,8 @@ def interleave(
     max_rounds: int = 400,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
+    seconds_of: Callable[[Callable[[], object], int], float] | None = None,
+    block_seconds: float = BLOCK_SECONDS,
     on_round: Callable[[float], None] = lambda fraction: None,
 ) -> Timings:
     """Time ``functions`` round-robin until ``time_cap`` seconds or ``max_rounds`` rounds have passed.
@@ -95,7 +97,9 @@ def interleave(
     Each function is first called twice (a long one once) to warm up. At least ``min_rounds`` rounds are made whatever
     they take; with ``max_rounds`` the same, exactly so many. ``reference`` takes part in every round; otherwise a
     function that has had ``MAX_SHARE`` times the reference's total time skips rounds. ``clock`` returns seconds;
-    ``on_round`` is told after each round what fraction of the work is done.
+    ``seconds_of(function, calls)`` makes that many calls and returns the seconds that count, where that is not the clock's
+    difference, as on a device that runs behind the host. Short calls are repeated within a round until they last about
+    ``block_seconds``. ``on_round`` is told after each round what fraction of the work is done.
     """
     if reference not in functions:
         raise ValueError(f"reference {reference!r} is not among the functions: {sorted(functions)}")
@@ -104,6 +108,8 @@ def interleave(
 
     def run(name: str, calls: int) -> float:
         function = functions[name]
+        if seconds_of is not None:
+            return seconds_of(function, calls)
         start = clock()
         for _ in range(calls):
             function()
@@ -117,7 +123,7 @@ def interleave(
             seconds = run(name, 1)
             if seconds < LONG_CALL_SECONDS:
                 seconds = run(name, 1)
-            inner_calls[name] = max(1, min(MAX_INNER_CALLS, round(BLOCK_SECONDS / max(seconds, 1e-9))))
+            inner_calls[name] = max(1, min(MAX_INNER_CALLS, round(block_seconds / max(seconds, 1e-9))))
         timings = Timings(reference, inner_calls, {name: {} for name in order})
         spent = dict.fromkeys(order, 0.0)
         start = clock()

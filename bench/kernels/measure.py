@@ -143,7 +143,7 @@ def prepare_all(
         except Exception as error:
             if not peer.compiled:
                 raise
-            unavailable[name] = f"torch.compile failed: {type(error).__name__}: {_first_line(error)}"
+            unavailable[name] = f"torch.compile failed: {type(error).__name__}: {first_line(error)}"
             continue
         check_loss(peer, losses[name], expected)
     if shape.large:
@@ -151,6 +151,7 @@ def prepare_all(
     return calls, losses, unavailable
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else "no message"

@@ -37,7 +37,8 @@ class Peer:
     """One way to compute a loss.
 
     ``family`` names the idea whose fastest member is the bar; ``dmi`` tells whether the value is L_DMI's, so that it
-    can be checked against the others; ``compiled`` asks for ``torch.compile``.
+    can be checked against the others; ``compiled`` asks for ``torch.compile``; ``overwrites`` says that it destroys its
+    logits, so that it needs its own.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Peer:
     description: str
     dmi: bool = True
     compiled: bool = False
+    overwrites: bool = False
 
     def build(self) -> Loss:
         """The function to call; for a compiled peer a fresh ``torch.compile``, specialised to its first shape."""
@@ -62,7 +64,7 @@ def published(logits: Tensor, target: Tensor, *, normalize: bool = True) -> Tens
     CPU, as there.
     """
     num_rows, num_classes = logits.shape
-    probs = F.softmax(logits, dim=1)
+    probs = _softmax(logits)
     onehot = torch.zeros(num_rows, num_classes).scatter_(1, target.cpu().unsqueeze(1), 1.0)
     joint = onehot.T.to(logits.device) @ probs
     if normalize:
@@ -73,14 +75,16 @@ def published(logits: Tensor, target: Tensor, *, normalize: bool = True) -> Tens
 def onehot_slogdet(logits: Tensor, target: Tensor) -> Tensor:
     """One-hot product on the logits' device, then ``slogdet``."""
     num_rows, num_classes = logits.shape
-    onehot = torch.zeros_like(logits).scatter_(1, target.unsqueeze(1), 1.0)
-    return _minus_log_abs_det(onehot.T @ F.softmax(logits, dim=1), num_rows, num_classes)
+    probs = _softmax(logits)
+    onehot = torch.zeros_like(probs).scatter_(1, target.unsqueeze(1), 1.0)
+    return _minus_log_abs_det(onehot.T @ probs, num_rows, num_classes)
 
 
 def index_add_slogdet(logits: Tensor, target: Tensor) -> Tensor:
     """Softmax, ``index_add_`` by label, ``slogdet``, all in float32."""
     num_rows, num_classes = logits.shape
-    joint = logits.new_zeros(num_classes, num_classes).index_add_(0, target, F.softmax(logits, dim=1))
+    probs = _softmax(logits)
+    joint = probs.new_zeros(num_classes, num_classes).index_add_(0, target, probs)
     return _minus_log_abs_det(joint, num_rows, num_classes)
 
 
@@ -88,14 +92,15 @@ def scatter_add_slogdet(logits: Tensor, target: Tensor) -> Tensor:
     """As ``index_add_slogdet`` with ``scatter_add_``, whose CPU kernel is the faster one at some class counts."""
     num_rows, num_classes = logits.shape
     index = target.unsqueeze(1).expand(-1, num_classes)
-    joint = logits.new_zeros(num_classes, num_classes).scatter_add_(0, index, F.softmax(logits, dim=1))
+    probs = _softmax(logits)
+    joint = probs.new_zeros(num_classes, num_classes).scatter_add_(0, index, probs)
     return _minus_log_abs_det(joint, num_rows, num_classes)
 
 
 def index_add_slogdet_fp64(logits: Tensor, target: Tensor) -> Tensor:
     """As ``index_add_slogdet`` with the joint accumulated and factored in float64, as the library does."""
     num_rows, num_classes = logits.shape
-    probs = F.softmax(logits, dim=1).double()
+    probs = _softmax(logits).double()
     joint = probs.new_zeros(num_classes, num_classes).index_add_(0, target, probs)
     return _minus_log_abs_det(joint, num_rows, num_classes)
 
@@ -108,6 +113,11 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def ours(logits: Tensor, target: Tensor) -> Tensor:
     """``ldmi_fast.dmi_loss`` with its default options."""
     return ldmi_fast.dmi_loss(logits, target)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """In float32 at least, which the factorisation needs: for half precision in the same pass, as good code does."""
+    return F.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _minus_log_abs_det(joint: Tensor, num_rows: int, num_classes: int) -> Tensor:

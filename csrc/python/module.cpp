@@ -34,8 +34,9 @@ PYBIND11_MODULE(_C, m) {
         out["compiler"] = LDMI_COMPILER;
         out["torch"] = LDMI_TORCH_VERSION;
         out["cuda"] = LDMI_CUDA_VERSION;
+        out["cuda_archs"] = LDMI_CUDA_ARCHS;
         out["isa"] = ldmi::cpu::kernels().isa;
         return out;
       },
-      "How this module was built (version, compiler, torch, cuda) and the instruction set that runs here (isa).");
+      "How this module was built (version, compiler, torch, cuda, cuda_archs) and the instruction set that runs here (isa).");
 }

@@ -58,11 +58,6 @@ int64_t reach(const Layout& layout, int64_t rows, int64_t columns) {
   return rows == 0 || columns == 0 ? 0 : (rows - 1) * layout.row_stride + (columns - 1) * layout.column_stride + 1;
 }
 
-struct Shape {
-  int64_t rows, classes, labels;
-  bool soft;
-};
-
 Shape draw_shape(Random& random, Regime regime) {
   switch (regime) {
     case Regime::kTiny: {
@@ -189,6 +184,8 @@ void draw_values(Random& random, Memory& memory, const Layout& layout, const Pro
   }
 }
 
+Case draw_case(Random& random, Regime regime, const Shape& shape, Type type);
+
 }  // namespace
 
 int64_t size_of(Type type) { return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2; }
@@ -245,6 +242,17 @@ Case make_case(uint64_t seed, int64_t number) {
                                                Regime::kRows, Regime::kStacked, Regime::kWide});
   const Shape shape = draw_shape(random, regime);
   const Type type = random.one_of({Type::kFloat16, Type::kBFloat16, Type::kFloat32, Type::kFloat32, Type::kFloat32, Type::kFloat64});
+  return draw_case(random, regime, shape, type);
+}
+
+Case make_case(uint64_t seed, const Shape& shape, Type type) {
+  Random random(seed * 0x9e3779b97f4a7c15u);
+  return draw_case(random, Regime::kRows, shape, type);
+}
+
+namespace {
+
+Case draw_case(Random& random, Regime regime, const Shape& shape, Type type) {
   Case out{regime, {}, {}, {}, {}, {}, {}, {}};
   std::ostringstream text;
   text << name_of(regime) << ": N = " << shape.rows << ", C = " << shape.classes << ", K = " << shape.labels << ", type "
@@ -290,4 +298,5 @@ Case make_case(uint64_t seed, int64_t number) {
   return out;
 }
 
+}  // namespace
 }  // namespace ldmi::test

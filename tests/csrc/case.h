@@ -49,7 +49,15 @@ struct Case {
   std::vector<std::byte> labels;
 };
 
+struct Shape {
+  int64_t rows, classes, labels;
+  bool soft;
+};
+
 // The batch number `number` of those that `seed` stands for.
 Case make_case(uint64_t seed, int64_t number);
+
+// A batch of that shape and type; all else is drawn.
+Case make_case(uint64_t seed, const Shape& shape, cpu::Type type);
 
 }  // namespace ldmi::test

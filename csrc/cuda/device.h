@@ -1,0 +1,25 @@
+// The device that a tensor is on: made the current one for as long as a call takes, and its limits.
+#pragma once
+
+#include "../plan/cuda_plan.h"
+
+namespace ldmi::cuda {
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = -1;  // the device to go back to; -1: none
+};
+
+// The limits of a device, asked once; all zero if there is no such device. Needs no kernels for it.
+const plan::DeviceLimits& limits_of(int device);
+
+// The runtime's text for an error code of a launch.
+const char* error_text(int code);
+
+}  // namespace ldmi::cuda

@@ -1,0 +1,92 @@
+// The launches of logdet_inverse.
+
+#include "kernels.h"
+#include "logdet_inverse_library.cuh"
+
+namespace ldmi::cuda {
+namespace {
+
+template <int kMost>
+int launch_warps(const Matrices& matrices, const DeviceLimits& limits, simt::Stream stream) {
+  if constexpr (kMost > 8) {
+    if (matrices.C <= kMost - 8) return launch_warps<kMost - 8>(matrices, limits, stream);
+  }
+  constexpr int64_t warps = factor::kWarpThreads / simt::kWarp;
+  simt::Grid grid;
+  // one matrix takes one warp; several spread over the multiprocessors before they share blocks
+  const int64_t spread = (matrices.count + limits.sms - 1) / limits.sms;
+  grid.threads = static_cast<int>(spread < warps ? spread : warps) * simt::kWarp;
+  const int64_t blocks = (matrices.count * simt::kWarp + grid.threads - 1) / grid.threads;
+  grid.blocks = blocks < 0x7fffffff ? blocks : 0x7fffffff;
+  return simt::launch(factor::logdet_inverse_warps<kMost>, grid, stream, matrices);
+}
+
+template <int kMost>
+int launch_blocks(const Matrices& matrices, const plan::CudaLogdetInverse& plan, simt::Stream stream) {
+  if constexpr (kMost > 2 * simt::kWarp) {
+    if (matrices.C <= kMost - simt::kWarp) return launch_blocks<kMost - simt::kWarp>(matrices, plan, stream);
+  }
+  simt::Grid grid;
+  grid.threads = factor::kBlockThreads;
+  grid.blocks = matrices.count < 0x7fffffff ? matrices.count : 0x7fffffff;
+  grid.smem = static_cast<size_t>(plan.smem_bytes);
+  return simt::launch(factor::logdet_inverse_blocks<kMost>, grid, stream, matrices, static_cast<int>(plan.stride));
+}
+
+LibrarySpace library_space(int64_t count, int64_t C, void* workspace) {
+  const int64_t blocks = (C + factor::kLibraryRows - 1) / factor::kLibraryRows;
+  double* const norms = static_cast<double*>(workspace);
+  return {norms, reinterpret_cast<uint32_t*>(norms + count * blocks), blocks};
+}
+
+int64_t at_most(int64_t blocks, const DeviceLimits& limits) {
+  const int64_t most = int64_t{16} * limits.sms;
+  return blocks < most ? blocks : most;
+}
+
+}  // namespace
+
+int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, bool strict, double* log_abs_det, double* sign,
+                   int64_t* kept, double* V, const DeviceLimits& limits, simt::Stream stream) {
+  if (count == 0) return 0;
+  const Matrices matrices{S, n, count, static_cast<int>(C), strict, log_abs_det, sign, kept, V};
+  const plan::CudaLogdetInverse plan = plan::cuda_logdet_inverse(count, C, limits);
+  if (plan.factor == plan::CudaFactor::kWarp) return launch_warps<kFactorWarp>(matrices, limits, stream);
+  return launch_blocks<kFactorClasses>(matrices, plan, stream);
+}
+
+int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* R, void* workspace,
+                               const DeviceLimits& limits, simt::Stream stream) {
+  if (count == 0) return 0;
+  const LibrarySpace space = library_space(count, C, workspace);
+  simt::Carve carve;
+  carve.take<double>(factor::kLibraryRows * factor::kLibraryStride);
+  carve.take<double>(factor::kLibraryRows);
+  const simt::Grid grid{at_most(count * space.blocks, limits), factor::kLibraryThreads, carve.bytes()};
+  const Matrices matrices{S, n, count, static_cast<int>(C), false, nullptr, nullptr, nullptr, nullptr};
+  return simt::launch(factor::library_equilibrate, grid, stream, matrices, R, space);
+}
+
+int logdet_inverse_determinant(const double* LU, const int32_t* pivots, const double* n, int64_t count, int64_t C, bool strict,
+                               double* log_abs_det, double* sign, int64_t* kept, void* workspace, const DeviceLimits& limits,
+                               simt::Stream stream) {
+  if (count == 0) return 0;
+  constexpr int64_t warps = factor::kBlockThreads / simt::kWarp;
+  simt::Carve carve;
+  carve.take<double>(warps);
+  carve.take<double>(warps);
+  carve.take<int>(warps);
+  const simt::Grid grid{at_most(count, limits), factor::kBlockThreads, carve.bytes()};
+  const Matrices matrices{nullptr, n, count, static_cast<int>(C), strict, log_abs_det, sign, kept, nullptr};
+  return simt::launch(factor::library_determinant, grid, stream, matrices, LU, pivots, library_space(count, C, workspace));
+}
+
+int logdet_inverse_finish(const double* n, int64_t count, int64_t C, double* V, void* workspace, const DeviceLimits& limits,
+                          simt::Stream stream) {
+  if (count == 0) return 0;
+  const simt::Grid grid{at_most(count * C, limits), factor::kBlockThreads};
+  const Matrices matrices{nullptr, n, count, static_cast<int>(C), false, nullptr, nullptr, nullptr, V};
+  return simt::launch(factor::library_finish, grid, stream, matrices, library_space(count, C, workspace));
+}
+
+}  // namespace ldmi::cuda

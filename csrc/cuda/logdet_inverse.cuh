@@ -1,0 +1,578 @@
+// log|det S| and V = S^{-T} by Gauss-Jordan elimination in place, in fp64: by one warp in registers (C <= 32), or by one block in
+// shared memory (as far as that reaches). As functions of a warp and of a block, for the kernels that end with a factorisation, and as
+// kernels of their own.
+//
+// R = diag(1/n) S of the classes that have weight, with identity rows and columns for the others. Step k divides the pivot's row by
+// the pivot and takes it out of every other row; the column that it clears holds column k of the inverse from then on: 2 C^3
+// operations for both. The product of the pivots is the determinant. Without the inverse, the columns before the panel are left alone:
+// an LU factorisation, whose determinant has the same bits.
+//
+// Rows never move. The pivot of step k is the largest entry of column k among the rows that have not been a pivot's; that it stood in
+// row p_k is noted, and with G what elimination leaves in the place of R, R^{-1}[k, p_l] = G[p_k, l]. With no exchange to save, a
+// preference for the diagonal would win nothing. Magnitudes are compared by their exponent and the first 12 bits of their fraction,
+// beside which the row fits into 32 bits, so that one maximum of integers finds the pivot and its row. So a multiplier may be
+// 1 + 2^-12 instead of 1, and the bound on the growth of C steps is (1 + 2^-13)^C < 1.03 times that of partial pivoting.
+//
+// The block takes its steps in panels J of 8 columns, whose effect on the rest is one matrix product. Eliminating the panel by itself
+// leaves G[:, J] in its place; then
+//
+//     R[:, c] <- (R[:, c] with zeros in the rows p_J) + G[:, J] R[p_J, c]          for every column c outside the panel
+//
+// in 8 x 8 tiles on the tensor cores, a stripe of 8 columns a warp. Warp 0 takes the stripe of the next panel first and eliminates
+// that panel while the others go on: one barrier a panel. Whoever takes a stripe, its operations are the same, so the bits do not
+// depend on the number of threads.
+#pragma once
+
+#include <limits>
+#include <utility>
+
+#include "../cpu/kernels.h"
+#include "simt.cuh"
+
+namespace ldmi::cuda {
+
+using cpu::Determinant;
+
+inline constexpr int kFactorPanel = 8;      // columns that are eliminated together
+inline constexpr int kFactorWarp = 32;      // classes up to which one warp does it
+inline constexpr int kFactorClasses = 192;  // more than the shared memory of a block holds
+
+// Shared memory of a block's elimination. `stride` is the plan's (factor_stride): even, at least C.
+struct FactorSpace {
+  double* found = nullptr;       // [4]: the result, for all threads
+  double* columns = nullptr;     // [C, stride]: R, column after column
+  double* parts = nullptr;       // [32]: a number a warp
+  uint32_t* present = nullptr;   // [8]: a bit a class
+  uint8_t* pivot_row = nullptr;  // [256]: p
+  int* tickets = nullptr;        // [2]: how many stripes have been taken; panels take turns
+  int stride = 0;
+};
+
+// Takes it; host code calls the same for Carve::bytes(), which is plan::factor_smem(C, stride).
+LDMI_HOST_DEVICE FactorSpace take_factor_space(simt::Carve& carve, int C, int stride) {
+  const int64_t block = C > kFactorWarp ? 1 : 0;  // no branch: the compiler is to see that every pointer is to shared memory
+  FactorSpace space;
+  space.found = carve.take<double>(4);
+  space.columns = carve.take<double>(block * C * stride);
+  space.parts = carve.take<double>(block * 32);
+  space.present = carve.take<uint32_t>(block * 8);
+  space.pivot_row = carve.take<uint8_t>(block * 256);
+  space.tickets = carve.take<int>(block * 2);
+  space.stride = stride;
+  return space;
+}
+
+// One matrix, C <= kMost. The result is in all threads that call it:
+//
+//     logdet_inverse_warp<kMost>   all lanes of a warp, C <= kFactorWarp
+//     logdet_inverse<kMost>        all threads of a block, C <= kFactorClasses, with take_factor_space(carve, C, stride)
+//
+// entry(i, j) is S[i, j] and weight(i) is n[i], from memory that the whole warp (block) may read when it calls. With `inverse`,
+// emit(i, j, value) is called once for every entry of V, by any thread, neighbours in a warp for neighbours in j; zeros and NaN where
+// that is the answer. It may overwrite S, which has been read by then, but not n. On return the warp (block) sees what was emitted.
+// Between two calls of a block: sync_block().
+template <int kMost, class Entry, class Weight, class Emit>
+LDMI_DEVICE Determinant logdet_inverse_warp(int C, bool strict, bool inverse, const Entry& entry, const Weight& weight,
+                                            const Emit& emit);
+template <int kMost, class Entry, class Weight, class Emit>
+LDMI_DEVICE Determinant logdet_inverse(const FactorSpace& space, int C, bool strict, bool inverse, const Entry& entry,
+                                       const Weight& weight, const Emit& emit);
+
+namespace factor {
+
+using namespace simt;
+
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
+inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// The largest magnitude that is no pivot
+LDMI_HOST_DEVICE double threshold(int64_t C, double norm) { return static_cast<double>(C) * 0x1p-52 * norm; }
+
+// The logarithm of a product of positive numbers, some in each lane, by one logarithm: their fractions in [1, 2) are multiplied, their
+// exponents added as integers.
+class LogProduct {
+ public:
+  LDMI_DEVICE void multiply(double factor) {
+    const bool subnormal = factor < 0x1p-1022;
+    split(subnormal ? factor * 0x1p54 : factor);
+    exponents_ -= subnormal ? 54 : 0;
+  }
+  // Of all lanes together, in all of them
+  LDMI_DEVICE double log() const {
+    double product = fraction_;  // of 32: below 2^32
+    LDMI_UNROLL
+    for (int bits = kWarp / 2; bits > 0; bits /= 2) product *= shfl_xor(product, bits);
+    // ln 2 in two parts: the first has so few bits that its product with the exponents is exact
+    const double e = warp_sum(exponents_);
+    return fma(e, 6.93147180369123816490e-01, fma(e, 1.90821492927058770002e-10, simt::log(product)));
+  }
+
+ private:
+  LDMI_DEVICE void split(double factor) {
+    const double product = fraction_ * unit(factor);
+    fraction_ = unit(product);
+    exponents_ += exponent(factor) + exponent(product);
+  }
+  LDMI_DEVICE static int exponent(double x) { return static_cast<int>(bit_cast<uint64_t>(x) >> 52) - 1023; }
+  LDMI_DEVICE static double unit(double x) {
+    return bit_cast<double>((bit_cast<uint64_t>(x) & 0xfffffffffffffu) | 0x3ff0000000000000u);
+  }
+
+  double fraction_ = 1.0;
+  int exponents_ = 0;
+};
+
+// What one warp knows of the pivots that it has taken, in parts: lane l of steps l, l + 32, ...
+struct Pivots {
+  LogProduct product;
+  bool odd = false;  // the number of negative ones
+
+  LDMI_DEVICE void take(int step, double pivot) {
+    if (lane() != step % kWarp) return;
+    product.multiply(abs(pivot));
+    odd ^= pivot < 0.0;
+  }
+};
+
+// body(0), body(1), ... as constants. In a loop, `if (s == slot)` makes the compiler index registers by `slot`, in memory then.
+template <int... s, class Body>
+LDMI_DEVICE void for_each_slot(std::integer_sequence<int, s...>, const Body& body) {
+  (body(std::integral_constant<int, s>{}), ...);
+}
+
+// A warp eliminates `columns` columns by themselves, of which lane l holds the rows l, l + 32, ... (zeros where there is no such row).
+// The matrix moves through the registers: each step takes column 0 off and puts what it leaves behind the last, so that every
+// index is a constant. Column j ends up in column kColumns - columns + j. `used`: a bit for each of the lane's rows that have been a
+// pivot's. step(j, row, pivot) is called by all lanes. False: no pivot exceeds the threshold.
+template <int kSlots, int kColumns, class Step>
+LDMI_DEVICE bool eliminate(double (&a)[kSlots][kColumns], int rows, int columns, double threshold, unsigned& used, const Step& step) {
+  for (int j = 0; j < columns; ++j) {
+    unsigned key = 0;
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      const int row = lane() + kWarp * s;
+      const unsigned high = static_cast<unsigned>(bit_cast<uint64_t>(a[s][0]) >> 32) & 0x7fffff00u;
+      const unsigned mine = high | static_cast<unsigned>(255 - row);  // of equals the first
+      if (row < rows && (used >> s & 1u) == 0 && mine > key) key = mine;
+    }
+    const int row = 255 - static_cast<int>(warp_max(key) & 255u), source = row % kWarp;
+    double pivot_row[kColumns];
+    for_each_slot(std::make_integer_sequence<int, kSlots>{}, [&](auto slot) {
+      constexpr int s = decltype(slot)::value;
+      if (row / kWarp != s) return;  // one slot for the whole warp
+      LDMI_UNROLL
+      for (int c = 0; c < kColumns; ++c) pivot_row[c] = shfl(a[s][c], source);
+      if (lane() == source) {  // becomes (the row with 1 instead of the pivot) / pivot below
+        used |= 1u << s;
+        a[s][0] = -1.0;
+        LDMI_UNROLL
+        for (int c = 1; c < kColumns; ++c) a[s][c] = 0.0;
+      }
+    });
+    const double pivot = pivot_row[0];
+    if (!(abs(pivot) > threshold)) return false;
+    step(j, row, pivot);
+    const double reciprocal = 1.0 / pivot;
+    LDMI_UNROLL
+    for (int c = 1; c < kColumns; ++c) pivot_row[c] *= reciprocal;
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      const double factor = -a[s][0];
+      LDMI_UNROLL
+      for (int c = 1; c < kColumns; ++c) a[s][c - 1] = fma(factor, pivot_row[c], a[s][c]);
+      a[s][kColumns - 1] = factor * reciprocal;
+    }
+  }
+  return true;
+}
+
+// Which answer a matrix has before anything is eliminated
+struct Screening {
+  bool finite;  // S and n
+  bool strict;
+  int present, classes;
+
+  LDMI_HOST_DEVICE int kept() const { return strict && present > 0 ? classes : present; }
+  LDMI_HOST_DEVICE bool regular() const { return finite && present > 0 && kept() == present; }
+  // If not regular
+  LDMI_HOST_DEVICE Determinant answer() const {
+    if (!finite) return {kNaN, kNaN, kept()};
+    if (present == 0) return {0.0, 1.0, 0};
+    return singular();
+  }
+  LDMI_HOST_DEVICE Determinant singular() const { return {-kInfinity, 0.0, kept()}; }
+};
+
+template <int kColumns, class Entry, class Weight, class Emit>
+LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& entry, const Weight& weight, const Emit& emit) {
+  const int i = lane();
+  const double n = i < C ? weight(i) : 0.0;
+  const bool here = n > 0.0;
+  const unsigned present = ballot(here);
+  const double scale = here ? 1.0 / n : 0.0;
+  double a[1][kColumns];
+  LDMI_UNROLL
+  for (int j = 0; j < kColumns; ++j) a[0][j] = i < C && j < C ? entry(i, j) : 0.0;
+  bool finite = isfinite(n);
+  double sum = 0.0;
+  LDMI_UNROLL
+  for (int j = 0; j < kColumns; ++j) {
+    finite &= isfinite(a[0][j]);
+    a[0][j] = here && (present >> j & 1u) != 0 ? a[0][j] * scale : (i == j && i < C ? 1.0 : 0.0);
+    sum += abs(a[0][j]);
+  }
+  const Screening seen{all(finite), strict, popcount(present), C};
+  const auto everywhere = [&](double value) {
+    if (!inverse) return;
+    for (int at = lane(); at < C * C; at += kWarp) emit(at / C, at % C, value);
+    sync_warp();
+  };
+  if (!seen.regular()) {
+    everywhere(seen.finite ? 0.0 : kNaN);
+    return seen.answer();
+  }
+  Pivots pivots;
+  unsigned used = 0;
+  int p = 0;         // of step `lane`
+  int variable = 0;  // the step whose pivot was in row `lane`
+  const bool regular = eliminate<1>(a, C, C, threshold(C, warp_max(sum)), used, [&](int step, int row, double pivot) {
+    pivots.take(step, pivot);
+    if (lane() == step) p = row;
+    if (lane() == row) variable = step;
+  });
+  if (!regular) {
+    everywhere(0.0);
+    return seen.singular();
+  }
+  if (here) pivots.product.multiply(n);
+  bool odd = pivots.odd;
+  for (int l = 0; l < C; ++l) {
+    const int before = shfl(p, l);
+    odd ^= l < i && i < C && before > p;
+  }
+  if (inverse) {
+    LDMI_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      const int l = c - (kColumns - C);
+      if (l < 0) continue;
+      const int row = shfl(p, l);
+      const double row_scale = shfl(scale, row);
+      const bool both = (present >> row & 1u) != 0 && (present >> variable & 1u) != 0;
+      if (i < C) emit(row, variable, both ? a[0][c] * row_scale : 0.0);
+    }
+    sync_warp();
+  }
+  return {pivots.product.log(), popcount(ballot(odd)) % 2 == 0 ? 1.0 : -1.0, seen.kept()};
+}
+
+// The columns c0..c0+7 (those below C) after panel k has been eliminated; a warp.
+LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0) {
+  // Row m of the tile is column c0 + order(m): rows 2 columns apart come together, whose places in memory are 64 bytes apart in 128
+  const int m = lane() / 4, q = lane() % 4;
+  const int c = c0 + (m & 1) * 2 + (m >> 1 & 1) + (m & 4);
+  double* const column = space.columns + c * space.stride;
+  constexpr int kHalves = kFactorPanel / 4;
+  double x[kHalves];
+  const double* g[kHalves];
+  LDMI_UNROLL
+  for (int h = 0; h < kHalves; ++h) {
+    const int step = k + 4 * h + q;
+    x[h] = 0.0;
+    if (c < C && step < C) {
+      double* const at = column + space.pivot_row[step];
+      x[h] = *at;
+      *at = 0.0;
+    }
+    g[h] = space.columns + (step < C ? step : C - 1) * space.stride;  // times 0 if there is no such step
+  }
+  sync_warp();
+  constexpr int kTiles = 4;  // under way together
+  for (int i0 = 0; i0 < C; i0 += 8 * kTiles) {
+    M8N8K4::C tile[kTiles];
+    double b[kTiles][kHalves];
+    LDMI_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      const int i = i0 + 8 * t + 2 * q, own = i0 + 8 * t + m;
+      LDMI_UNROLL
+      for (int h = 0; h < kHalves; ++h) b[t][h] = g[h][own < C ? own : C - 1];
+      tile[t] = {};
+      if (c < C && i < C) {
+        const Pack<double> two = shared_load16(column + i);
+        tile[t].value[0] = two[0];
+        tile[t].value[1] = two[1];
+      }
+    }
+    LDMI_UNROLL
+    for (int h = 0; h < kHalves; ++h) {
+      LDMI_UNROLL
+      for (int t = 0; t < kTiles; ++t) tile[t] = mma(x[h], b[t][h], tile[t]);
+    }
+    LDMI_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      const int i = i0 + 8 * t + 2 * q;
+      if (c < C && i < C) shared_store16(column + i, Pack<double>{{tile[t].value[0], tile[t].value[1]}});
+    }
+  }
+  sync_warp();
+}
+
+// Eliminates the columns k..k+7 (those below C) by themselves; a warp.
+template <int kSlots>
+LDMI_DEVICE bool eliminate_panel(const FactorSpace& space, int C, int k, double threshold, unsigned& used, Pivots& pivots) {
+  const int columns = C - k < kFactorPanel ? C - k : kFactorPanel;
+  double a[kSlots][kFactorPanel];
+  double* const panel = space.columns + k * space.stride + lane();
+  LDMI_UNROLL
+  for (int s = 0; s < kSlots; ++s) {
+    LDMI_UNROLL
+    for (int j = 0; j < kFactorPanel; ++j) {
+      a[s][j] = j < columns && lane() + kWarp * s < C ? panel[j * space.stride + kWarp * s] : 0.0;
+    }
+  }
+  const bool regular = eliminate(a, C, columns, threshold, used, [&](int step, int row, double pivot) {
+    pivots.take(k + step, pivot);
+    if (lane() == 0) space.pivot_row[k + step] = static_cast<uint8_t>(row);
+  });
+  if (!regular) return false;
+  double* const first = panel + (columns - kFactorPanel) * space.stride;
+  LDMI_UNROLL
+  for (int s = 0; s < kSlots; ++s) {
+    LDMI_UNROLL
+    for (int j = 0; j < kFactorPanel; ++j) {
+      if (j >= kFactorPanel - columns && lane() + kWarp * s < C) first[j * space.stride + kWarp * s] = a[s][j];
+    }
+  }
+  return true;
+}
+
+// R from S, and what is seen on the way. norm: ||R||_inf
+template <class Entry, class Weight>
+LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, const Entry& entry, const Weight& weight,
+                                  double* norm) {
+  const int warps = block_dim() / kWarp;
+  bool finite = true;
+  for (int word = warp(); word * kWarp < C; word += warps) {
+    const int i = word * kWarp + lane();
+    const double n = i < C ? weight(i) : 0.0;
+    finite &= isfinite(n);
+    const unsigned bits = ballot(n > 0.0);
+    if (lane() == 0) space.present[word] = bits;
+  }
+  if (thread_idx() < 2) space.tickets[thread_idx()] = 0;
+  sync_block();
+  const auto here = [&](int i) { return (space.present[i / kWarp] >> (i % kWarp) & 1u) != 0; };
+  // A warp reads 16 rows by 32 columns, 2 columns at a time: the stores are without bank conflicts, and the sectors that
+  // the loads leave half read are still in the first-level cache for the next.
+  constexpr int kRows = 16, kColumns = 32, kBatch = 8;
+  const int groups = (C + kRows - 1) / kRows, tasks = groups * ((C + kColumns - 1) / kColumns);
+  for (int task = warp(); task < tasks; task += warps) {
+    const int i = task % groups * kRows + lane() % kRows, first = task / groups * kColumns + lane() / kRows;
+    if (i >= C) continue;
+    const bool row_here = here(i);
+    const double scale = row_here ? 1.0 / weight(i) : 0.0;
+    for (int j0 = first; j0 < first + kColumns; j0 += 2 * kBatch) {
+      double values[kBatch];
+      LDMI_UNROLL
+      for (int t = 0; t < kBatch; ++t) values[t] = j0 + 2 * t < C ? entry(i, j0 + 2 * t) : 0.0;
+      LDMI_UNROLL
+      for (int t = 0; t < kBatch; ++t) {
+        const int j = j0 + 2 * t;
+        finite &= isfinite(values[t]);
+        if (j < C) space.columns[j * space.stride + i] = row_here && here(j) ? values[t] * scale : (i == j ? 1.0 : 0.0);
+      }
+    }
+  }
+  finite = !sync_block_or(!finite);
+  // 8 rows a warp, in 4 parts each
+  double largest = 0.0;
+  for (int i0 = 8 * warp(); i0 < C; i0 += 8 * warps) {
+    const int i = i0 + lane() % 8;
+    double sum = 0.0;
+    if (i < C) {
+      for (int j = lane() / 8; j < C; j += 4) sum += abs(space.columns[j * space.stride + i]);
+    }
+    sum += shfl_xor(sum, 8);
+    sum += shfl_xor(sum, 16);
+    largest = fmax(largest, sum);
+  }
+  largest = warp_max(largest);
+  if (lane() == 0) space.parts[warp()] = largest;
+  sync_block();
+  for (int w = 0; w < warps; ++w) largest = fmax(largest, space.parts[w]);
+  *norm = largest;
+  int present = 0;
+  for (int word = 0; word * kWarp < C; ++word) present += popcount(space.present[word]);
+  return {finite, strict, present, C};
+}
+
+template <int kSlots, class Entry, class Weight, class Emit>
+LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, bool inverse, const Entry& entry, const Weight& weight,
+                                 const Emit& emit) {
+  const int warps = block_dim() / kWarp;
+  double norm = 0.0;
+  const Screening seen = equilibrate(space, C, strict, entry, weight, &norm);
+  const auto everywhere = [&](double value) {
+    for (int at = thread_idx(); inverse && at < C * C; at += block_dim()) emit(at / C, at % C, value);
+    sync_block();
+  };
+  if (!seen.regular()) {
+    everywhere(seen.finite ? 0.0 : kNaN);
+    return seen.answer();
+  }
+  Pivots pivots;
+  unsigned used = 0;
+  const int stripes = (C + kFactorPanel - 1) / kFactorPanel;
+  bool regular = true;
+  // Round `done` applies that panel; round -1 has none. Meanwhile warp 0 eliminates the next one.
+  for (int done = -1; done < stripes && regular; ++done) {
+    const int next = done + 1;
+    int* const tickets = space.tickets + (next & 1);
+    // the stripes after the next panel, then those before this one
+    const int rest = done < 0 ? 0 : inverse ? stripes - (next < stripes ? 2 : 1) : stripes - next - 1;
+    const auto draw = [&] {
+      int ticket = 0;
+      if (lane() == 0) ticket = atomic_add(tickets, 1);
+      ticket = shfl(ticket, 0);
+      if (ticket >= rest) return -1;
+      const int stripe = next + 1 + ticket;
+      return stripe < stripes ? stripe : stripe - (next < stripes ? stripes : stripes + 1);
+    };
+    if (thread_idx() == 0) space.tickets[done & 1] = 0;
+    for (int stripe = warp() == 0 && next < stripes ? next : draw(); stripe >= 0; stripe = draw()) {
+      if (done >= 0) update_stripe(space, C, done * kFactorPanel, stripe * kFactorPanel);
+      if (stripe == next) regular = eliminate_panel<kSlots>(space, C, next * kFactorPanel, threshold(C, norm), used, pivots);
+    }
+    regular = !sync_block_or(!regular);
+  }
+  if (!regular) {
+    everywhere(0.0);
+    return seen.singular();
+  }
+  const auto here = [&](int i) { return (space.present[i / kWarp] >> (i % kWarp) & 1u) != 0; };
+  if (warp() == 0) {
+    for (int i = lane(); i < C; i += kWarp) {
+      if (here(i)) pivots.product.multiply(weight(i));
+    }
+    const double log_abs_det = pivots.product.log();
+    if (lane() == 0) space.found[0] = log_abs_det;
+  }
+  // the sign of p, by its inversions
+  bool odd = pivots.odd;
+  for (int l = warp(); l < C; l += warps) {
+    for (int m = lane(); m < l; m += kWarp) odd ^= space.pivot_row[m] > space.pivot_row[l];
+  }
+  if (inverse) {
+    // the scales of a warp's next 32 rows, read together
+    for (int l0 = warp(); l0 < C; l0 += kWarp * warps) {
+      const int own = l0 + lane() * warps;
+      double scales = 0.0;
+      if (own < C && here(space.pivot_row[own])) scales = 1.0 / weight(space.pivot_row[own]);
+      for (int l = l0, t = 0; l < C && t < kWarp; l += warps, ++t) {
+        const int row = space.pivot_row[l];
+        const double scale = shfl(scales, t);
+        for (int k = lane(); k < C; k += kWarp) {
+          const bool both = here(row) && here(k);
+          emit(row, k, both ? space.columns[l * space.stride + space.pivot_row[k]] * scale : 0.0);
+        }
+      }
+    }
+  }
+  const bool negative = sync_block_count(odd) % 2 != 0;
+  return {space.found[0], negative ? -1.0 : 1.0, seen.kept()};
+}
+
+}  // namespace factor
+
+template <int kMost, class Entry, class Weight, class Emit>
+LDMI_DEVICE Determinant logdet_inverse_warp(int C, bool strict, bool inverse, const Entry& entry, const Weight& weight,
+                                            const Emit& emit) {
+  static_assert(kMost <= kFactorWarp);
+  if constexpr (kMost > 8) {
+    if (C <= kMost - 8) return logdet_inverse_warp<kMost - 8>(C, strict, inverse, entry, weight, emit);
+  }
+  return factor::by_warp<(kMost + 7) / 8 * 8>(C, strict, inverse, entry, weight, emit);
+}
+
+template <int kMost, class Entry, class Weight, class Emit>
+LDMI_DEVICE Determinant logdet_inverse(const FactorSpace& space, int C, bool strict, bool inverse, const Entry& entry,
+                                       const Weight& weight, const Emit& emit) {
+  static_assert(kMost <= kFactorClasses);
+  if constexpr (kMost > kFactorWarp) {
+    if (C > kFactorWarp) {
+      return factor::by_block<(kMost + simt::kWarp - 1) / simt::kWarp>(space, C, strict, inverse, entry, weight, emit);
+    }
+  }
+  if (simt::warp() == 0) {
+    constexpr int kColumns = kMost < kFactorWarp ? kMost : kFactorWarp;
+    const Determinant found = logdet_inverse_warp<kColumns>(C, strict, inverse, entry, weight, emit);
+    if (simt::lane() == 0) {
+      space.found[0] = found.log_abs_det;
+      space.found[1] = found.sign;
+      space.found[2] = static_cast<double>(found.kept);
+    }
+  }
+  simt::sync_block();
+  return {space.found[0], space.found[1], static_cast<int64_t>(space.found[2])};
+}
+
+// ---------------------------------------------------------------------------------------------------- kernels of their own
+
+// Many matrices: what they read and write, one after the other
+struct Matrices {
+  const double* S;  // [count, C, C]
+  const double* n;  // [count, C]
+  int64_t count;
+  int C;
+  bool strict;
+  double* log_abs_det;  // [count]
+  double* sign;         // [count]
+  int64_t* kept;        // [count]
+  double* V;            // [count, C, C], or null: the determinants alone
+};
+
+namespace factor {
+
+inline constexpr int kWarpThreads = 128, kBlockThreads = 256;
+
+// calls solve(entry, weight, emit) and has one thread write the result down
+template <class Solve>
+LDMI_DEVICE void one_of(const Matrices& matrices, int64_t at, bool writes, const Solve& solve) {
+  const int C = matrices.C;
+  const double* const S = matrices.S + at * C * C;
+  const double* const n = matrices.n + at * C;
+  double* const V = matrices.V + at * C * C;
+  const Determinant found = solve([&](int i, int j) { return load_const(S + i * C + j); }, [&](int i) { return load_const(n + i); },
+                                  [&](int i, int j, double value) { store(V + i * C + j, value); });
+  if (!writes) return;
+  store(matrices.log_abs_det + at, found.log_abs_det);
+  store(matrices.sign + at, found.sign);
+  store(matrices.kept + at, found.kept);
+}
+
+// a warp a matrix
+template <int kMost>
+LDMI_KERNEL void LDMI_BOUNDS(kWarpThreads, 1) logdet_inverse_warps(Matrices matrices) {
+  const int warps = block_dim() / kWarp;
+  for (int64_t at = block_idx() * warps + warp(); at < matrices.count; at += grid_dim() * warps) {
+    one_of(matrices, at, lane() == 0, [&](const auto& entry, const auto& weight, const auto& emit) {
+      return by_warp<kMost>(matrices.C, matrices.strict, matrices.V != nullptr, entry, weight, emit);
+    });
+  }
+}
+
+// a block a matrix
+template <int kMost>
+LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) logdet_inverse_blocks(Matrices matrices, int stride) {
+  Carve carve;
+  const FactorSpace space = take_factor_space(carve, matrices.C, stride);
+  for (int64_t at = block_idx(); at < matrices.count; at += grid_dim()) {
+    one_of(matrices, at, thread_idx() == 0, [&](const auto& entry, const auto& weight, const auto& emit) {
+      return by_block<kMost / kWarp>(space, matrices.C, matrices.strict, matrices.V != nullptr, entry, weight, emit);
+    });
+    sync_block();
+  }
+}
+
+}  // namespace factor
+
+}  // namespace ldmi::cuda

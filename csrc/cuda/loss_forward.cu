@@ -1,0 +1,45 @@
+// The launches of loss_forward.
+
+#include "loss_forward.cuh"
+
+#include "fused.cuh"
+
+namespace ldmi::cuda {
+
+int loss_forward(const Batch& batch, const LossOptions& options, void* loss, void* lse, double* V, double* scale, double* ce_scale,
+                 void* workspace, const DeviceLimits& limits, simt::Stream stream) {
+  constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+  const int64_t rows = batch.logits.rows, C = batch.logits.columns;
+  const bool soft = batch.soft.data != nullptr, weighted = batch.weights.data != nullptr;
+  const Type loss_type = batch.logits.type == Type::kFloat64 ? Type::kFloat64 : Type::kFloat32;
+  const int64_t bytes = batch.logits.type == Type::kFloat64 ? 8 : batch.logits.type == Type::kFloat32 ? 4 : 2;
+  const plan::CudaLossForward plan = plan::cuda_loss_forward(rows, C, soft, bytes, weighted, limits);
+  if (batch.num_labels != C || plan.how == plan::CudaLoss::kLibrary) return kInvalidValue;
+  if (plan.how == plan::CudaLoss::kOneBlock) {
+    return with_type(batch.logits.type, [&](auto type) {
+      using E = decltype(type);
+      using F = Compute<E>;
+      return launch_fused<E, false>(batch, options, {static_cast<F*>(loss), nullptr, static_cast<F*>(lse), V, scale, ce_scale},
+                                    plan.block, stream);
+    });
+  }
+  Workspace work(workspace);
+  double* const S = work.take<double>(C * C);
+  double* const n = work.take<double>(C);
+  double* const ce = work.take<double>(1);
+  void* const rest = static_cast<char*>(workspace) + work.bytes();  // of the joint, and then of what follows
+  if (const int error = joint(batch, S, n, lse, ce, rest, limits, stream); error != 0) return error;
+  if (plan.how == plan::CudaLoss::kEnd) {
+    const LossEnd at{S, n, ce, static_cast<int>(C), !soft, static_cast<double>(rows), loss, loss_type, V, scale, ce_scale};
+    return launch_end<kFactorClasses>(at, options, plan::cuda_logdet_inverse(1, C, limits), stream);
+  }
+  double* const log_abs_det = work.take<double>(1);
+  double* const sign = work.take<double>(1);
+  int64_t* const kept = work.take<int64_t>(1);
+  void* const sums = static_cast<char*>(workspace) + work.bytes();
+  const int error = logdet_inverse(S, n, 1, C, options.strict, log_abs_det, sign, kept, V, limits, stream);
+  if (error != 0) return error;
+  return combine(batch, log_abs_det, kept, n, ce, options, loss, loss_type, scale, ce_scale, sums, limits, stream);
+}
+
+}  // namespace ldmi::cuda

@@ -1,0 +1,210 @@
+// The rows in the order of their labels, stable, those that do not count last: a counting sort in three launches.
+//
+// The rows are cut into pieces, a block each, and those into parts, a warp each, which keeps a counter for every bucket (label, and one
+// bucket for the rows that do not count). sort_count adds them up, sort_scan turns the counts of the pieces into where each piece's
+// rows of a bucket go, and sort_scatter counts again and puts the rows there. Within a warp the lanes of one bucket are ranked by a
+// match, so the order is that of the rows, whatever the schedule.
+#pragma once
+
+#include "rows.cuh"
+
+namespace ldmi::cuda {
+
+inline constexpr int kScanThreads = 1024;
+
+// What the three launches share, in the workspace.
+struct LabelOrder {
+  int64_t* order;    // [N] rows
+  int64_t* start;    // [K + 2] where a bucket begins; start[K] is the number of rows that count, start[K + 1] is N
+  int64_t* offset;   // [pieces, K + 1] counts, then where the piece's rows of a bucket go
+  uint32_t* counts;  // [pieces, parts, K + 1] when they do not fit in shared memory, else null
+  uint32_t* bad;     // [pieces] whether a label or a weight is out of range
+  int64_t pieces;
+};
+
+// Where run `part` of `parts` nearly equal runs of `count` things begins
+LDMI_HOST_DEVICE int64_t cut(int64_t count, int64_t parts, int64_t part) {
+  return count / parts * part + (count % parts < part ? count % parts : part);
+}
+
+// A counter of this warp, in shared memory or in global memory that no other warp touches
+template <bool kShared>
+LDMI_DEVICE uint32_t read_counter(const uint32_t* p) {
+  return kShared ? *p : load(p);
+}
+template <bool kShared>
+LDMI_DEVICE void write_counter(uint32_t* p, uint32_t value) {
+  if constexpr (kShared) {
+    *p = value;
+  } else {
+    store(p, value);
+  }
+}
+
+// Visits the rows begin..end, 32 at a time: each(row, bucket, rank among the visited rows of its bucket) in every lane that has a row.
+// `counter` [K + 1] of this warp goes from the ranks' beginning to their end.
+template <bool kShared, class Each>
+LDMI_DEVICE void visit_rows(const Batch& batch, int64_t begin, int64_t end, uint32_t* counter, bool& bad, Each&& each) {
+  for (int64_t base = begin; base < end; base += kWarp) {
+    const int64_t i = base + lane();
+    const bool inside = i < end;
+    int64_t bucket = -1;
+    if (inside) {
+      double weight;
+      bucket = used_label(batch, i, weight, bad);
+      if (bucket == kUnused) bucket = batch.num_labels;
+    }
+    const unsigned same = match_any(static_cast<uint64_t>(bucket));
+    uint32_t before = 0;
+    if (inside) before = read_counter<kShared>(counter + bucket);
+    sync_warp();
+    if (inside) {
+      if (lowest(same) == lane()) write_counter<kShared>(counter + bucket, before + static_cast<uint32_t>(popcount(same)));
+      each(i, bucket, before + static_cast<uint32_t>(popcount(same & lanes_below())));
+    }
+    sync_warp();
+  }
+}
+
+// This warp's counters, zeroed
+template <bool kShared>
+LDMI_DEVICE uint32_t* zeroed_counters(uint32_t* counters, int64_t buckets) {
+  uint32_t* const mine = counters + warp() * buckets;
+  for (int64_t b = lane(); b < buckets; b += kWarp) write_counter<kShared>(mine + b, 0);
+  sync_warp();
+  return mine;
+}
+
+template <bool kShared>
+LDMI_DEVICE uint32_t* counters_of(const LabelOrder& sort, int64_t piece, int64_t buckets) {
+  const int parts = block_dim() / kWarp;
+  if constexpr (kShared) {
+    Carve carve;
+    return carve.take<uint32_t>(parts * buckets);
+  } else {
+    return sort.counts + piece * parts * buckets;
+  }
+}
+
+template <bool kShared>
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_count(Batch batch, LabelOrder sort) {
+  const int64_t buckets = batch.num_labels + 1, rows = batch.logits.rows;
+  const int parts = block_dim() / kWarp;
+  for (int64_t piece = block_idx(); piece < sort.pieces; piece += grid_dim()) {
+    const int64_t begin = cut(rows, sort.pieces, piece), count = cut(rows, sort.pieces, piece + 1) - begin;
+    uint32_t* const counters = counters_of<kShared>(sort, piece, buckets);
+    uint32_t* const mine = zeroed_counters<kShared>(counters, buckets);
+    bool bad = false;
+    visit_rows<kShared>(batch, begin + cut(count, parts, warp()), begin + cut(count, parts, warp() + 1), mine, bad,
+                        [](int64_t, int64_t, uint32_t) {});
+    bad = sync_block_or(bad);
+    for (int64_t b = thread_idx(); b < buckets; b += block_dim()) {
+      int64_t total = 0;
+      for (int p = 0; p < parts; ++p) total += read_counter<kShared>(counters + p * buckets + b);
+      store(sort.offset + piece * buckets + b, total);
+    }
+    if (thread_idx() == 0) store(sort.bad + piece, bad ? 1u : 0u);
+    sync_block();
+  }
+}
+
+// One block
+template <int kBlock>
+LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) sort_scan(int64_t buckets, LabelOrder sort) {
+  Carve carve;
+  int64_t* const warp_total = carve.take<int64_t>(kScanThreads / kWarp);
+  if (block_idx() != 0) return;
+  int64_t carry = 0;
+  for (int64_t base = 0; base < buckets; base += block_dim()) {
+    const int64_t b = base + thread_idx();
+    int64_t total = 0;
+    if (b < buckets) {
+      for (int64_t piece = 0; piece < sort.pieces; ++piece) total += load(sort.offset + piece * buckets + b);
+    }
+    int64_t through = total;  // of this warp's buckets up to mine
+    LDMI_UNROLL
+    for (int by = 1; by < kWarp; by *= 2) {
+      const int64_t other = shfl_up(through, by);
+      if (lane() >= by) through += other;
+    }
+    if (lane() == kWarp - 1) warp_total[warp()] = through;
+    sync_block();
+    int64_t at = carry + through - total, all = 0;
+    for (int w = 0; w < block_dim() / kWarp; ++w) {
+      if (w < warp()) at += warp_total[w];
+      all += warp_total[w];
+    }
+    carry += all;
+    if (b < buckets) {
+      store(sort.start + b, at);
+      for (int64_t piece = 0; piece < sort.pieces; ++piece) {
+        const int64_t count = load(sort.offset + piece * buckets + b);
+        store(sort.offset + piece * buckets + b, at);
+        at += count;
+      }
+    }
+    sync_block();
+  }
+  if (thread_idx() == 0) store(sort.start + buckets, carry);
+}
+
+template <bool kShared>
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_scatter(Batch batch, LabelOrder sort) {
+  const int64_t buckets = batch.num_labels + 1, rows = batch.logits.rows;
+  const int parts = block_dim() / kWarp;
+  for (int64_t piece = block_idx(); piece < sort.pieces; piece += grid_dim()) {
+    const int64_t begin = cut(rows, sort.pieces, piece), count = cut(rows, sort.pieces, piece + 1) - begin;
+    const int64_t first = begin + cut(count, parts, warp()), last = begin + cut(count, parts, warp() + 1);
+    uint32_t* const counters = counters_of<kShared>(sort, piece, buckets);
+    uint32_t* const mine = zeroed_counters<kShared>(counters, buckets);
+    bool bad = false;
+    visit_rows<kShared>(batch, first, last, mine, bad, [](int64_t, int64_t, uint32_t) {});
+    sync_block();
+    for (int64_t b = thread_idx(); b < buckets; b += block_dim()) {  // counts of the parts to where they begin in the piece
+      uint32_t total = 0;
+      for (int p = 0; p < parts; ++p) {
+        const uint32_t here = read_counter<kShared>(counters + p * buckets + b);
+        write_counter<kShared>(counters + p * buckets + b, total);
+        total += here;
+      }
+    }
+    sync_block();
+    const int64_t* const offset = sort.offset + piece * buckets;
+    visit_rows<kShared>(batch, first, last, mine, bad, [&](int64_t i, int64_t bucket, uint32_t rank) {
+      store(sort.order + load_const(offset + bucket) + rank, i);
+    });
+    sync_block();
+  }
+}
+
+// The launches. `work` has room for what cuda_sort says.
+inline LabelOrder take_order(Workspace& work, const plan::CudaSort& plan, int64_t rows, int64_t labels) {
+  LabelOrder sort{};
+  sort.order = work.take<int64_t>(rows);
+  sort.start = work.take<int64_t>(labels + 2);
+  sort.offset = work.take<int64_t>(plan.pieces * (labels + 1));
+  if (!plan.shared) sort.counts = work.take<uint32_t>(plan.pieces * plan.warps * (labels + 1));
+  sort.bad = work.take<uint32_t>(plan.pieces);
+  sort.pieces = plan.pieces;
+  return sort;
+}
+
+inline int launch_sort(const Batch& batch, const LabelOrder& sort, const plan::CudaSort& plan, Stream stream) {
+  Grid grid;
+  grid.blocks = plan.pieces;
+  grid.threads = plan.warps * kWarp;
+  Carve carve;
+  if (plan.shared) carve.take<uint32_t>(plan.warps * (batch.num_labels + 1));
+  grid.smem = carve.bytes();
+  Grid scan;
+  scan.threads = kScanThreads;
+  Carve scan_carve;
+  scan_carve.take<int64_t>(kScanThreads / kWarp);
+  scan.smem = scan_carve.bytes();
+  int error = plan.shared ? launch(sort_count<true>, grid, stream, batch, sort) : launch(sort_count<false>, grid, stream, batch, sort);
+  if (error == 0) error = launch(sort_scan<kScanThreads>, scan, stream, batch.num_labels + 1, sort);
+  if (error != 0) return error;
+  return plan.shared ? launch(sort_scatter<true>, grid, stream, batch, sort) : launch(sort_scatter<false>, grid, stream, batch, sort);
+}
+
+}  // namespace ldmi::cuda

@@ -1,0 +1,185 @@
+#include "cuda_plan.h"
+
+#include <algorithm>
+
+namespace ldmi::plan {
+
+// ---------------------------------------------------------------------------------------------------- joint, logits_grad
+
+namespace {
+
+int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::max(low, std::min(value, high)); }
+int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
+int64_t piece(int64_t bytes) { return up(bytes, 256) * 256; }  // of a workspace
+
+int64_t sort_bytes(const CudaSort& sort, int64_t rows, int64_t labels) {
+  const int64_t counters = sort.shared ? 0 : piece(sort.pieces * sort.warps * (labels + 1) * 4);
+  return piece(rows * 8) + piece((labels + 2) * 8) + piece(sort.pieces * (labels + 1) * 8) + counters + piece(sort.pieces * 4);
+}
+
+}  // namespace
+
+CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
+  CudaSort out{};
+  const int64_t counters = (labels + 1) * 4;
+  const int64_t room = std::min<int64_t>(limits.smem_block, 96 << 10) - 1024;
+  out.shared = counters <= room;
+  out.warps = static_cast<int>(out.shared ? clamp(room / counters, 1, 8) : 1);
+  // Each piece moves a counter a label a few times: two rows or more for each. The scan adds up the pieces one after the other.
+  out.pieces = clamp(rows / std::max<int64_t>(2 * labels, 64 * out.warps), 1, out.shared ? 128 : 8);
+  return out;
+}
+
+CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, const DeviceLimits& limits) {
+  CudaJoint out{};
+  const int64_t compute_bytes = value_bytes == 8 ? 8 : 4;
+  if (soft) {
+    out.order = CudaOrder::kSoft;
+    out.blocks = clamp(up(rows, classes <= kWarpClasses ? 8 : 1), 1, 4 * limits.sms);
+    // splits of the rows: enough to fill the device, 256 rows or more each
+    const int64_t tiles = up(classes, 64) * up(labels, 64);
+    out.segments = clamp(std::min(up(2 * limits.sms, tiles), rows / 256), 1, 1024);
+    out.workspace_bytes = 2 * piece(rows * compute_bytes) + piece(out.blocks * 8) + piece(out.blocks * 4) +
+                          piece(out.segments * (labels * classes + labels) * 8);
+    return out;
+  }
+  if (std::max(labels, classes) <= kTileClasses) {
+    out.order = CudaOrder::kTile;
+    out.width = tile_width(labels, classes);
+    const int64_t most = limits.sms * (out.width == 16 ? 4 : out.width == 32 ? 3 : 2);
+    out.blocks = clamp(up(rows, tile_rows(out.width, value_bytes)), 1, most);
+    out.workspace_bytes = piece(out.blocks * (labels * classes + labels) * 8) + piece(out.blocks * 8) + piece(out.blocks * 4);
+    return out;
+  }
+  out.order = CudaOrder::kByLabel;
+  out.sort = cuda_sort(rows, labels, limits);
+  // groups of a block, and blocks of a multiprocessor
+  const int64_t groups = classes <= kWarpClasses ? 8 : 1;
+  const int64_t resident = classes <= kWarpClasses ? 2 : classes <= kBlockClasses / 4 ? 6 : 2;
+  out.segments = clamp(rows / 8, 1, limits.sms * resident * groups);
+  out.blocks = up(out.segments, groups);
+  out.workspace_bytes = sort_bytes(out.sort, rows, labels) + 3 * piece(out.segments * 8) + piece(out.segments * classes * 8);
+  if (classes > kBlockClasses) {
+    out.workspace_bytes += 2 * piece(rows * compute_bytes) + piece(out.blocks * 8) + piece(out.blocks * 4);
+  }
+  return out;
+}
+
+CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes,
+                                const DeviceLimits& limits) {
+  CudaLogitsGrad out{};
+  const int64_t compute_bytes = value_bytes == 8 ? 8 : 4;
+  const int64_t table = labels * up(classes * compute_bytes, 16) * 16;
+  out.workspace_bytes = piece(table) + piece(labels * 8);
+  if (soft) {
+    out.order = CudaOrder::kSoft;
+    out.blocks = clamp(up(rows, 32), 1, 2 * limits.sms);
+    return out;
+  }
+  const int64_t width = tile_width(classes, classes);
+  // two tiles, the table, and some 48 bytes a row
+  const int64_t tile = tile_rows(width, value_bytes) * (2 * classes * value_bytes + 64) + labels * (classes * compute_bytes + 8) + 2048;
+  if (classes <= kTileClasses && tile <= std::min<int64_t>(limits.smem_block, 100 << 10)) {
+    out.order = CudaOrder::kTile;
+    out.width = width;
+    out.blocks = clamp(up(rows, tile_rows(width, value_bytes)), 1, limits.sms * clamp(limits.smem_sm / (tile + 1024), 1, 4));
+    return out;
+  }
+  // The table is read row by row at random: from level 2 as long as it takes at most half of it, else in the order of the labels.
+  out.order = table <= limits.l2 / 2 ? CudaOrder::kByRow : CudaOrder::kByLabel;
+  const int64_t groups = classes <= kWarpClasses ? 8 : 1;
+  const int64_t resident = classes <= kWarpClasses ? 2 : classes <= kBlockClasses / 4 ? 6 : 2;
+  out.blocks = clamp(up(rows, 2 * groups), 1, limits.sms * resident);
+  if (out.order == CudaOrder::kByLabel) {
+    out.sort = cuda_sort(rows, labels, limits);
+    out.workspace_bytes += sort_bytes(out.sort, rows, labels);
+  }
+  return out;
+}
+
+// ---------------------------------------------------------------------------------------------------------- logdet_inverse
+
+int64_t factor_stride(int64_t classes, int64_t smem_bytes) {
+  const int64_t best = (classes + 3) / 8 * 8 + 4, even = (classes + 1) / 2 * 2;
+  for (const int64_t stride : {best, even}) {
+    if (factor_smem(classes, stride) <= smem_bytes) return stride;
+  }
+  return 0;
+}
+
+int64_t factor_classes(const DeviceLimits& limits) {
+  int64_t classes = 32;
+  while (factor_stride(classes + 1, limits.smem_block) > 0) ++classes;
+  return classes;
+}
+
+CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const DeviceLimits& limits) {
+  CudaLogdetInverse out{};
+  if (classes <= 32) {
+    out.factor = CudaFactor::kWarp;
+  } else if (out.stride = factor_stride(classes, limits.smem_block); out.stride > 0) {
+    out.factor = CudaFactor::kBlock;
+    out.smem_bytes = factor_smem(classes, out.stride);
+  } else {
+    out.factor = CudaFactor::kLibrary;
+    // a norm for each 8 rows, and what to select
+    out.workspace_bytes = count * ((classes + 7) / 8 + 1) * 8;
+  }
+  return out;
+}
+
+CudaCombine cuda_combine(int64_t rows, bool weighted_soft, const DeviceLimits& limits) {
+  CudaCombine out{1, 0};
+  if (weighted_soft) out.blocks = std::clamp<int64_t>((rows + kWeightRows - 1) / kWeightRows, 1, limits.sms);
+  // a sum a block, and the counter of the blocks that are done
+  if (out.blocks > 1) out.workspace_bytes = (out.blocks + 1) * 8;
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------------------------- fused
+
+CudaFused cuda_fused(int64_t rows, int64_t classes, int64_t value_bytes, bool weighted, const DeviceLimits& limits) {
+  CudaFused out{};
+  if (classes > kCudaFusedClasses || rows * classes > kCudaFusedElements) return out;
+  value_bytes = std::max<int64_t>(value_bytes, 4);  // the tile is in the precision of the softmax
+  out.width = tile_width(classes, classes);
+  const int64_t wide = classes <= 8 ? 8 : out.width, splits = std::max<int64_t>(fused_threads(out.width) / (wide * wide), 1);
+  out.wide = wide;
+  out.splits = splits;
+  const auto taken = [](int64_t bytes) { return up(bytes, 16) * 16; };
+  out.smem_bytes = taken(rows * classes * value_bytes) + (weighted ? taken(rows * 8) : 0) + taken(rows) + taken(up(rows, 32) * wide * 4) +
+                   2 * taken(wide * 8) + taken(splits * wide * 8) +
+                   taken(std::max(splits * wide * (wide + 1), classes * fused_pitch(out.width) * value_bytes / 8) * 8) +
+                   taken(fused_threads(out.width) / 32 * 8) + 16;
+  if (classes <= 32) {
+    out.smem_bytes += factor_smem(classes, 0);
+  } else {
+    out.stride = factor_stride(classes, limits.smem_block - out.smem_bytes);
+    out.smem_bytes += factor_smem(classes, out.stride);
+  }
+  out.runs = (classes <= 32 || out.stride > 0) && out.smem_bytes <= limits.smem_block;
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------------------ loss_forward
+
+CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int64_t value_bytes, bool weighted,
+                                  const DeviceLimits& limits) {
+  CudaLossForward out{};
+  if (!soft) {
+    out.block = cuda_fused(rows, classes, value_bytes, weighted, limits);
+    out.how = CudaLoss::kOneBlock;
+    if (out.block.runs) return out;
+  }
+  if (cuda_logdet_inverse(1, classes, limits).factor == CudaFactor::kLibrary) {
+    out.how = CudaLoss::kLibrary;
+    return out;
+  }
+  out.how = soft && weighted ? CudaLoss::kScalars : CudaLoss::kEnd;
+  const int64_t joint = cuda_joint(rows, classes, classes, soft, value_bytes, limits).workspace_bytes;
+  out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) +
+                        std::max(joint, 3 * piece(8) + cuda_combine(rows, soft && weighted, limits).workspace_bytes);
+  return out;
+}
+
+}  // namespace ldmi::plan

@@ -1,0 +1,141 @@
+// What the CUDA engine does for a shape on a device: regimes, tiles and workspace, by arithmetic alone. One section a kernel. Free of
+// torch and of CUDA's headers.
+#pragma once
+
+#include <cstdint>
+
+namespace ldmi::plan {
+
+// What the plans ask of a device.
+struct DeviceLimits {
+  int sms = 0;             // multiprocessors
+  int64_t smem_block = 0;  // dynamic shared memory that one block can have, in bytes
+  int64_t smem_sm = 0;     // shared memory of a multiprocessor, in bytes
+  int64_t l2 = 0;          // bytes of level 2 cache
+  int capability = 0;      // 80, 90, ...
+};
+
+// ---------------------------------------------------------------------------------------------------- joint, logits_grad
+
+// A tile of rows in shared memory whose softmax and whose share of S are one block's: up to this many labels and classes.
+inline constexpr int64_t kTileClasses = 64;
+// Labels and classes are padded to 16, 32 or 64.
+constexpr int64_t tile_width(int64_t labels, int64_t classes) {
+  const int64_t most = labels > classes ? labels : classes;
+  return most <= 16 ? 16 : most <= 32 ? 32 : 64;
+}
+// Rows of a tile: enough for the latency of memory, few enough for several blocks a multiprocessor.
+constexpr int64_t tile_rows(int64_t width, int64_t value_bytes) { return width == 16 ? 128 : width == 64 && value_bytes == 8 ? 32 : 64; }
+
+// Rows that one group of threads holds in registers: a warp up to kWarpClasses, a block up to kBlockClasses. Longer rows are read
+// twice: once for their sums of exponentials, once by runs of kBlockClasses.
+inline constexpr int64_t kWarpClasses = 256, kBlockClasses = 4096;
+
+enum class CudaOrder {
+  kTile,      // rows as they come, S in the registers of each block
+  kByLabel,   // rows in the order of their labels, a row of S in the registers of each group
+  kSoft,      // a matrix product of targets and predictions
+  kByRow,     // logits_grad: rows as they come, V through the cache
+};
+
+// The counting sort of the labels.
+struct CudaSort {
+  int64_t pieces;  // blocks
+  int warps;       // of a block
+  bool shared;     // whether the counters are in shared memory
+};
+CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits);
+
+struct CudaJoint {
+  CudaOrder order;
+  int64_t width;     // kTile: padded labels and classes
+  int64_t blocks;    // kTile: blocks, each with sums of its own; kByLabel: of the walk; kSoft: of the pass for the rows' sums
+  int64_t segments;  // kByLabel: runs of rows, one a group of threads; kSoft: splits of the rows
+  CudaSort sort;     // kByLabel
+  int64_t workspace_bytes;
+};
+CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, const DeviceLimits& limits);
+
+struct CudaLogitsGrad {
+  CudaOrder order;
+  int64_t width;   // kTile
+  int64_t blocks;  // of the pass over the rows
+  CudaSort sort;   // kByLabel
+  int64_t workspace_bytes;
+};
+CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes,
+                                const DeviceLimits& limits);
+
+// ---------------------------------------------------------------------------------------------------------- logdet_inverse
+
+enum class CudaFactor {
+  kWarp,     // a warp a matrix, in registers
+  kBlock,    // a block a matrix, in shared memory
+  kLibrary,  // a library's LU, and the kernels around it
+};
+
+// Shared memory of a block's elimination, in bytes; for a warp's what the block needs to share the result.
+constexpr int64_t factor_smem(int64_t classes, int64_t stride) { return classes <= 32 ? 32 : classes * stride * 8 + 592; }
+// From column to column, in `smem_bytes`: 4 more than a multiple of 8, so that tiles are read without bank conflicts, or else even,
+// so that they are read 16 bytes at a time; 0: the matrix does not fit.
+int64_t factor_stride(int64_t classes, int64_t smem_bytes);
+// The most classes that one block factors: 170 with 227 KB of shared memory, 144 with 163, 112 with 99.
+int64_t factor_classes(const DeviceLimits& limits);
+
+struct CudaLogdetInverse {
+  CudaFactor factor;
+  int64_t stride;           // kBlock
+  int64_t smem_bytes;       // kBlock
+  int64_t workspace_bytes;  // kLibrary
+};
+CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const DeviceLimits& limits);
+
+// The sum of the weights of soft targets, where it is not that of the labels: one block for each of so many rows.
+inline constexpr int64_t kWeightRows = 16384;
+struct CudaCombine {
+  int64_t blocks;
+  int64_t workspace_bytes;
+};
+CudaCombine cuda_combine(int64_t rows, bool weighted_soft, const DeviceLimits& limits);
+
+// ------------------------------------------------------------------------------------------------------------------- fused
+
+// The loss and its gradient in one launch of one block. It does its work on one multiprocessor, the staged kernels on all of them, at the
+// price of partial sums through memory and another pass over the logits: some 2.5 us. Counted in instructions, an element costs the
+// block about 0.25 ns (25 instructions for each 32 elements, and of exponentials 16 a cycle): 2.5 us are 10,000 elements.
+inline constexpr int64_t kCudaFusedElements = 8192;  // N * C
+inline constexpr int64_t kCudaFusedClasses = 64;
+
+// Threads of the block for classes padded to `width`: as many as leave the registers for the factorisation (a row of doubles a lane).
+constexpr int64_t fused_threads(int64_t width) { return width == 32 ? 256 : 512; }
+// From row to row of V in shared memory, in values: 8 rows at random start at 8 places among the banks.
+constexpr int64_t fused_pitch(int64_t width) { return width + 4; }
+
+struct CudaFused {
+  bool runs;       // whether this regime is the one to take, and fits
+  int64_t width;   // padded classes
+  int64_t wide;    // the same for S alone, a power of two
+  int64_t splits;  // threads that share an entry of S
+  int64_t stride;  // of the factorisation, see factor_stride
+  int64_t smem_bytes;
+};
+CudaFused cuda_fused(int64_t rows, int64_t classes, int64_t value_bytes, bool weighted, const DeviceLimits& limits);
+
+// ------------------------------------------------------------------------------------------------------------ loss_forward
+
+enum class CudaLoss {
+  kOneBlock,  // fused without the gradient: one launch
+  kEnd,       // joint, and one launch of one block for the factorisation and the scalars
+  kScalars,   // joint, logdet_inverse, combine: soft targets, whose weights have to be summed
+  kLibrary,   // joint, the library's LU, combine: the caller's
+};
+
+struct CudaLossForward {
+  CudaLoss how;
+  CudaFused block;  // kOneBlock
+  int64_t workspace_bytes;
+};
+CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int64_t value_bytes, bool weighted,
+                                  const DeviceLimits& limits);
+
+}  // namespace ldmi::plan

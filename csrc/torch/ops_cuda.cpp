@@ -1,0 +1,166 @@
+// The ops on CUDA devices. Nothing here waits for the device: scratch memory comes from torch's allocator, launches go to the current
+// stream, and what depends on data is decided on the device.
+
+#include <array>
+
+#include "../cuda/device.h"
+#include "../cuda/kernels.h"
+#include "ops.h"
+
+// Of libtorch_cuda. Weak, so that this module also loads with a torch that has no CUDA, where no CUDA tensor ever comes.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace ldmi {
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// One call: its device, made current, with its stream and limits.
+class Call {
+ public:
+  explicit Call(const Tensor& logits) : place(place_of(logits)), limits(cuda::limits_of(place.index)), guard_(place.index) {
+    STD_TORCH_CHECK(limits.sms > 0, "ldmi_fast: the CUDA runtime does not know device ", place.index);
+    void* current = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_get_current_cuda_stream(place.index, &current) == 0,
+                    "ldmi_fast: torch has no current stream for device ", place.index);
+    stream = static_cast<simt::Stream>(current);
+  }
+
+  void same_device(const Tensor& tensor, const char* name) const {
+    STD_TORCH_CHECK(place_of(tensor) == place, "ldmi_fast: ", name, " must be on the device of the logits");
+  }
+  Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) const { return empty(sizes, type, place); }
+  Tensor workspace(int64_t bytes) const { return empty({bytes}, ScalarType::Byte, place); }
+
+  const Place place;
+  const plan::DeviceLimits& limits;
+  simt::Stream stream;
+
+ private:
+  cuda::DeviceGuard guard_;
+};
+
+void check(int code, const char* kernel) {
+  STD_TORCH_CHECK(code == 0, "ldmi_fast: launching ", kernel, " failed: ", cuda::error_text(code));
+}
+
+int64_t bytes_of(cpu::Type type) { return type == cpu::Type::kFloat64 ? 8 : type == cpu::Type::kFloat32 ? 4 : 2; }
+
+cpu::Batch batch_on(const Call& call, const Tensor& logits, const Tensor& target, const std::optional<Tensor>& sample_weight,
+                    int64_t num_labels, int64_t ignore_index, const std::string& input) {
+  call.same_device(target, "target");
+  if (sample_weight.has_value()) call.same_device(*sample_weight, "sample_weight");
+  return batch_of(logits, target, sample_weight, num_labels, ignore_index, input);
+}
+
+double* doubles(const Tensor& tensor) { return static_cast<double*>(tensor.data_ptr()); }
+
+void sum_joint(const Call& call, const cpu::Batch& batch, const Tensor& S, const Tensor& n, const Tensor& lse, const Tensor& ce) {
+  const int64_t bytes = plan::cuda_joint(batch.logits.rows, batch.logits.columns, batch.num_labels, batch.soft.data != nullptr,
+                                         bytes_of(batch.logits.type), call.limits)
+                            .workspace_bytes;
+  const Tensor workspace = call.workspace(bytes);
+  check(cuda::joint(batch, doubles(S), doubles(n), lse.data_ptr(), doubles(ce), workspace.data_ptr(), call.limits, call.stream),
+        "joint");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> joint(Tensor logits, Tensor target, std::optional<Tensor> sample_weight, int64_t num_labels,
+                                                 int64_t ignore_index, std::string input) {
+  const Call call(logits);
+  const cpu::Batch batch = batch_on(call, logits, target, sample_weight, num_labels, ignore_index, input);
+  Tensor S = call.allocate({num_labels, batch.logits.columns}, ScalarType::Double);
+  Tensor n = call.allocate({num_labels}, ScalarType::Double);
+  Tensor lse = call.allocate({batch.logits.rows}, compute_type(logits));
+  Tensor ce = call.allocate({}, ScalarType::Double);
+  sum_joint(call, batch, S, n, lse, ce);
+  return {S, n, lse, ce};
+}
+
+// A tensor of column-major matrices [count, C, C] over the memory of another one.
+Tensor column_major(const Tensor& memory, int64_t count, int64_t C, Place place) {
+  const int64_t sizes[] = {count, C, C}, strides[] = {C * C, 1, C};
+  AtenTensorHandle handle;
+  STD_TORCH_CHECK(aoti_torch_create_tensor_from_blob(memory.data_ptr(), 3, sizes, strides, 0, aoti_torch_dtype_float64(), place.type,
+                                                     place.index, &handle) == 0,
+                  "ldmi_fast: cannot wrap a matrix");
+  return Tensor(handle);
+}
+
+// More classes than a block can hold: torch's LU, with the contract around it in kernels of our own. R becomes its factors in place, V
+// the identity and then the inverse.
+void factor_by_library(const Call& call, const Factors& f, bool strict, int64_t workspace_bytes) {
+  const Tensor workspace = call.workspace(workspace_bytes), memory = call.allocate({f.count, f.C, f.C}, ScalarType::Double);
+  const Tensor pivots = call.allocate({f.count, f.C}, ScalarType::Int), info = call.allocate({f.count}, ScalarType::Int);
+  const auto* n = doubles(f.n);
+  check(cuda::logdet_inverse_equilibrate(doubles(f.S), n, f.count, f.C, doubles(memory), doubles(f.V), workspace.data_ptr(),
+                                         call.limits, call.stream),
+        "equilibrate");
+  const Tensor R = column_major(memory, f.count, f.C, call.place), X = column_major(f.V, f.count, f.C, call.place);
+  std::array<StableIValue, 6> factor{from(R), from(true), from(false), from(R), from(pivots), from(info)};
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_lu_factor_ex", "out", factor.data(), TORCH_ABI_VERSION) == 0,
+                  "ldmi_fast: LU factorisation failed");
+  for (int i = 0; i < 3; ++i) (void)to<Tensor>(factor[static_cast<std::size_t>(i)]);
+  check(cuda::logdet_inverse_determinant(doubles(memory), static_cast<const int32_t*>(pivots.data_ptr()), n, f.count, f.C, strict,
+                                         doubles(f.log_abs_det), doubles(f.sign), static_cast<int64_t*>(f.kept.data_ptr()),
+                                         workspace.data_ptr(), call.limits, call.stream),
+        "determinant");
+  std::array<StableIValue, 6> solve{from(R), from(pivots), from(X), from(true), from(false), from(X)};
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_lu_solve", "out", solve.data(), TORCH_ABI_VERSION) == 0,
+                  "ldmi_fast: solving with the LU factors failed");
+  (void)to<Tensor>(solve[0]);
+  check(cuda::logdet_inverse_finish(n, f.count, f.C, doubles(f.V), workspace.data_ptr(), call.limits, call.stream), "finish");
+}
+
+void factor(const Call& call, const Factors& f, bool strict) {
+  if (f.count == 0) return;
+  const plan::CudaLogdetInverse how = plan::cuda_logdet_inverse(f.count, f.C, call.limits);
+  if (how.factor == plan::CudaFactor::kLibrary) {
+    factor_by_library(call, f, strict, how.workspace_bytes);
+    return;
+  }
+  check(cuda::logdet_inverse(doubles(f.S), doubles(f.n), f.count, f.C, strict, doubles(f.log_abs_det), doubles(f.sign),
+                             static_cast<int64_t*>(f.kept.data_ptr()), doubles(f.V), call.limits, call.stream),
+        "logdet_inverse");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> logdet_inverse(Tensor S, Tensor n, std::string absent) {
+  const Call call(S);
+  const bool strict = strict_of(absent);
+  const Factors f(S, n);
+  factor(call, f, strict);
+  return f.results();
+}
+
+Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_weight, Tensor lse, Tensor V, Tensor scale,
+                   Tensor ce_scale, int64_t ignore_index, std::string input) {
+  const Call call(logits);
+  call.same_device(lse, "lse");
+  call.same_device(V, "V");
+  call.same_device(scale, "scale");
+  call.same_device(ce_scale, "ce_scale");
+  check_gradient(logits, lse, V, scale, ce_scale);
+  const cpu::Batch batch = batch_on(call, logits, target, sample_weight, V.size(0), ignore_index, input);
+  V = dense(V);
+  lse = dense(lse);
+  Tensor grad = call.allocate({logits.size(0), logits.size(1)}, logits.scalar_type());
+  const Tensor workspace = call.workspace(plan::cuda_logits_grad(batch.logits.rows, batch.logits.columns, batch.num_labels,
+                                                                 batch.soft.data != nullptr, bytes_of(batch.logits.type), call.limits)
+                                              .workspace_bytes);
+  check(cuda::logits_grad(batch, lse.data_ptr(), doubles(V), doubles(scale), doubles(ce_scale), grad.data_ptr(), workspace.data_ptr(),
+                          call.limits, call.stream),
+        "logits_grad");
+  return grad;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ldmi_fast, CUDA, m) {
+  m.impl("joint", TORCH_BOX(&joint));
+  m.impl("logdet_inverse", TORCH_BOX(&logdet_inverse));
+  m.impl("logits_grad", TORCH_BOX(&logits_grad));
+  m.impl("loss_forward", TORCH_BOX(&loss_forward));
+  m.impl("fused", TORCH_BOX(&fused));
+}
+
+}  // namespace ldmi

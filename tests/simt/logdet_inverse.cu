@@ -1,0 +1,435 @@
+// logdet_inverse against an elimination in long double: matrices of every kind that is hard, class counts on both sides of every
+// tile's edge, in batches, and on devices with so little shared memory that the library's path takes over (the LU is then a plain one
+// here).
+
+#include <algorithm>
+#include <limits>
+
+#include "../../csrc/cuda/logdet_inverse.cu"
+#include "../csrc/reference.h"
+#include "case.h"
+
+namespace ldmi::cuda {
+namespace {
+
+using test::Random;
+
+constexpr double kEpsilon = 0x1p-52;
+
+struct Input {
+  int64_t C;
+  bool strict = false, finite = true, singular = false, growth = false;
+  bool regular = false;  // though hardly
+  std::vector<double> S, n;
+
+  double& at(int64_t i, int64_t j) { return S[static_cast<size_t>(i * C + j)]; }
+  double at(int64_t i, int64_t j) const { return S[static_cast<size_t>(i * C + j)]; }
+  double& weight(int64_t i) { return n[static_cast<size_t>(i)]; }
+  double weight(int64_t i) const { return n[static_cast<size_t>(i)]; }
+};
+
+std::vector<int64_t> permutation(Random& random, int64_t C) {
+  std::vector<int64_t> out(static_cast<size_t>(C));
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = static_cast<int64_t>(i);
+    std::swap(out[i], out[static_cast<size_t>(random.integer(0, static_cast<int64_t>(i)))]);
+  }
+  return out;
+}
+
+// What a batch of samples looks like: rows of predictions, with a large entry somewhere in each; absent classes, columns that are
+// never predicted, equal rows, NaN and infinities
+void draw_joint(Random& random, Input& in) {
+  const int64_t C = in.C;
+  const double absent = random.one_of({0.0, 0.0, 0.3, 1.0}), signal = random.one_of({0.0, 0.5, 4.0});
+  const double size = random.one_of({1.0, 1.0, 1e-60, 1e60});
+  in.strict = random.chance(0.3);
+  const std::vector<int64_t> place = permutation(random, C);
+  for (int64_t i = 0; i < C; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < C; ++j) {
+      in.at(i, j) = random.uniform() + (place[static_cast<size_t>(i)] == j ? signal * static_cast<double>(C) : 0);
+      sum += in.at(i, j);
+    }
+    in.weight(i) = random.chance(absent) ? 0 : random.uniform(0.5, 2) * size;
+    for (int64_t j = 0; j < C; ++j) in.at(i, j) *= in.weight(i) / sum;
+  }
+  if (random.chance(0.1)) {  // never predicted: a zero pivot, whatever is rounded; of the first, the last or another column
+    const int64_t never = random.one_of({int64_t{0}, C - 1, C / 2, random.integer(0, C - 1)});
+    for (int64_t i = 0; i < C; ++i) in.at(i, never) = 0;
+    in.singular = in.weight(never) > 0;
+  } else if (C > 1 && random.chance(0.1)) {  // the same prediction for every class
+    for (int64_t i = 0; i < C; ++i) {
+      in.weight(i) = in.weight(0) > 0 ? in.weight(0) * static_cast<double>(1 << (i % 4)) : 0;
+      for (int64_t j = 0; j < C; ++j) in.at(i, j) = in.at(0, j) * static_cast<double>(1 << (i % 4));
+    }
+    in.singular = in.weight(0) > 0;
+  }
+  if (random.chance(0.1)) {
+    double& entry = random.chance(0.5) ? in.S[static_cast<size_t>(random.integer(0, C * C - 1))] : in.weight(random.integer(0, C - 1));
+    entry = random.one_of({factor::kNaN, factor::kInfinity, -factor::kInfinity});
+    in.finite = false;
+  }
+}
+
+// x - 2 v (v . x) for each column (or row) x
+void reflect(Random& random, Input& in, bool columns) {
+  const int64_t C = in.C;
+  std::vector<double> v(static_cast<size_t>(C));
+  double norm = 0;
+  for (double& x : v) {
+    x = random.normal();
+    norm += x * x;
+  }
+  for (int64_t a = 0; a < C; ++a) {
+    double dot = 0;
+    for (int64_t b = 0; b < C; ++b) dot += v[static_cast<size_t>(b)] * (columns ? in.at(b, a) : in.at(a, b));
+    for (int64_t b = 0; b < C; ++b) (columns ? in.at(b, a) : in.at(a, b)) -= 2 * dot / norm * v[static_cast<size_t>(b)];
+  }
+}
+
+// Singular values from 1 down to 1 / condition between two orthogonal matrices
+void draw_condition(Random& random, Input& in) {
+  const double condition = std::pow(10.0, static_cast<double>(random.integer(0, 10)));
+  for (int64_t i = 0; i < in.C; ++i) {
+    in.at(i, i) = in.C == 1 ? 1 : std::pow(condition, -static_cast<double>(i) / static_cast<double>(in.C - 1));
+  }
+  for (int k = 0; k < 3; ++k) {
+    reflect(random, in, true);
+    reflect(random, in, false);
+  }
+}
+
+// Growth by 2^(C - 1), and entries that are not powers of two
+void draw_wilkinson(Random& random, Input& in) {
+  in.growth = true;
+  for (int64_t i = 0; i < in.C; ++i) {
+    for (int64_t j = 0; j < in.C; ++j) in.at(i, j) = i == j || j == in.C - 1 ? 1 : i > j ? -1 + 0x1p-8 * random.uniform() : 0;
+  }
+}
+
+// A permutation and a little noise: the pivot is off the diagonal at every step, and no place is far from singular
+void draw_permutation(Random& random, Input& in) {
+  const std::vector<int64_t> place = permutation(random, in.C);
+  const int64_t shift = random.integer(0, in.C - 1);
+  const bool cyclic = random.chance(0.5);
+  for (double& x : in.S) x = random.uniform(-1e-3, 1e-3);
+  for (int64_t i = 0; i < in.C; ++i) {
+    in.at(i, cyclic ? (i + shift) % in.C : place[static_cast<size_t>(i)]) = random.chance(0.5) ? 1 : -1;
+  }
+}
+
+// Rows and columns from 1 down to 1e-5 each
+void draw_graded(Random& random, Input& in) {
+  const double last = static_cast<double>(std::max<int64_t>(in.C - 1, 1));
+  for (int64_t i = 0; i < in.C; ++i) {
+    for (int64_t j = 0; j < in.C; ++j) {
+      in.at(i, j) = random.uniform(-1, 1) * std::pow(10.0, -5 * static_cast<double>(i + j) / last) +
+                    (i == j ? std::pow(10.0, -10 * static_cast<double>(i) / last) : 0);
+    }
+  }
+}
+
+// Two equal columns, or two equal rows
+void draw_equal(Random& random, Input& in) {
+  for (double& x : in.S) x = random.uniform(-1, 1);
+  if (in.C == 1) in.S[0] = 0;
+  in.singular = true;
+  if (in.C == 1) return;
+  const int64_t a = random.integer(0, in.C - 1), b = (a + 1 + random.integer(0, in.C - 2)) % in.C;
+  const bool columns = random.chance(0.5);
+  for (int64_t i = 0; i < in.C; ++i) (columns ? in.at(i, b) : in.at(b, i)) = columns ? in.at(i, a) : in.at(a, i);
+}
+
+// Triangular, the rows in any order: pivots of 1, and a last one that is the largest which makes it singular, or the next number
+void draw_threshold(Random& random, Input& in) {
+  const int64_t C = in.C, full = random.integer(0, C - 1);
+  const std::vector<int64_t> row = permutation(random, C);
+  const auto place = [&](int64_t i, int64_t j) -> double& { return in.at(row[static_cast<size_t>(i)], j); };
+  for (int64_t i = 0; i < C; ++i) place(i, i) = 1;
+  for (int64_t j = full + 1; j < C; ++j) place(full, j) = 1;
+  in.regular = random.chance(0.5);
+  if (full == C - 1) {
+    in.regular = true;  // a pivot of 1
+    return;
+  }
+  const double threshold = static_cast<double>(C) * kEpsilon * static_cast<double>(C - full);
+  place(C - 1, C - 1) = in.regular ? std::nextafter(threshold, 1.0) : threshold;
+  in.singular = !in.regular;
+}
+
+Input draw(Random& random, int64_t C) {
+  Input in{.C = C, .S = std::vector<double>(static_cast<size_t>(C * C)), .n = std::vector<double>(static_cast<size_t>(C), 1.0)};
+  using Draw = void (*)(Random&, Input&);
+  const Draw kinds[] = {draw_joint,       draw_joint,     draw_joint,  draw_condition, draw_condition,
+                        draw_permutation, draw_wilkinson, draw_graded, draw_equal,     draw_threshold};
+  kinds[random.integer(0, 9)](random, in);
+  return in;
+}
+
+[[noreturn]] void fail(const Input& in, const char* what, double got, double want, double error) {
+  char line[300];
+  std::snprintf(line, sizeof line, "C = %lld%s%s: %s is %.17g, expected %.17g +- %.3g", static_cast<long long>(in.C),
+                in.strict ? ", strict" : "", in.singular ? ", singular" : "", what, got, want, error);
+  throw test::Failure(line);
+}
+
+// ||R (n V)^T - I|| / (||R|| ||n V||) <= 10 C eps, of the classes that are there
+void require_inverse(const Input& in, const double* V, double growth) {
+  const int64_t C = in.C;
+  std::vector<int64_t> here;
+  for (int64_t i = 0; i < C; ++i) {
+    if (in.weight(i) > 0) here.push_back(i);
+  }
+  long double most = 0, norm_R = 0, norm_V = 0;
+  for (const int64_t i : here) {
+    long double sum = 0, R = 0, inverse = 0;
+    for (const int64_t k : here) {
+      long double entry = i == k ? -1.0L : 0.0L;
+      for (const int64_t j : here) entry += static_cast<long double>(in.at(i, j)) / in.weight(i) * V[k * C + j] * in.weight(k);
+      sum += std::fabs(entry);
+      R += std::fabs(in.at(i, k)) / in.weight(i);
+      inverse += std::fabs(static_cast<long double>(V[k * C + i]) * in.weight(k));
+    }
+    most = std::max(most, sum);
+    norm_R = std::max(norm_R, R);
+    norm_V = std::max(norm_V, inverse);
+  }
+  const double error = static_cast<double>(most / (norm_R * norm_V));
+  if (!(error <= 10 * static_cast<double>(C) * kEpsilon * growth))
+    fail(in, "the residual", error, 0, 10 * static_cast<double>(C) * kEpsilon);
+}
+
+void compare(const Input& in, const Determinant& got, const double* V) {
+  const int64_t C = in.C;
+  const auto hold = [&](const char* what, double value, test::Bounded answer) {
+    if (!answer.accepts(value)) fail(in, what, value, answer.value, answer.error);
+  };
+  const auto everywhere = [&](double value) {
+    for (int64_t i = 0; i < C * C; ++i) hold("V", V[i], {value, 0});
+  };
+  if (!in.finite) {
+    hold("log_abs_det", got.log_abs_det, {factor::kNaN, 0});
+    hold("sign", got.sign, {factor::kNaN, 0});
+    return everywhere(factor::kNaN);
+  }
+  const test::Inverse want = test::logdet_inverse(in.S, in.n, C, in.strict);
+  hold("kept", static_cast<double>(got.kept), {static_cast<double>(want.kept), 0});
+  if (in.singular || want.sign == 0) {
+    hold("log_abs_det", got.log_abs_det, {-factor::kInfinity, 0});
+    hold("sign", got.sign, {0, 0});
+    return everywhere(0);
+  }
+  if (in.regular && !(got.sign != 0 && std::isfinite(got.log_abs_det))) fail(in, "sign", got.sign, want.sign, 0);
+  if (want.smallest_pivot < 1e-12) return;  // too near to singular to say
+  const double c = static_cast<double>(C), growth = in.growth ? std::pow(2.0, c - 1) : 1;
+  if (growth > 1e12) return;  // nothing is left of partial pivoting
+  hold("log_abs_det", got.log_abs_det, {want.log_abs_det, growth * kEpsilon * (c * want.condition + 8 * c * 150)});
+  hold("sign", got.sign, {want.sign, 0});
+  double largest = 0, error = 0;
+  for (int64_t i = 0; i < C; ++i) {
+    for (int64_t j = 0; j < C; ++j) {
+      const double value = want.V[static_cast<size_t>(i * C + j)];
+      const bool both = in.weight(i) > 0 && in.weight(j) > 0;
+      hold("V", V[i * C + j], {value, both ? growth * 4 * c * kEpsilon * want.condition * want.inverse_norm / in.weight(i) : 0});
+      largest = std::max(largest, std::fabs(value));
+      error = std::max(error, std::fabs(V[i * C + j] - value));
+    }
+  }
+  if (!in.growth && want.condition <= 1e6 && error > 1e-11 * largest) fail(in, "V's error", error / largest, 0, 1e-11);
+  if (want.kept > 0) require_inverse(in, V, growth);
+}
+
+// The class counts at which something changes, and any other
+int64_t draw_classes(Random& random, int64_t most) {
+  const int64_t edges[] = {1, 2, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 34, 39, 40, 41, 47, 48, 49, 56, 63, 64, 65};
+  const int64_t large[] = {71, 72, 73, 95, 96, 97, 127, 128, 129, 143, 144, 145, 159, 160, 161, 168, 169, 170};
+  const double kind = random.uniform();
+  const int64_t C = kind < 0.5 ? edges[random.integer(0, 24)] : kind < 0.9 ? random.integer(1, 72) : large[random.integer(0, 17)];
+  return std::min(C, most);
+}
+
+struct Results {
+  std::vector<double> log_abs_det, sign, V;
+  std::vector<int64_t> kept;
+};
+
+bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
+}
+
+Results launch_own(const test::Buffer<double>& S, const test::Buffer<double>& n, int64_t count, int64_t C, bool strict, bool inverse,
+                   const DeviceLimits& limits) {
+  const test::Buffer<double> log_abs_det(count, "log_abs_det"), sign(count, "sign"), V(inverse ? count * C * C : 0, "V");
+  const test::Buffer<int64_t> kept(count, "kept");
+  test::require_success(logdet_inverse(S.data(), n.data(), count, C, strict, log_abs_det.data(), sign.data(), kept.data(),
+                                       inverse ? V.data() : nullptr, limits, simt::Stream{}),
+                        "logdet_inverse");
+  return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
+}
+
+// LU of R, column-major, in place, and R^{-1}; as a library would
+void factor_plainly(std::vector<double>& LU, std::vector<int32_t>& pivots, std::vector<double>& inverse, int64_t C, int64_t first) {
+  double* const a = LU.data() + first * C * C;
+  double* const x = inverse.data() + first * C * C;
+  int32_t* const p = pivots.data() + first * C;
+  for (int64_t i = 0; i < C * C; ++i) x[i] = i % (C + 1) == 0 ? 1 : 0;
+  for (int64_t k = 0; k < C; ++k) {
+    int64_t best = k;
+    for (int64_t i = k; i < C; ++i) best = std::fabs(a[k * C + i]) > std::fabs(a[k * C + best]) ? i : best;
+    p[k] = static_cast<int32_t>(best + 1);
+    for (int64_t j = 0; j < C; ++j) {
+      std::swap(a[j * C + k], a[j * C + best]);
+      std::swap(x[j * C + k], x[j * C + best]);
+    }
+    for (int64_t i = k + 1; i < C; ++i) {
+      const double factor = a[k * C + i] /= a[k * C + k];
+      for (int64_t j = k + 1; j < C; ++j) a[j * C + i] -= factor * a[j * C + k];
+      for (int64_t j = 0; j < C; ++j) x[j * C + i] -= factor * x[j * C + k];
+    }
+  }
+  for (int64_t j = 0; j < C; ++j) {
+    for (int64_t i = C; i-- > 0;) {
+      for (int64_t k = i + 1; k < C; ++k) x[j * C + i] -= a[k * C + i] * x[j * C + k];
+      x[j * C + i] /= a[i * C + i];
+    }
+  }
+}
+
+Results launch_library(const test::Buffer<double>& S, const test::Buffer<double>& n, int64_t count, int64_t C, bool strict,
+                       const plan::CudaLogdetInverse& plan, const DeviceLimits& limits) {
+  const test::Buffer<double> R(count * C * C, "R"), log_abs_det(count, "log_abs_det"), sign(count, "sign");
+  const test::Buffer<int64_t> kept(count, "kept");
+  const test::Buffer<unsigned char> workspace(plan.workspace_bytes, "workspace");
+  test::require_success(logdet_inverse_equilibrate(S.data(), n.data(), count, C, R.data(), workspace.data(), limits, simt::Stream{}),
+                        "equilibrate");
+  std::vector<double> LU = R.download(), inverse(LU.size());
+  std::vector<int32_t> pivots(static_cast<size_t>(count * C));
+  for (int64_t m = 0; m < count; ++m) factor_plainly(LU, pivots, inverse, C, m);
+  const test::Buffer<double> factors(LU, "LU"), V(inverse, "V");
+  const test::Buffer<int32_t> exchanges(pivots, "pivots");
+  test::require_success(logdet_inverse_determinant(factors.data(), exchanges.data(), n.data(), count, C, strict, log_abs_det.data(),
+                                                   sign.data(), kept.data(), workspace.data(), limits, simt::Stream{}),
+                        "determinant");
+  test::require_success(logdet_inverse_finish(n.data(), count, C, V.data(), workspace.data(), limits, simt::Stream{}), "finish");
+  return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
+}
+
+// What the lanes multiply together
+LDMI_KERNEL void LDMI_BOUNDS(32, 1) log_product(const double* values, int64_t count, double* out) {
+  factor::LogProduct product;
+  for (int64_t i = simt::lane(); i < count; i += simt::kWarp) product.multiply(simt::load(values + i));
+  const double log = product.log();
+  if (simt::lane() == 0) simt::store(out, log);
+}
+
+// Numbers from the least subnormal to the largest
+void check_log_product(Random& random) {
+  std::vector<double> values(static_cast<size_t>(random.integer(1, 3000)));
+  long double want = 0, size = 0;
+  const double spread = random.one_of({1.0, 700.0});
+  for (double& x : values) {
+    x = std::fmin(std::fmax(std::exp(random.uniform(-spread, spread) * 1.06), 0x1p-1074), std::numeric_limits<double>::max());
+    want += std::log(static_cast<long double>(x));
+    size += std::fabs(std::log(static_cast<long double>(x)));
+  }
+  const test::Buffer<double> in(values, "values"), out(1, "out");
+  const simt::Grid grid{1, 32};
+  test::require_success(simt::launch(log_product, grid, simt::Stream{}, in.data(), static_cast<int64_t>(values.size()), out.data()),
+                        "log_product");
+  const double error = 0x1p-53 * (static_cast<double>(values.size()) + 4 * std::fabs(static_cast<double>(want)) + 16);
+  test::require_close(out.download(), std::vector<double>{static_cast<double>(want)}, error, 0, "log_product");
+}
+
+// As a larger kernel has it: S in shared memory, V in its place
+template <int kMost>
+LDMI_KERNEL void LDMI_BOUNDS(256, 1) in_place(Matrices matrices, int stride) {
+  using namespace simt;
+  const int C = matrices.C;
+  Carve carve;
+  const FactorSpace space = take_factor_space(carve, C, stride);
+  double* const S = carve.take<double>(C * C);
+  double* const n = carve.take<double>(C);
+  for (int64_t m = block_idx(); m < matrices.count; m += grid_dim()) {
+    for (int i = thread_idx(); i < C * C; i += block_dim()) S[i] = load(matrices.S + m * C * C + i);
+    for (int i = thread_idx(); i < C; i += block_dim()) n[i] = load(matrices.n + m * C + i);
+    sync_block();
+    const Determinant found = cuda::logdet_inverse<kMost>(
+        space, C, matrices.strict, true, [&](int i, int j) { return S[i * C + j]; }, [&](int i) { return n[i]; },
+        [&](int i, int j, double value) { S[i * C + j] = value; });
+    for (int i = thread_idx(); i < C * C; i += block_dim()) store(matrices.V + m * C * C + i, S[i]);
+    if (thread_idx() == block_dim() - 1) {
+      store(matrices.log_abs_det + m, found.log_abs_det);
+      store(matrices.sign + m, found.sign);
+      store(matrices.kept + m, found.kept);
+    }
+    sync_block();
+  }
+}
+
+Results launch_in_place(Random& random, const test::Buffer<double>& S, const test::Buffer<double>& n, int64_t count, int C,
+                        bool strict, const DeviceLimits& limits) {
+  const test::Buffer<double> log_abs_det(count, "log_abs_det"), sign(count, "sign"), V(count * C * C, "V");
+  const test::Buffer<int64_t> kept(count, "kept");
+  const int stride = static_cast<int>(plan::factor_stride(C, limits.smem_block));
+  simt::Carve carve;
+  take_factor_space(carve, C, stride);
+  test::require(static_cast<int64_t>(carve.bytes()) == plan::factor_smem(C, stride), "the plan's shared memory is not the kernel's");
+  carve.take<double>(C * C);
+  carve.take<double>(C);
+  const simt::Grid grid{random.integer(1, count), 32 * static_cast<int>(random.integer(1, 8)), carve.bytes()};
+  const Matrices matrices{S.data(), n.data(), count, C, strict, log_abs_det.data(), sign.data(), kept.data(), V.data()};
+  test::require_success(C <= 16 ? simt::launch(in_place<16>, grid, simt::Stream{}, matrices, stride)
+                                : simt::launch(in_place<64>, grid, simt::Stream{}, matrices, stride),
+                        "in_place");
+  return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
+}
+
+void check(Random& random) {
+#ifndef __CUDACC__
+  if (random.chance(0.4)) {  // a toy, with room for few classes
+    const size_t smem = static_cast<size_t>(random.integer(10, 48)) * 1024;
+    simt::host::set_device({static_cast<int>(random.integer(1, 4)), smem, smem + 1024, size_t{1} << 20, 80});
+  }
+#endif
+  simt::Device device;
+  test::require_success(simt::device(&device), "device");
+  const DeviceLimits limits{device.sms, static_cast<int64_t>(device.smem_block), static_cast<int64_t>(device.smem_sm),
+                            static_cast<int64_t>(device.l2), device.capability};
+  if (random.chance(0.2)) check_log_product(random);
+  const int64_t C = draw_classes(random, 170), count = C <= 40 && random.chance(0.5) ? random.integer(1, 9) : 1;
+  std::vector<Input> inputs;
+  std::vector<double> all_S, all_n;
+  const bool strict = random.chance(0.3);
+  for (int64_t m = 0; m < count; ++m) {
+    inputs.push_back(draw(random, C));
+    inputs.back().strict = strict;
+    all_S.insert(all_S.end(), inputs.back().S.begin(), inputs.back().S.end());
+    all_n.insert(all_n.end(), inputs.back().n.begin(), inputs.back().n.end());
+  }
+  const test::Buffer<double> S(all_S, "S", random.integer(0, 1)), n(all_n, "n", random.integer(0, 1));
+  const plan::CudaLogdetInverse plan = plan::cuda_logdet_inverse(count, C, limits);
+  test::require((plan.factor == plan::CudaFactor::kLibrary) == (C > plan::factor_classes(limits)), "where one block ends");
+  const bool library = plan.factor == plan::CudaFactor::kLibrary;
+  const Results results =
+      library ? launch_library(S, n, count, C, strict, plan, limits) : launch_own(S, n, count, C, strict, true, limits);
+  for (int64_t m = 0; m < count; ++m) {
+    const auto at = static_cast<size_t>(m);
+    compare(inputs[at], {results.log_abs_det[at], results.sign[at], results.kept[at]}, results.V.data() + m * C * C);
+  }
+  if (library) return;
+  const Results alone = launch_own(S, n, count, C, strict, false, limits);
+  test::require(same_bits(alone.log_abs_det, results.log_abs_det) && same_bits(alone.sign, results.sign) && alone.kept == results.kept,
+                "without the inverse the determinant differs");
+  const int64_t stride = plan::factor_stride(C, limits.smem_block), own = (C * C + 1) / 2 * 16 + (C + 1) / 2 * 16;
+  if (C > 64 || plan::factor_smem(C, stride) + own > limits.smem_block) return;
+  const Results again = launch_in_place(random, S, n, count, static_cast<int>(C), strict, limits);
+  test::require(same_bits(again.log_abs_det, results.log_abs_det) && same_bits(again.sign, results.sign) &&
+                    again.kept == results.kept && same_bits(again.V, results.V),
+                "with another number of threads, and in place, the bits differ");
+}
+
+}  // namespace
+}  // namespace ldmi::cuda
+
+int main(int count, char** words) { return ldmi::test::run("logdet_inverse", ldmi::test::Options(count, words), ldmi::cuda::check); }
