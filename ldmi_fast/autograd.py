@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from .engines import composite, native
@@ -169,8 +170,11 @@ class _Joint(torch.autograd.Function):
 
 
 def _needs_gradient(logits: Tensor, target: Tensor) -> bool:
-    """Whether anything can come back for a gradient; if not, neither the inverse nor the gradient is computed."""
-    return torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad)
+    """Whether anything can ask for a gradient; if not, neither the inverse nor the gradient is computed.
+
+    Tensors of forward mode require none and carry one: the Function refuses them.
+    """
+    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad))
 
 
 def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
