@@ -1,6 +1,6 @@
 """The ops of the namespace ``ldmi_fast``: the seam that every engine shares. Schemas, fake kernels, stacked problems, edge cases.
 
-Each op has two implementations here: the kernel that the dispatcher finds for the CPU, and the composite definition, which
+Each op has two implementations here: the kernel that the dispatcher finds for the device, and the composite definition, which
 runs on every device that has no kernels.
 """
 
@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldmi_fast import ops
 from ldmi_fast.engines import composite
+from tests.conftest import DEVICES
 from tests.problems import problem
 
 OPS = torch.ops.ldmi_fast
@@ -57,8 +58,15 @@ OPS_AND_KINDS = [
 ]
 
 
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each kind of device, once: the dispatcher chooses the kernel, not ``engine=``."""
+    return torch.device(request.param)
+
+
 def arguments(
     name: str,
+    device: torch.device,
     *,
     n: int = 37,
     classes: int = 5,
@@ -68,7 +76,7 @@ def arguments(
     input: str = "logits",
 ) -> tuple[Any, ...]:
     """Arguments of an op for one batch; those of the later ops come from the earlier ones."""
-    batch = problem(n, classes, soft=soft, weighted=weighted)
+    batch = problem(n, classes, soft=soft, weighted=weighted).to(device=device)
     logits = (batch.logits.softmax(-1) if input == "probs" else batch.logits).to(dtype)
     target, weight = batch.target, batch.sample_weight
     if name in ("fused", "loss_forward"):
@@ -81,7 +89,7 @@ def arguments(
     if name == "logdet_inverse":
         return S, counts, "present"
     V = OPS.logdet_inverse(S, counts, "present")[3]
-    scale, ce_scale = torch.tensor(0.75, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64) / n
+    scale, ce_scale = (torch.tensor(value, dtype=torch.float64, device=device) for value in (0.75, 0.5 / n if n else torch.inf))
     return logits, target, weight, lse, V, scale, ce_scale, -100, input
 
 
@@ -127,25 +135,25 @@ def test_the_cpu_has_its_own_kernel(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize(("name", "soft", "weighted", "input"), OPS_AND_KINDS)
-def test_opcheck(name: str, soft: bool, weighted: bool, input: str, dtype: torch.dtype) -> None:
+def test_opcheck(device: torch.device, name: str, soft: bool, weighted: bool, input: str, dtype: torch.dtype) -> None:
     """Schema (nothing aliased or written), fake kernel, and compilation with dynamic shapes."""
-    args = arguments(name, dtype=dtype, soft=soft, weighted=weighted, input=input)
+    args = arguments(name, device, dtype=dtype, soft=soft, weighted=weighted, input=input)
     torch.library.opcheck(getattr(OPS, name).default, args)
 
 
 @pytest.mark.parametrize("classes", [65, 1])
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck_sizes(name: str, classes: int) -> None:
+def test_opcheck_sizes(device: torch.device, name: str, classes: int) -> None:
     """More classes than Gauss-Jordan takes (LAPACK), and a single one."""
-    torch.library.opcheck(getattr(OPS, name).default, arguments(name, n=80, classes=classes))
+    torch.library.opcheck(getattr(OPS, name).default, arguments(name, device, n=80, classes=classes))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "padded", "expanded", "empty"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
 @pytest.mark.parametrize(("name", "soft", "weighted", "input"), OPS_AND_KINDS)
-def test_fake_kernel(name: str, soft: bool, weighted: bool, input: str, dtype: torch.dtype, layout: str) -> None:
+def test_fake_kernel(device: torch.device, name: str, soft: bool, weighted: bool, input: str, dtype: torch.dtype, layout: str) -> None:
     """Shapes, dtypes and strides of the fake outputs are those of the real ones, of both implementations, for all strides."""
-    args = list(arguments(name, n=0 if layout == "empty" else 12, dtype=dtype, soft=soft, weighted=weighted, input=input))
+    args = list(arguments(name, device, n=0 if layout == "empty" else 12, dtype=dtype, soft=soft, weighted=weighted, input=input))
     for i, arg in enumerate(args):
         if not isinstance(arg, Tensor) or arg.dim() == 0:
             continue
@@ -164,11 +172,12 @@ def test_fake_kernel(name: str, soft: bool, weighted: bool, input: str, dtype: t
 
 @pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("classes", [4, 70])
-def test_logdet_inverse_batched(classes: int, batch: tuple[int, ...]) -> None:
+def test_logdet_inverse_batched(device: torch.device, classes: int, batch: tuple[int, ...]) -> None:
     """Leading dimensions are separate problems, and the fake kernel foretells their shapes."""
     generator = torch.Generator().manual_seed(3)
     S = torch.rand(*batch, classes, classes, generator=generator, dtype=torch.float64) + classes * torch.eye(classes)
     S[..., 1, :] = S[..., 0, :].clone() if batch == (3,) else S[..., 1, :]  # singular in one of the cases
+    S = S.to(device)
     n = S.sum(-1)
     n[..., 2] = 0
     real = OPS.logdet_inverse(S, n, "present")
@@ -183,10 +192,10 @@ def test_logdet_inverse_batched(classes: int, batch: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_symbolic_shapes(name: str) -> None:
+def test_symbolic_shapes(device: torch.device, name: str) -> None:
     """A graph traced with symbolic shapes runs at other sizes."""
     op = getattr(OPS, name)
-    args = arguments(name, n=11, classes=4, weighted=True)
+    args = arguments(name, device, n=11, classes=4, weighted=True)
     tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
 
     def call(*given: Tensor) -> tuple[Tensor, ...]:
@@ -198,7 +207,7 @@ def test_symbolic_shapes(name: str) -> None:
         return outputs(op(*full))
 
     graph = make_fx(call, tracing_mode="symbolic")(*(args[i] for i in tensors))
-    other = arguments(name, n=29, classes=7, weighted=True)
+    other = arguments(name, device, n=29, classes=7, weighted=True)
     given = [other[i] for i in tensors]
     for got, want in zip(graph(*given), call(*given), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
@@ -206,9 +215,9 @@ def test_symbolic_shapes(name: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize(("name", "soft", "weighted", "input"), OPS_AND_KINDS)
-def test_inputs_are_left_alone(name: str, soft: bool, weighted: bool, input: str, layout: str) -> None:
+def test_inputs_are_left_alone(device: torch.device, name: str, soft: bool, weighted: bool, input: str, layout: str) -> None:
     for classes in (5, 70):
-        args = arguments(name, n=90, classes=classes, soft=soft, weighted=weighted, input=input)
+        args = arguments(name, device, n=90, classes=classes, soft=soft, weighted=weighted, input=input)
         if layout == "transposed":
             args = tuple(arg.mT.contiguous().mT if isinstance(arg, Tensor) and arg.dim() == 2 else arg for arg in args)
         before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
@@ -229,19 +238,19 @@ def test_inputs_are_left_alone(name: str, soft: bool, weighted: bool, input: str
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("input", ["logits", "probs"])
 @pytest.mark.parametrize(("problems", "classes", "rows"), [(1, 4, 30), (3, 4, 30), (7, 33, 60), (40, 30, 50), (5, 70, 40)])
-def test_stacked_problems(problems: int, classes: int, rows: int, input: str, dtype: torch.dtype) -> None:
+def test_stacked_problems(device: torch.device, problems: int, classes: int, rows: int, input: str, dtype: torch.dtype) -> None:
     """B problems with labels y + b C are B separate ones: joint (K = B C), logdet_inverse (batched), logits_grad."""
-    separate = [problem(rows, classes, seed=b, weighted=b % 2 == 1, dtype=dtype) for b in range(problems)]
+    separate = [problem(rows, classes, seed=b, weighted=b % 2 == 1, dtype=dtype).to(device=device) for b in range(problems)]
     logits = torch.cat([p.logits.softmax(-1) if input == "probs" else p.logits for p in separate])
     target = torch.cat([p.target + b * classes for b, p in enumerate(separate)])
-    weight = torch.cat([torch.ones(rows) if p.sample_weight is None else p.sample_weight for p in separate])
+    weight = torch.cat([torch.ones(rows, device=device) if p.sample_weight is None else p.sample_weight for p in separate])
     target[3] = -100
     S, n, lse, ce = OPS.joint(logits, target, weight, problems * classes, -100, input)
     log_abs_det, _, _, V = OPS.logdet_inverse(S.view(problems, classes, classes), n.view(problems, classes), "present")
-    scale, ce_scale = torch.tensor(1.25, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    scale, ce_scale = (torch.tensor(value, dtype=torch.float64, device=device) for value in (1.25, 0.5))
     grad = OPS.logits_grad(logits, target, weight, lse, V.flatten(0, 1), scale, ce_scale, -100, input)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
-    total_ce = torch.zeros((), dtype=torch.float64)
+    total_ce = torch.zeros((), dtype=torch.float64, device=device)
     for b in range(problems):
         rows_of = slice(b * rows, (b + 1) * rows)
         mine = target[rows_of]
@@ -266,20 +275,20 @@ def test_stacked_problems(problems: int, classes: int, rows: int, input: str, dt
     ("classes", "dtype"),
     [(5, torch.int8), *((c, dtype) for c in (5, 150) for dtype in (torch.uint8, torch.int32, torch.int64, torch.uint64))],
 )
-def test_labels_out_of_range(classes: int, dtype: torch.dtype) -> None:
+def test_labels_out_of_range(device: torch.device, classes: int, dtype: torch.dtype) -> None:
     """One label out of range makes S, n and ce NaN; nothing is read or written out of bounds; ignored ones do not count."""
-    logits = torch.randn(60, classes)
+    logits = torch.randn(60, classes, device=device)
     good = (torch.arange(60) % min(classes, 100)).to(dtype)
     for label in [classes, torch.iinfo(dtype).max] + ([-1, torch.iinfo(dtype).min] if torch.iinfo(dtype).min < 0 else []):
         values = good.tolist()
         values[17] = label
-        bad = torch.tensor(values, dtype=dtype)
+        bad = torch.tensor(values, dtype=dtype, device=device)
         for joint in implementations("joint"):
             S, n, _, ce = joint(logits, bad, None, classes, -100, "logits")
             assert S.isnan().all(), joint
             assert n.isnan().all()
             assert ce.isnan()
-            weight = torch.ones(60)
+            weight = torch.ones(60, device=device)
             weight[17] = 0
             S, n, _, ce = joint(logits, bad, weight, classes, -100, "logits")
             assert S.isfinite().all(), "a label of a row of weight 0 does not count"
@@ -292,9 +301,9 @@ def test_labels_out_of_range(classes: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("soft", [False, True])
-def test_weights_out_of_range(weight: float, soft: bool) -> None:
-    batch = problem(20, 4, soft=soft)
-    weights = torch.ones(20)
+def test_weights_out_of_range(device: torch.device, weight: float, soft: bool) -> None:
+    batch = problem(20, 4, soft=soft).to(device=device)
+    weights = torch.ones(20, device=device)
     weights[7] = weight
     for joint in implementations("joint"):
         S, n, _, ce = joint(batch.logits, batch.target, weights, 4, -100, "logits")
@@ -304,9 +313,9 @@ def test_weights_out_of_range(weight: float, soft: bool) -> None:
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_the_weight_of_an_ignored_row_does_not_count(weight: float) -> None:
-    batch = problem(20, 4)
-    target, weights = batch.target.clone(), torch.ones(20)
+def test_the_weight_of_an_ignored_row_does_not_count(device: torch.device, weight: float) -> None:
+    batch = problem(20, 4).to(device=device)
+    target, weights = batch.target.clone(), torch.ones(20, device=device)
     target[7], weights[7] = -100, weight
     for joint in implementations("joint"):
         S, n, _, ce = joint(batch.logits, target, weights, 4, -100, "logits")
@@ -316,11 +325,11 @@ def test_the_weight_of_an_ignored_row_does_not_count(weight: float) -> None:
 
 
 @pytest.mark.parametrize("wild", [float("nan"), float("inf"), -float("inf")])
-def test_logdet_inverse_of_what_is_not_finite(wild: float) -> None:
+def test_logdet_inverse_of_what_is_not_finite(device: torch.device, wild: float) -> None:
     for classes in (4, 70):
-        S = torch.eye(classes, dtype=torch.float64)
+        S = torch.eye(classes, dtype=torch.float64, device=device)
         S[1, 2] = wild
-        for n in (torch.ones(classes, dtype=torch.float64), torch.full((classes,), torch.nan, dtype=torch.float64)):
+        for n in (torch.ones_like(S[0]), torch.full_like(S[0], torch.nan)):
             for absent in ("present", "strict"):
                 results = [implementation(S, n, absent) for implementation in implementations("logdet_inverse")]
                 for log_abs_det, sign, _, V in results:
@@ -332,11 +341,12 @@ def test_logdet_inverse_of_what_is_not_finite(wild: float) -> None:
 
 @pytest.mark.parametrize("absent", ["present", "strict"])
 @pytest.mark.parametrize("classes", [1, 2, 5, 64, 65, 80])
-def test_logdet_inverse_of_absent_and_singular(classes: int, absent: str) -> None:
+def test_logdet_inverse_of_absent_and_singular(device: torch.device, classes: int, absent: str) -> None:
     generator = torch.Generator().manual_seed(classes)
     regular = torch.rand(classes, classes, generator=generator, dtype=torch.float64) + classes * torch.eye(classes)
+    regular = regular.to(device)
     counts = regular.sum(-1)
-    none = torch.zeros(classes, dtype=torch.float64)
+    none = torch.zeros_like(counts)
     some = counts.clone()
     some[0] = 0
     never = regular.clone()
@@ -382,10 +392,10 @@ def exact_inverse(S: np.ndarray[Any, Any], n: np.ndarray[Any, Any]) -> np.ndarra
     return work[:, classes:].T / scale
 
 
-def error_of_V(classes: int, cond: float, kind: str, seed: int) -> float:
+def error_of_V(device: torch.device, classes: int, cond: float, kind: str, seed: int) -> float:
     """Largest error of V over its largest entry."""
     S, n = with_condition(classes, cond, kind, seed)
-    V = OPS.logdet_inverse(torch.from_numpy(S), torch.from_numpy(n), "present")[3].numpy()
+    V = OPS.logdet_inverse(torch.from_numpy(S).to(device), torch.from_numpy(n).to(device), "present")[3].cpu().numpy()
     exact = exact_inverse(S, n)
     return float(np.abs(V - exact).max() / np.abs(exact).max())
 
@@ -394,10 +404,10 @@ def error_of_V(classes: int, cond: float, kind: str, seed: int) -> float:
 @pytest.mark.parametrize("cond", [1e2, 1e6])
 @pytest.mark.parametrize("kind", ["even", "one"])
 @pytest.mark.parametrize("classes", [2, 3, 5, 10, 14, 32, 64, 65, 100, 200, 300])
-def test_accuracy_of_V(classes: int, kind: str, cond: float) -> None:
+def test_accuracy_of_V(device: torch.device, classes: int, kind: str, cond: float) -> None:
     """Own Gauss-Jordan (up to 64 classes) and LAPACK (above) are as good as fp64 allows.
 
     The division of S by n alone, one rounding an entry, moves V by up to cond(R) roundoffs. Measured: 1.8.
     """
-    worst = max(error_of_V(classes, cond, kind, seed) for seed in range(4 if classes <= 100 else 1))
+    worst = max(error_of_V(device, classes, cond, kind, seed) for seed in range(4 if classes <= 100 else 1))
     assert worst <= 4 * cond * 2.0**-53

@@ -70,9 +70,13 @@ class Bench:
 
     def loss(self, case: Case) -> None:
         """The loss beside its peers, forward alone and with its backward, by every clock."""
-        for direction in DIRECTIONS:
+        if case.compiled:
             # Fresh: dynamo would otherwise reach its limit of recompilations and run eager code.
             torch.compiler.reset()
+        # What is there now stays: each timing collects garbage first, and need not look at all of torch's objects again.
+        gc.collect()
+        gc.freeze()
+        for direction in DIRECTIONS:
             batches = make_batches(case, self.clocks.device, self.clocks.l2_bytes)
             where = f"{case} {direction}"
             calls = self._prepare(case, direction, batches, where)

@@ -20,7 +20,7 @@ run_pytest() {
 case "${1:-}" in
   list)
     cat << 'LIST'
-build 150 default
+build 240 default
 tests 170 default
 sanitize 100 default
 bench 170 default

@@ -359,9 +359,11 @@ def plot_speedup(result: Result) -> Figure:
             classes = [count for count, _ in values]
             axis.errorbar(classes, middle, yerr=(below, above), color=color, marker=marker, markersize=5, capsize=3, label=label)
         axis.axhline(1.0, color="black", linewidth=1, linestyle=":")
+        counts = sorted({case.classes for case in cases})
+        if counts:
+            axis.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)
         axis.set_xscale("log")
         axis.set_yscale("log")
-        counts = sorted({case.classes for case in cases})
         axis.set_xticks(counts, [str(count) for count in counts], rotation=45)
         axis.minorticks_off()
         axis.set_xlabel("classes C")

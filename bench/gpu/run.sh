@@ -12,7 +12,7 @@
 # Variables:
 #   PYTHON      the Python that has torch             [python3]
 #   OUT         folder for the results                [bench/results/gpu-<device>]
-#   LIMIT       seconds for everything                [540]
+#   LIMIT       seconds for everything                [540; 1800 for a rehearsal, whose parts may take three times as long]
 #   REHEARSE    1: the same parts on the CPU, tiny sizes, nothing measured; 0: a GPU or nothing    [1 where torch finds no GPU]
 #   GPU_PARTS   another script that knows the parts   [parts.sh beside this one]
 set -uo pipefail
@@ -24,8 +24,7 @@ cd "$root" || exit 2
 export PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 parts_script=${GPU_PARTS:-$here/parts.sh}
-LIMIT=${LIMIT:-540}
-least=10 # a part is not started with fewer seconds than this
+least=10 # no part is started with fewer seconds left than this
 
 usage() {
   sed -n '2,/^set /p' "$here/run.sh" | sed '$d; s/^# \{0,1\}//'
@@ -60,8 +59,8 @@ if ! command -v "$PYTHON" > /dev/null; then
   echo "error: there is no $PYTHON: name a Python that has torch, PYTHON=..." >&2
   exit 2
 fi
-case "$LIMIT" in
-  '' | *[!0-9]*) echo "error: LIMIT must be a number of seconds, got '$LIMIT'" >&2; exit 2 ;;
+case "${LIMIT:-0}" in
+  *[!0-9]*) echo "error: LIMIT must be a number of seconds, got '$LIMIT'" >&2; exit 2 ;;
 esac
 
 SECONDS=0 # bash counts from here
@@ -73,11 +72,12 @@ if [ -z "${REHEARSE:-}" ]; then
   fi
 fi
 export REHEARSE
-kind=gpu
+kind=gpu patience=1
 if [ "$REHEARSE" = 1 ]; then
-  kind=rehearsal
+  kind=rehearsal patience=3
   echo "== no GPU is used: a rehearsal on the CPU, whose times mean nothing"
 fi
+LIMIT=${LIMIT:-$((patience == 1 ? 540 : 1800))}
 
 verified_at=
 if [ -z "${OUT:-}" ]; then
@@ -121,9 +121,9 @@ record() { # part outcome status seconds limit last_line
 
 for part in "${wanted[@]}"; do
   left=$((LIMIT - SECONDS))
-  limit=${limit_of[$part]}
+  limit=$((limit_of[$part] * patience))
   if [ "$limit" -gt "$left" ]; then limit=$left; fi
-  if [ "$limit" -lt "$least" ]; then
+  if [ "$left" -lt "$least" ]; then
     say "== $part: no time left"
     record "$part" "no time" 0 0 "${limit_of[$part]}" "not started: $left s left of $LIMIT"
     continue
@@ -135,9 +135,11 @@ for part in "${wanted[@]}"; do
   # To a file, not through a pipe: a process that a part leaves behind would hold a pipe open.
   PART_SECONDS=$limit timeout --kill-after=10 "$limit" bash "$parts_script" "$part" > "$log" 2>&1 < /dev/null &
   pid=$!
-  tail -n +1 -s 0.2 --pid="$pid" -f "$log" 2> /dev/null | tee -a "$OUT/log.txt"
-  wait "$pid"
+  tail -n +1 -s 0.2 --pid="$pid" -f "$log" 2> /dev/null | tee -a "$OUT/log.txt" &
+  shown=$!
+  wait "$pid" # in the foreground, so that an interrupt is heard at once
   status=$?
+  wait "$shown"
   pid=
   case $status in
     0) outcome=ok ;;

@@ -17,9 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu.machine import ROOT
-
-FOLDER = ROOT / "tests" / "simt"
+FOLDER = Path(__file__).resolve().parents[2] / "tests" / "simt"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 PLAIN_ITERATIONS = 200

@@ -1,11 +1,11 @@
-// The whole loss and its gradient in one launch of one block, for problems that fit into a multiprocessor: little work, a long chain of
-// latencies, so that what counts is how many barriers and trips to memory there are.
+// The whole loss and its gradient in one launch of one block, for problems that fit into a multiprocessor: little work, a long chain
+// of latencies, so that what counts is how many barriers and trips to memory there are.
 //
-//     1  the logits come into shared memory (copy_flat), meanwhile the labels: which rows count, and for every 32 rows and
-//        every label one word of bits, the rows of that label
+//     1  the logits come into shared memory, meanwhile the labels: which rows count, and for every 32 rows and every label one word of
+//        bits, the rows of that label
 //     2  softmax in place, 4 columns a thread; the cross entropy on the way, if the loss has that term
-//     3  S and n: a thread an entry (or several, or several threads an entry). It walks the bits of its label in the order of the rows, so
-//        nothing is sorted and nothing is added in an order that the schedule decides. Sums in fp64
+//     3  S and n: a thread an entry (or several, or several threads an entry). It walks the bits of its label, rows in their order:
+//        nothing is sorted, and nothing is added in an order that the schedule decides. Sums in fp64
 //     4  log|det S| and V = S^{-T} (logdet_inverse), the scalars (loss_of)
 //     5  dz = p (alpha (V[y] - <p, V[y]>) + gamma) - gamma e_y in place, alpha = -w scale / n[y], gamma = w ce_scale, and on to memory
 //
@@ -40,7 +40,7 @@ struct FusedTiles {
 template <class F, int kWidth>
 struct FusedSpace {
   static constexpr int kThreads = static_cast<int>(plan::fused_threads(kWidth));
-  static constexpr int kLanes = kWidth / 4;                       // of a row
+  static constexpr int kLanes = kWidth / 4;                                   // of a row
   static constexpr int kPitch = static_cast<int>(plan::fused_pitch(kWidth));  // of V: the lanes of 8 rows at random come from 8 places
 
   F* tile;           // [N, C], whole packs: logits, probabilities, gradient
@@ -133,7 +133,8 @@ LDMI_DEVICE void read_logits(const Matrix& m, F* tile) {
 template <class Space, int kTogether, class Body>
 LDMI_DEVICE void for_rows(int N, const Body& body) {
   constexpr int kStep = kWarp / Space::kLanes, kWarps = Space::kThreads / kWarp;
-  for (int first = warp() * kStep * kTogether; first < N; first += kWarps * kStep * kTogether) body(first + lane() / Space::kLanes, kStep);
+  for (int first = warp() * kStep * kTogether; first < N; first += kWarps * kStep * kTogether)
+    body(first + lane() / Space::kLanes, kStep);
 }
 
 }  // namespace fused_rows

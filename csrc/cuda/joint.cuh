@@ -2,15 +2,16 @@
 //
 // Four ways, chosen by csrc/plan and, between the first two, by the batch:
 // - joint_rows, up to 32 labels and classes without weights: warps by themselves, one-hot^T P on the tensor cores, P as two tf32.
-// - joint_tile, few labels and classes otherwise: a block takes tiles of rows as they lie in memory, turns them into predictions in shared memory,
+// - joint_tile, few labels and classes otherwise: a block takes tiles of rows as they lie in memory, turns them into predictions in
+// shared memory,
 //   and multiplies one-hot^T diag(w) by them on the fp64 tensor cores, S staying in registers to the end.
 // - joint_by_label, more classes: in the order of the labels, a group of threads keeps one row of S in registers.
 // - joint_soft: a matrix product of targets and predictions in tiles, after a pass for the rows' sums.
 //
 // All but the first sum products of a prediction (fp32, or fp64 for fp64 logits) and a weight in fp64. So an entry of S is off by the
-// softmax's own rounding and N 2^-53 of the sum of its terms; without weights sums of fp32 are exact, up to 2^29 rows of like size. Equal
-// rows give equal rows of R, and a singular joint stays singular to 2^-52,
-// which fp32 sums would hide. joint_rows says why it does as well. What several blocks summed is added in a fixed order by a second launch; nothing depends on the schedule.
+// softmax's own rounding and N 2^-53 of the sum of its terms; without weights sums of fp32 are exact, up to 2^29 rows of like size.
+// Equal rows give equal rows of R, and a singular joint stays singular to 2^-52, which fp32 sums would hide. joint_rows says why it
+// does as well. What several blocks summed is added in a fixed order by a second launch; nothing depends on the schedule.
 #pragma once
 
 #include "rows.cuh"
@@ -22,12 +23,12 @@ namespace ldmi::cuda {
 
 inline constexpr int kFinishEntries = 32, kFinishThreads = 1024;
 
-// out[entry] = the sum over `parts` of partial[part * stride + entry], for the K * C + K entries of S and n; ce likewise. NaN throughout when
-// a part is bad. 32 entries a block, one a lane; each warp takes the parts warp, warp + 32, ...
+// out[entry] = the sum over `parts` of partial[part * stride + entry], for the K * C + K entries of S and n; ce likewise. NaN
+// throughout when a part is bad. 32 entries a block, one a lane; each warp takes the parts warp, warp + 32, ...
 template <int kBlock>
 LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1)
-    joint_finish(const double* partial, int64_t parts, int64_t S_entries, int64_t n_entries, const double* ce_part, const uint32_t* bad_part,
-                 int64_t ce_parts, double* S, double* n, double* ce) {
+    joint_finish(const double* partial, int64_t parts, int64_t S_entries, int64_t n_entries, const double* ce_part,
+                 const uint32_t* bad_part, int64_t ce_parts, double* S, double* n, double* ce) {
   constexpr int kWarps = kBlock / kWarp;
   Carve carve;
   double* const sums = carve.take<double>(kWarps * (kWarp + 1));
@@ -69,7 +70,8 @@ inline int launch_finish(const double* partial, int64_t parts, int64_t S_entries
   Carve carve;
   carve.take<double>(kFinishThreads / kWarp * (kWarp + 1));
   grid.smem = carve.bytes();
-  return launch(joint_finish<kFinishThreads>, grid, stream, partial, parts, S_entries, n_entries, ce_part, bad_part, ce_parts, S, n, ce);
+  return launch(joint_finish<kFinishThreads>, grid, stream, partial, parts, S_entries, n_entries, ce_part, bad_part, ce_parts, S, n,
+                ce);
 }
 
 // --------------------------------------------------------------------------------------------------------------- few classes
@@ -81,8 +83,8 @@ struct JointTile {
   static constexpr int kRows = static_cast<int>(plan::tile_rows(kWidth, sizeof(E)));
   // The pitch spreads the stores of the exponentials (a row for each kLanes lanes) over all banks, the reads of fragments over most.
   static constexpr int kPitch = kWidth == 16 ? 18 : kWidth == 32 ? 36 : 72;
-  static constexpr int kLanes = kWidth / 8;  // lanes of a row, 8 columns each
-  static constexpr int kTiles = kWidth / 8;  // 8 x 8 tiles along a side of S
+  static constexpr int kLanes = kWidth / 8;                  // lanes of a row, 8 columns each
+  static constexpr int kTiles = kWidth / 8;                  // 8 x 8 tiles along a side of S
   static constexpr int kGroups = kThreads / kWarp / kTiles;  // groups of warps, which share the rows
   static constexpr int kNanWords = kWidth * (kWidth / 16);   // one bit an entry of S, 16 bits a word used
 
@@ -137,13 +139,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
   }
   for (int64_t chunk = block_idx(); chunk < chunks; chunk += grid_dim(), stage ^= 1) {
     const int here = rows_of(chunk);
-    if (flat) {
-      const int64_t next = chunk + grid_dim();
-      if (next < chunks) copy_flat(batch.logits, next * R, rows_of(next), s.raw + (stage ^ 1) * s.values);
-      commit_copies();
-    } else {
-      copy_strided(batch.logits, chunk * R, here, s.raw + stage * s.values);
-    }
+    if (!flat) copy_strided(batch.logits, chunk * R, here, s.raw + stage * s.values);
     const E* const raw = s.raw + stage * s.values;
     int* const labels = s.label + stage * R;
     double* const weights = s.weight + stage * R;
@@ -154,8 +150,13 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
       labels[thread_idx()] = static_cast<int>(label);
       weights[thread_idx()] = weight;
     }
-    if (flat) wait_copies<1>();
-    sync_block();  // the tile and the labels are there; the previous product is done
+    if (flat) wait_copies<0>();
+    sync_block();  // the tile and the labels are there; nobody uses the one before any more
+    if (flat) {
+      const int64_t next = chunk + grid_dim();
+      if (next < chunks) copy_flat(batch.logits, next * R, rows_of(next), s.raw + (stage ^ 1) * s.values);
+      commit_copies();
+    }
 
     // Predictions. A row that does not count, or whose sum is NaN, is zeros: its weight carries the NaN, to row y of S alone.
     for (int r = thread_idx() / L; r < R; r += kThreads / L) {
@@ -301,13 +302,12 @@ struct JointRows {
   }
 };
 
-// Flat logits of at most 32 bits, labels without weights, at most 32 labels and classes. Every warp works by itself: 32 rows a step, a lane
-// a row for the softmax, and then one-hot^T P on the tensor cores. P, fp32, enters as hi + lo, both tf32 rounded to nearest: what is lost
-// is at most 2^-11 of 2^-11 of it, four units of fp32, less than its own rounding by the softmax. Products with 0 and 1 are exact. hi and
-// lo have sums of their own, so rows that are equal add up without any rounding (11 bits each, 128 rows), and a joint of equal rows stays
-// singular. Otherwise a partial sum of fp32 is over 16 steps of the tensor core, 2^-23 of itself at most each (which may truncate),
-// before it is added to fp64.
-// partial [blocks, K * C + K], ce_part and bad_part [blocks]
+// Flat logits of at most 32 bits, labels without weights, at most 32 labels and classes. Every warp works by itself: 32 rows a step, a
+// lane a row for the softmax, and then one-hot^T P on the tensor cores. P, fp32, enters as hi + lo, both tf32 rounded to nearest: what
+// is lost is at most 2^-11 of 2^-11 of it, four units of fp32, less than its own rounding by the softmax. Products with 0 and 1 are
+// exact. hi and lo have sums of their own, so rows that are equal add up without any rounding (11 bits each, 128 rows), and a joint of
+// equal rows stays singular. Otherwise a partial sum of fp32 is over 16 steps of the tensor core, 2^-23 of itself at most each (which
+// may truncate), before it is added to fp64. partial [blocks, K * C + K], ce_part and bad_part [blocks]
 template <class E, int kWidth>
 LDMI_KERNEL void LDMI_BOUNDS(kRowsThreads, (kWidth == 16 ? 4 : 2))
     joint_rows(Batch batch, float* lse, double* partial, double* ce_part, uint32_t* bad_part) {
@@ -379,23 +379,43 @@ LDMI_KERNEL void LDMI_BOUNDS(kRowsThreads, (kWidth == 16 ? 4 : 2))
 
     // The softmax of this lane's row. One that does not count is zeros; so is one whose sum is NaN, which is put into its 1 instead.
     float x[kWidth], maximum = -infinity<float>();
-    LDMI_UNROLL
-    for (int c = 0; c < kWidth; ++c) x[c] = c < C && label >= 0 ? widen(row[c]) : -infinity<float>();
+    if (C % 2 == 0) {
+      struct alignas(2 * sizeof(E)) Pair {
+        E value[2];
+      };
+      LDMI_UNROLL
+      for (int c = 0; c < kWidth; c += 2) {
+        x[c] = x[c + 1] = -infinity<float>();
+        if (c < C) {
+          const Pair two = *reinterpret_cast<const Pair*>(row + c);
+          x[c] = widen(two.value[0]);
+          x[c + 1] = widen(two.value[1]);
+        }
+      }
+    } else {
+      LDMI_UNROLL
+      for (int c = 0; c < kWidth; ++c) x[c] = c < C ? widen(row[c]) : -infinity<float>();
+    }
     LDMI_UNROLL
     for (int c = 0; c < kWidth; ++c) maximum = fmax(maximum, x[c]);
     float part[4] = {0, 0, 0, 0};
     LDMI_UNROLL
     for (int c = 0; c < kWidth; ++c) {
-      x[c] = c < C ? exp(x[c] - maximum) : 0.0f;
+      x[c] = exp(x[c] - maximum);  // of the padding: 0, or NaN in a row without any finite value
       part[c % 4] += x[c];
     }
     const float sum = (part[0] + part[1]) + (part[2] + part[3]), inverse = 1 / sum;
     const bool whole = isfinite(sum) && label >= 0;
+    if (!whole) {
+      LDMI_UNROLL
+      for (int c = 0; c < kWidth; ++c) x[c] = 0;
+    }
+    const float factor = whole ? inverse : 0.0f;
     LDMI_UNROLL
     for (int c = 0; c < kWidth; c += 4) {
       Pack<float> four;
       LDMI_UNROLL
-      for (int k = 0; k < 4; ++k) four[k] = whole ? x[c + k] * inverse : 0.0f;
+      for (int k = 0; k < 4; ++k) four[k] = x[c + k] * factor;
       shared_store16(tile + lane() * P + c, four);
     }
     if (step * kWarp + lane() < rows) {
@@ -477,8 +497,8 @@ LDMI_KERNEL void LDMI_BOUNDS(kRowsThreads, (kWidth == 16 ? 4 : 2))
 // A group of threads a row, online: shift (the maximum), inverse = 1 / sum (0 in rows that do not count) and, if K == C, the
 // cross entropy. For soft targets and for rows longer than registers. ce_part and bad_part [blocks]
 template <class E, int kGroup>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2) joint_row_sums(Batch batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part,
-                                                         uint32_t* bad_part) {
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
+    joint_row_sums(Batch batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part, uint32_t* bad_part) {
   using F = Compute<E>;
   constexpr int kGroups = kThreads / kGroup, kBatch = 4;
   Carve carve;
@@ -574,7 +594,10 @@ struct Sides {
 // kAccess values. Each label that begins in the run has its row of S and n stored; sort.start says which labels have none. With
 // kGiven, shift and inverse are known: rows longer than a group's registers, by runs of columns.
 template <class E, int kAccess, int kGroup, int kColumns, int kRows, bool kGiven>
-LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == kThreads ? 1 : kGroup == kWarp ? 2 : 4))
+LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == kThreads ? 1
+                                                                     : kGroup == kWarp  ? 2
+                                                                     : sizeof(E) == 8   ? 3
+                                                                                        : 4))
     joint_by_label(Batch batch, LabelOrder sort, int64_t segments, const Compute<E>* shift, const Compute<E>* inverse, Compute<E>* lse,
                    double* S, double* n, Sides sides) {
   using F = Compute<E>;
@@ -593,7 +616,8 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == k
     bool ignored = false;
     double unused_weight;
     // the label that the run before this one ends with
-    const int64_t before = begin > 0 && begin < end ? used_label(batch, load_const(sort.order + begin - 1), unused_weight, ignored) : kUnused;
+    const int64_t before =
+        begin > 0 && begin < end ? used_label(batch, load_const(sort.order + begin - 1), unused_weight, ignored) : kUnused;
     for (int64_t first_column = 0; first_column < C; first_column += kGroup * kColumns) {
       const int left = static_cast<int>(C - first_column < kGroup * kColumns ? C - first_column : kGroup * kColumns);
       double sums[kColumns], run_weight = 0;
@@ -855,8 +879,8 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
 // ------------------------------------------------------------------------------------------------------------------ launchers
 
 template <class E, int kWidth>
-int launch_joint_tile(const Batch& batch, double* S, double* n, Compute<E>* lse, double* ce, void* workspace, const plan::CudaJoint& plan,
-                      const DeviceLimits& limits, Stream stream) {
+int launch_joint_tile(const Batch& batch, double* S, double* n, Compute<E>* lse, double* ce, void* workspace,
+                      const plan::CudaJoint& plan, const DeviceLimits& limits, Stream stream) {
   const int64_t entries = batch.num_labels * batch.logits.columns;
   Workspace work(workspace);
   double* const partial = work.take<double>(plan.blocks * (entries + batch.num_labels));
@@ -960,8 +984,8 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
 }
 
 template <class E>
-int launch_joint_soft(const Batch& batch, double* S, double* n, Compute<E>* lse, double* ce, void* workspace, const plan::CudaJoint& plan,
-                      const DeviceLimits& limits, Stream stream) {
+int launch_joint_soft(const Batch& batch, double* S, double* n, Compute<E>* lse, double* ce, void* workspace,
+                      const plan::CudaJoint& plan, const DeviceLimits& limits, Stream stream) {
   using F = Compute<E>;
   const int64_t rows = batch.logits.rows, C = batch.logits.columns, K = batch.num_labels, splits = plan.segments;
   Workspace work(workspace);
@@ -970,7 +994,8 @@ int launch_joint_soft(const Batch& batch, double* S, double* n, Compute<E>* lse,
   double* const ce_part = work.take<double>(plan.blocks);
   uint32_t* const bad_part = work.take<uint32_t>(plan.blocks);
   double* const partial = work.take<double>(splits * (K * C + K));
-  if (const int error = launch_row_sums<E>(batch, lse, shift, inverse, ce_part, bad_part, plan.blocks, stream); error != 0) return error;
+  if (const int error = launch_row_sums<E>(batch, lse, shift, inverse, ce_part, bad_part, plan.blocks, stream); error != 0)
+    return error;
   Grid grid;
   const int64_t jobs = (C + kSoftTile - 1) / kSoftTile * ((K + kSoftTile - 1) / kSoftTile) * splits;
   grid.blocks = jobs < 2 * limits.sms ? jobs : 2 * limits.sms;
@@ -991,7 +1016,8 @@ int launch_joint(const Batch& batch, double* S, double* n, void* lse, double* ce
                                                 static_cast<int64_t>(sizeof(E)), limits);
   Compute<E>* const row_lse = static_cast<Compute<E>*>(lse);
   if (plan.order == plan::CudaOrder::kSoft) return launch_joint_soft<E>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
-  if (plan.order == plan::CudaOrder::kByLabel) return launch_joint_by_label<E>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
+  if (plan.order == plan::CudaOrder::kByLabel)
+    return launch_joint_by_label<E>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
   if (plan.width == 16) return launch_joint_tile<E, 16>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
   if (plan.width == 32) return launch_joint_tile<E, 32>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
   return launch_joint_tile<E, 64>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);

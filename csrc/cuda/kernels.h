@@ -1,9 +1,9 @@
 // The CUDA engine as the host calls it: joint -> logdet_inverse -> logits_grad, and fused. Free of torch: device pointers, strides in
 // elements, a stream, and workspace whose size csrc/plan/cuda_plan.h says.
 //
-// Every function launches on the stream and returns at once, with cudaSuccess (0) or the error's code. It allocates nothing and waits for
-// nothing, so that it can be captured. The workspace is 256-byte aligned and holds anything before and after. One device and shape:
-// bitwise the same results.
+// Every function launches on the stream and returns at once, with cudaSuccess (0) or the error's code. It allocates nothing and waits
+// for nothing, so that it can be captured. The workspace is 256-byte aligned and holds anything before and after. One device and
+// shape: bitwise the same results.
 #pragma once
 
 #include <cstdint>
@@ -40,14 +40,14 @@ int logits_grad(const Batch& batch, const void* lse, const double* V, const doub
 
 // ---------------------------------------------------------------------------------------------------------- logdet_inverse
 
-// log|det S|, its sign, the number of classes kept and V = S^{-T} of `count` matrices S [count, C, C] with n [count, C], as on a CPU, where
-// plan::cuda_logdet_inverse says kWarp or kBlock. V may be null: the determinants alone, with the same bits.
+// log|det S|, its sign, the number of classes kept and V = S^{-T} of `count` matrices S [count, C, C] with n [count, C], as on a CPU,
+// where plan::cuda_logdet_inverse says kWarp or kBlock. V may be null: the determinants alone, with the same bits.
 int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, bool strict, double* log_abs_det, double* sign,
                    int64_t* kept, double* V, const DeviceLimits& limits, simt::Stream stream);
 
 // Where it says kLibrary, these stand around a library's LU; all three have one workspace, which they hand on.
-// R [count, C, C], column-major, from S:
-int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* R, void* workspace,
+// R [count, C, C], column-major, from S; and V [count, C, C], unless null, the identity:
+int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* R, double* V, void* workspace,
                                const DeviceLimits& limits, simt::Stream stream);
 // the scalars from R's LU [count, C, C], column-major, and its pivots [count, C], 1-based as LAPACK's:
 int logdet_inverse_determinant(const double* LU, const int32_t* pivots, const double* n, int64_t count, int64_t C, bool strict,
@@ -61,18 +61,11 @@ int logdet_inverse_finish(const double* n, int64_t count, int64_t C, double* V, 
 
 using cpu::LossOptions;
 
-// The loss (one float, or double), and the two factors of its gradient (a double each), as cpu::combine; log_abs_det, kept and ce are one
-// number each, n [K]. The total weight is the sum of n; with soft targets that of the batch's weights.
+// The loss (one float, or double), and the two factors of its gradient (a double each), as cpu::combine; log_abs_det, kept and ce are
+// one number each, n [K]. The total weight is the sum of n; with soft targets that of the batch's weights.
 int combine(const Batch& batch, const double* log_abs_det, const int64_t* kept, const double* n, const double* ce,
             const LossOptions& options, void* loss, Type loss_type, double* scale, double* ce_scale, void* workspace,
             const DeviceLimits& limits, simt::Stream stream);
-
-// ------------------------------------------------------------------------------------------------------------------- scale
-
-// out[i] = in[i] * *factor, what the backward does with a gradient that the forward has left: contiguous, not the same memory. The types of
-// in and out are the same, or fp32 and one of half precision; the factor is fp32 (fp64 for fp64). An error for other types.
-int scale(const void* in, Type in_type, const void* factor, Type factor_type, int64_t count, void* out, Type out_type,
-          const DeviceLimits& limits, simt::Stream stream);
 
 // ------------------------------------------------------------------------------------------------------------------- fused
 
@@ -82,8 +75,8 @@ int fused(const Batch& batch, const LossOptions& options, void* loss, void* grad
 
 // ------------------------------------------------------------------------------------------------------------ loss_forward
 
-// What the op loss_forward returns, K == C: the loss (one float, or double for fp64 logits), lse [N] as joint's, V [C, C] (null where no
-// gradient is asked for), scale and ce_scale (a double each). Not where plan::cuda_loss_forward says kLibrary: an error.
+// What the op loss_forward returns, K == C: the loss (one float, or double for fp64 logits), lse [N] as joint's, V [C, C] (null where
+// no gradient is asked for), scale and ce_scale (a double each). Not where plan::cuda_loss_forward says kLibrary: an error.
 int loss_forward(const Batch& batch, const LossOptions& options, void* loss, void* lse, double* V, double* scale, double* ce_scale,
                  void* workspace, const DeviceLimits& limits, simt::Stream stream);
 

@@ -55,7 +55,7 @@ int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, b
   return launch_blocks<kFactorClasses>(matrices, plan, stream);
 }
 
-int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* R, void* workspace,
+int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* R, double* V, void* workspace,
                                const DeviceLimits& limits, simt::Stream stream) {
   if (count == 0) return 0;
   const LibrarySpace space = library_space(count, C, workspace);
@@ -63,7 +63,7 @@ int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, 
   carve.take<double>(factor::kLibraryRows * factor::kLibraryStride);
   carve.take<double>(factor::kLibraryRows);
   const simt::Grid grid{at_most(count * space.blocks, limits), factor::kLibraryThreads, carve.bytes()};
-  const Matrices matrices{S, n, count, static_cast<int>(C), false, nullptr, nullptr, nullptr, nullptr};
+  const Matrices matrices{S, n, count, static_cast<int>(C), false, nullptr, nullptr, nullptr, V};
   return simt::launch(factor::library_equilibrate, grid, stream, matrices, R, space);
 }
 

@@ -126,11 +126,16 @@ class LogProduct {
 struct Pivots {
   LogProduct product;
   bool odd = false;  // the number of negative ones
+  double last = 1.0;
 
   LDMI_DEVICE void take(int step, double pivot) {
-    if (lane() != step % kWarp) return;
-    product.multiply(abs(pivot));
-    odd ^= pivot < 0.0;
+    if (lane() == step % kWarp) last = pivot;
+  }
+  // The lanes of the steps first..first+count-1 (32 at most) count theirs: all at once, outside the chain from step to step
+  LDMI_DEVICE void count(int first, int count) {
+    if (((lane() - first) & (kWarp - 1)) >= count) return;
+    product.multiply(abs(last));
+    odd ^= last < 0.0;
   }
 };
 
@@ -244,6 +249,7 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
     everywhere(0.0);
     return seen.singular();
   }
+  pivots.count(0, C);
   if (here) pivots.product.multiply(n);
   bool odd = pivots.odd;
   for (int l = 0; l < C; ++l) {
@@ -273,7 +279,7 @@ LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0) {
   double* const column = space.columns + c * space.stride;
   constexpr int kHalves = kFactorPanel / 4;
   double x[kHalves];
-  const double* g[kHalves];
+  int g[kHalves];
   LDMI_UNROLL
   for (int h = 0; h < kHalves; ++h) {
     const int step = k + 4 * h + q;
@@ -283,7 +289,7 @@ LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0) {
       x[h] = *at;
       *at = 0.0;
     }
-    g[h] = space.columns + (step < C ? step : C - 1) * space.stride;  // times 0 if there is no such step
+    g[h] = (step < C ? step : C - 1) * space.stride;  // times 0 if there is no such step
   }
   sync_warp();
   constexpr int kTiles = 4;  // under way together
@@ -294,7 +300,7 @@ LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0) {
     for (int t = 0; t < kTiles; ++t) {
       const int i = i0 + 8 * t + 2 * q, own = i0 + 8 * t + m;
       LDMI_UNROLL
-      for (int h = 0; h < kHalves; ++h) b[t][h] = g[h][own < C ? own : C - 1];
+      for (int h = 0; h < kHalves; ++h) b[t][h] = space.columns[g[h] + (own < C ? own : C - 1)];
       tile[t] = {};
       if (c < C && i < C) {
         const Pack<double> two = shared_load16(column + i);
@@ -334,6 +340,7 @@ LDMI_DEVICE bool eliminate_panel(const FactorSpace& space, int C, int k, double 
     if (lane() == 0) space.pivot_row[k + step] = static_cast<uint8_t>(row);
   });
   if (!regular) return false;
+  pivots.count(k, columns);
   double* const first = panel + (columns - kFactorPanel) * space.stride;
   LDMI_UNROLL
   for (int s = 0; s < kSlots; ++s) {

@@ -1,9 +1,9 @@
 // What stands around a library's LU factorisation where C is too large for one block: S to R before it, the determinant and V after
 // it. The host looks at nothing; the flags stay on the device.
 //
-//     equilibrate   R = diag(1/n) S, column-major, with identity rows and columns for absent classes; its norm, and whether it is
-//     finite determinant   from LU (column-major) and the pivots (1-based, row k was exchanged with row pivots[k] - 1) finish        V
-//     in the place of R^{-1} column-major, which is R^{-T} row-major: rows scaled by 1/n, zeros and NaN selected
+// - equilibrate: R = diag(1/n) S, column-major, with identity rows and columns for absent classes; its norm, and whether it is finite.
+// - determinant: from LU (column-major) and the pivots (1-based: row k was exchanged with row pivots[k] - 1).
+// - finish: V in the place of R^{-1} column-major, which is R^{-T} row-major: rows scaled by 1/n, zeros and NaN selected.
 #pragma once
 
 #include "logdet_inverse.cuh"
@@ -24,7 +24,7 @@ inline constexpr int kLibraryStride = kLibraryColumns + 2;     // 8 rows by 2 co
 inline constexpr int kLibraryThreads = kLibraryRows * kWarp;
 inline constexpr uint32_t kRegular = 0, kZero = 1, kPoison = 2;
 
-// A block 8 rows of one matrix, a warp each.
+// A block 8 rows of one matrix, a warp each. V, unless null, becomes the identity.
 LDMI_KERNEL void LDMI_BOUNDS(kLibraryThreads, 1) library_equilibrate(Matrices matrices, double* R, LibrarySpace space) {
   Carve carve;
   double* const tile = carve.take<double>(kLibraryRows * kLibraryStride);
@@ -54,7 +54,10 @@ LDMI_KERNEL void LDMI_BOUNDS(kLibraryThreads, 1) library_equilibrate(Matrices ma
       LDMI_UNROLL
       for (int u = 0; u < kLibraryColumns / kWarp; ++u) {
         const int column = kWarp * u + thread_idx() / kLibraryRows;
-        if (i0 + row < C && j0 + column < C) store(R + (at * C + j0 + column) * C + i0 + row, tile[row * kLibraryStride + column]);
+        if (i0 + row >= C || j0 + column >= C) continue;
+        const int64_t entry = (at * C + j0 + column) * C + i0 + row;
+        store(R + entry, tile[row * kLibraryStride + column]);
+        if (matrices.V != nullptr) store(matrices.V + entry, i0 + row == j0 + column ? 1.0 : 0.0);
       }
       sync_block();
     }

@@ -1,8 +1,8 @@
 // dloss/dz_i = w_i p_i * (scale * (<p_i, V[y_i]> - V[y_i]) + ce_scale) - w_i ce_scale e_{y_i}: one read of the logits, one write.
 //
 // The saved lse only keeps the exponentials in range; they are divided by their own sum, so the rounding of an lse far from 0 does
-// not reach the result. V enters as a table in the precision of the softmax, each row scaled to magnitude 1 so that tiny sample weights
-// (V grows as 1/n) cannot overflow it; a first launch makes the table.
+// not reach the result. V enters as a table in the precision of the softmax, each row scaled to magnitude 1 so that tiny sample
+// weights (V grows as 1/n) cannot overflow it; a first launch makes the table.
 //
 // - grad_tile, few classes: tiles of rows in shared memory, beside them the table.
 // - grad_by_row: a group of threads a row, V's row through the caches; in the order of the labels when the table exceeds level 2.
@@ -88,8 +88,8 @@ struct GradTile {
 };
 
 template <class E, int kWidth>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2) grad_tile(Batch batch, const Compute<E>* lse, Table<Compute<E>> table, const double* scale,
-                                                    const double* ce_scale, E* grad) {
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
+    grad_tile(Batch batch, const Compute<E>* lse, Table<Compute<E>> table, const double* scale, const double* ce_scale, E* grad) {
   using Tile = GradTile<E, kWidth>;
   using F = Compute<E>;
   constexpr int R = Tile::kRows, L = Tile::kLanes;
@@ -196,7 +196,9 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2) grad_tile(Batch batch, const Compute<E
 // A group of kGroup threads a row, kColumns columns a thread at a time in accesses of kAccess values. kLong: rows longer than the
 // group's registers are read twice. `order` may be null: rows as they come.
 template <class E, int kAccess, int kGroup, int kColumns, int kRows, bool kLong>
-LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == kThreads ? 1 : kGroup == kWarp ? 2 : 4))
+LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == kThreads ? 1
+                                                                     : kGroup == kWarp  ? 2
+                                                                                        : 4))
     grad_by_row(Batch batch, const Compute<E>* lse, Table<Compute<E>> table, const double* scale, const double* ce_scale,
                 const int64_t* order, E* grad) {
   using F = Compute<E>;
@@ -320,8 +322,8 @@ inline constexpr int kSoftGradPitch = kSoftGradDepth + 1;
 // registers; the sums over a row need all columns first, so tiles are made twice: once for <p, T V>, once for the gradient. Products
 // are in fp32 (fp64 for fp64 logits), targets as they are and V scaled by its largest magnitude of all.
 template <class E>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2) grad_soft(Batch batch, const Compute<E>* lse, Table<Compute<E>> table, const double* scale,
-                                                    const double* ce_scale, E* grad) {
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
+    grad_soft(Batch batch, const Compute<E>* lse, Table<Compute<E>> table, const double* scale, const double* ce_scale, E* grad) {
   using F = Compute<E>;
   constexpr int kMine = kSoftGradRows / (kThreads / kWarp);
   Carve carve;

@@ -1,8 +1,7 @@
 // The launches of loss_forward.
 
-#include "loss_forward.cuh"
-
 #include "fused.cuh"
+#include "loss_forward.cuh"
 
 namespace ldmi::cuda {
 

@@ -1,7 +1,7 @@
 // What the kernels share: which rows count, reading rows of any type and stride, tiles of rows in shared memory, and the softmax.
 //
-// A row that counts and holds NaN, +inf or no finite value has a sum of exponentials that is NaN, and with it everything that is divided
-// by that sum. No maximum has to carry a NaN for this: fmax passes over it, exp(NaN - m) does not.
+// A row that counts and holds NaN, +inf or no finite value has a sum of exponentials that is NaN, and with it everything that is
+// divided by that sum. No maximum has to carry a NaN for this: fmax passes over it, exp(NaN - m) does not.
 #pragma once
 
 #include <type_traits>
@@ -230,8 +230,9 @@ LDMI_DEVICE double block_sum(double value, double* scratch) {
   return total;
 }
 
-// Each group of `kGroup` threads (a warp or part of it, or the whole block) reduces `count` values a thread at once; all get the results. For a
-// block `scratch` holds count values a warp, and is free again after two more barriers, or this function's next call but one.
+// Each group of `kGroup` threads (a warp or part of it, or the whole block) reduces `count` values a thread at once; all get the
+// results. For a block `scratch` holds count values a warp, and is free again after two more barriers, or this function's next call
+// but one.
 template <int kGroup, bool kMax, int count, class F>
 LDMI_DEVICE void group_reduce(F (&value)[count], F* scratch) {
   constexpr int width = kGroup < kWarp ? kGroup : kWarp;

@@ -1,9 +1,9 @@
 // The rows in the order of their labels, stable, those that do not count last: a counting sort in three launches.
 //
-// The rows are cut into pieces, a block each, and those into parts, a warp each, which keeps a counter for every bucket (label, and one
-// bucket for the rows that do not count). sort_count adds them up, sort_scan turns the counts of the pieces into where each piece's
-// rows of a bucket go, and sort_scatter counts again and puts the rows there. Within a warp the lanes of one bucket are ranked by a
-// match, so the order is that of the rows, whatever the schedule.
+// The rows are cut into pieces, a block each, and those into parts, a warp each, which keeps a counter for every bucket (label, and
+// one bucket for the rows that do not count). sort_count adds them up, sort_scan turns the counts of the pieces into where each
+// piece's rows of a bucket go, and sort_scatter counts again and puts the rows there. Within a warp the lanes of one bucket are ranked
+// by a match, so the order is that of the rows, whatever the schedule.
 #pragma once
 
 #include "rows.cuh"
@@ -170,9 +170,8 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_scatter(Batch batch, LabelOrder s
     }
     sync_block();
     const int64_t* const offset = sort.offset + piece * buckets;
-    visit_rows<kShared>(batch, first, last, mine, bad, [&](int64_t i, int64_t bucket, uint32_t rank) {
-      store(sort.order + load_const(offset + bucket) + rank, i);
-    });
+    visit_rows<kShared>(batch, first, last, mine, bad,
+                        [&](int64_t i, int64_t bucket, uint32_t rank) { store(sort.order + load_const(offset + bucket) + rank, i); });
     sync_block();
   }
 }

@@ -1,6 +1,7 @@
 #include "cuda_plan.h"
 
 #include <algorithm>
+#include <string>
 
 namespace ldmi::plan {
 
@@ -78,7 +79,8 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
   }
   const int64_t width = tile_width(classes, classes);
   // two tiles, the table, and some 48 bytes a row
-  const int64_t tile = tile_rows(width, value_bytes) * (2 * classes * value_bytes + 64) + labels * (classes * compute_bytes + 8) + 2048;
+  const int64_t tile =
+      tile_rows(width, value_bytes) * (2 * classes * value_bytes + 64) + labels * (classes * compute_bytes + 8) + 2048;
   if (classes <= kTileClasses && tile <= std::min<int64_t>(limits.smem_block, 100 << 10)) {
     out.order = CudaOrder::kTile;
     out.width = width;
@@ -147,8 +149,8 @@ CudaFused cuda_fused(int64_t rows, int64_t classes, int64_t value_bytes, bool we
   out.wide = wide;
   out.splits = splits;
   const auto taken = [](int64_t bytes) { return up(bytes, 16) * 16; };
-  out.smem_bytes = taken(rows * classes * value_bytes) + (weighted ? taken(rows * 8) : 0) + taken(rows) + taken(up(rows, 32) * wide * 4) +
-                   2 * taken(wide * 8) + taken(splits * wide * 8) +
+  out.smem_bytes = taken(rows * classes * value_bytes) + (weighted ? taken(rows * 8) : 0) + taken(rows) +
+                   taken(up(rows, 32) * wide * 4) + 2 * taken(wide * 8) + taken(splits * wide * 8) +
                    taken(std::max(splits * wide * (wide + 1), classes * fused_pitch(out.width) * value_bytes / 8) * 8) +
                    taken(fused_threads(out.width) / 32 * 8) + 16;
   if (classes <= 32) {
@@ -179,6 +181,61 @@ CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int6
   const int64_t joint = cuda_joint(rows, classes, classes, soft, value_bytes, limits).workspace_bytes;
   out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) +
                         std::max(joint, 3 * piece(8) + cuda_combine(rows, soft && weighted, limits).workspace_bytes);
+  return out;
+}
+
+// ----------------------------------------------------------------------------------------------------------------- explain
+
+namespace {
+
+const char* name_of(CudaOrder order) {
+  switch (order) {
+    case CudaOrder::kTile:
+      return "tiles of rows";
+    case CudaOrder::kByLabel:
+      return "label order";
+    case CudaOrder::kSoft:
+      return "soft targets";
+    case CudaOrder::kByRow:
+      return "natural order";
+  }
+  return "";
+}
+
+}  // namespace
+
+Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs, const DeviceLimits& limits) {
+  Plan out{};
+  if (!soft && labels == classes && value_bytes >= 4 && cuda_fused(rows, classes, value_bytes, false, limits).runs) {
+    out.kernels = {"fused (joint, logdet_inverse, logits_grad: one launch)"};
+    out.regime = "small: one block leaves the loss and its gradient";
+    out.workspace_bytes = 0;
+    out.reason = "N * C <= " + std::to_string(kCudaFusedElements) + " and C <= " + std::to_string(kCudaFusedClasses) +
+                 ": launches would cost more than the other multiprocessors gain";
+    return out;
+  }
+  const CudaJoint joint = cuda_joint(rows, classes, labels, soft, value_bytes, limits);
+  const CudaLogitsGrad grad = cuda_logits_grad(rows, classes, labels, soft, value_bytes, limits);
+  const CudaLogdetInverse elimination = cuda_logdet_inverse(1, classes, limits);
+  const char* const factor = elimination.factor == CudaFactor::kWarp    ? "logdet_inverse (one warp, in registers)"
+                             : elimination.factor == CudaFactor::kBlock ? "logdet_inverse (one block, in shared memory)"
+                                                                        : "logdet_inverse (LU of torch's libraries)";
+  out.kernels = {std::string("joint (") + name_of(joint.order) + ")", factor,
+                 std::string("logits_grad (") + name_of(grad.order) + ")"};
+  out.regime = "staged, " + std::to_string(joint.blocks) + " + " + std::to_string(grad.blocks) + " blocks on " +
+               std::to_string(limits.sms) + " multiprocessors";
+  const int64_t library = elimination.factor == CudaFactor::kLibrary ? 2 * classes * classes * 8 + elimination.workspace_bytes : 0;
+  out.workspace_bytes = std::max({joint.workspace_bytes + library, grad.workspace_bytes,
+                                  cuda_loss_forward(rows, classes, soft, value_bytes, false, limits).workspace_bytes});
+  out.reason =
+      joint.order == CudaOrder::kTile ? "at most " + std::to_string(kTileClasses) + " classes: each block sums a tile of S on chip"
+      : joint.order == CudaOrder::kSoft
+          ? "the joint is a matrix product of targets and predictions"
+          : "more than " + std::to_string(kTileClasses) + " classes: rows are visited by label, so that a row of S stays on chip";
+  if (elimination.factor == CudaFactor::kLibrary) {
+    out.reason += "; a block's shared memory holds a matrix of " + std::to_string(factor_classes(limits)) + " classes at most";
+  }
+  if (probs) out.reason += "; probabilities are taken as they are";
   return out;
 }
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "plan.h"
+
 namespace ldmi::plan {
 
 // What the plans ask of a device.
@@ -25,17 +27,19 @@ constexpr int64_t tile_width(int64_t labels, int64_t classes) {
   return most <= 16 ? 16 : most <= 32 ? 32 : 64;
 }
 // Rows of a tile: enough for the latency of memory, few enough for several blocks a multiprocessor.
-constexpr int64_t tile_rows(int64_t width, int64_t value_bytes) { return width == 16 ? 128 : width == 64 && value_bytes == 8 ? 32 : 64; }
+constexpr int64_t tile_rows(int64_t width, int64_t value_bytes) {
+  return width == 16 ? 128 : width == 64 && value_bytes == 8 ? 32 : 64;
+}
 
 // Rows that one group of threads holds in registers: a warp up to kWarpClasses, a block up to kBlockClasses. Longer rows are read
 // twice: once for their sums of exponentials, once by runs of kBlockClasses.
 inline constexpr int64_t kWarpClasses = 256, kBlockClasses = 4096;
 
 enum class CudaOrder {
-  kTile,      // rows as they come, S in the registers of each block
-  kByLabel,   // rows in the order of their labels, a row of S in the registers of each group
-  kSoft,      // a matrix product of targets and predictions
-  kByRow,     // logits_grad: rows as they come, V through the cache
+  kTile,     // rows as they come, S in the registers of each block
+  kByLabel,  // rows in the order of their labels, a row of S in the registers of each group
+  kSoft,     // a matrix product of targets and predictions
+  kByRow,    // logits_grad: rows as they come, V through the cache
 };
 
 // The counting sort of the labels.
@@ -100,9 +104,10 @@ CudaCombine cuda_combine(int64_t rows, bool weighted_soft, const DeviceLimits& l
 
 // ------------------------------------------------------------------------------------------------------------------- fused
 
-// The loss and its gradient in one launch of one block. It does its work on one multiprocessor, the staged kernels on all of them, at the
-// price of partial sums through memory and another pass over the logits: some 2.5 us. Counted in instructions, an element costs the
-// block about 0.25 ns (25 instructions for each 32 elements, and of exponentials 16 a cycle): 2.5 us are 10,000 elements.
+// The loss and its gradient in one launch of one block. It does its work on one multiprocessor, the staged kernels on all of them, at
+// the price of partial sums through memory and another pass over the logits: some 2.5 us. An element costs the block some 45
+// instructions, of which a multiprocessor issues 128 a cycle (a warp for each of 4 schedulers), and latencies that 16 warps do not
+// hide: about 0.25 ns. 2.5 us are 10,000 elements.
 inline constexpr int64_t kCudaFusedElements = 8192;  // N * C
 inline constexpr int64_t kCudaFusedClasses = 64;
 
@@ -112,7 +117,7 @@ constexpr int64_t fused_threads(int64_t width) { return width == 32 ? 256 : 512;
 constexpr int64_t fused_pitch(int64_t width) { return width + 4; }
 
 struct CudaFused {
-  bool runs;       // whether this regime is the one to take, and fits
+  bool runs;       // whether this regime is the one to take, and fits; with the gradient not in half precision, see is_fused
   int64_t width;   // padded classes
   int64_t wide;    // the same for S alone, a power of two
   int64_t splits;  // threads that share an entry of S
@@ -137,5 +142,10 @@ struct CudaLossForward {
 };
 CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int64_t value_bytes, bool weighted,
                                   const DeviceLimits& limits);
+
+// ----------------------------------------------------------------------------------------------------------------- explain
+
+// What ldmi_fast.explain shows of a forward and backward.
+Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs, const DeviceLimits& limits);
 
 }  // namespace ldmi::plan

@@ -4,25 +4,58 @@
 #include <pybind11/stl.h>
 
 #include "../cpu/kernels.h"
+#ifdef LDMI_CUDA_BUILD
+#include "../cuda/device.h"
+#endif
+#include "../plan/cuda_plan.h"
 #include "../plan/plan.h"
 
 namespace py = pybind11;
+
+namespace {
+
+py::dict shown(const ldmi::plan::Plan& plan) {
+  py::dict out;
+  out["kernels"] = plan.kernels;
+  out["regime"] = plan.regime;
+  out["workspace_bytes"] = plan.workspace_bytes;
+  out["reason"] = plan.reason;
+  return out;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of ldmi_fast: plans and build information. The ops are in torch.ops.ldmi_fast.";
   m.def(
       "plan",
       [](int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs) {
-        const ldmi::plan::Plan plan = ldmi::plan::cpu(rows, classes, labels, soft, value_bytes, probs);
-        py::dict out;
-        out["kernels"] = plan.kernels;
-        out["regime"] = plan.regime;
-        out["workspace_bytes"] = plan.workspace_bytes;
-        out["reason"] = plan.reason;
-        return out;
+        return shown(ldmi::plan::cpu(rows, classes, labels, soft, value_bytes, probs));
       },
       py::arg("rows"), py::arg("classes"), py::arg("labels"), py::arg("soft"), py::arg("value_bytes"), py::arg("probs"),
       "The plan of the CPU engine for N rows, C classes and K labels: kernels, regime, workspace_bytes, reason.");
+  m.def(
+      "cuda_plan",
+      [](int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs, int sms, int64_t smem_block,
+         int64_t smem_sm, int64_t l2, int capability) {
+        return shown(ldmi::plan::cuda(rows, classes, labels, soft, value_bytes, probs, {sms, smem_block, smem_sm, l2, capability}));
+      },
+      py::arg("rows"), py::arg("classes"), py::arg("labels"), py::arg("soft"), py::arg("value_bytes"), py::arg("probs"),
+      py::arg("sms"), py::arg("smem_block"), py::arg("smem_sm"), py::arg("l2"), py::arg("capability"),
+      "The plan of the CUDA engine on a device with these limits: multiprocessors, bytes of shared memory of a block and of a "
+      "multiprocessor, bytes of L2 cache, compute capability times 10.");
+#ifdef LDMI_CUDA_BUILD
+  m.def(
+      "cuda_limits",
+      [](int device) {
+        const ldmi::plan::DeviceLimits& limits = ldmi::cuda::limits_of(device);
+        return py::make_tuple(limits.sms, limits.smem_block, limits.smem_sm, limits.l2, limits.capability);
+      },
+      py::arg("device"), "The limits of a CUDA device, in the order in which cuda_plan takes them.");
+#endif
+  m.def(
+      "cuda_fused_limits", [] { return py::make_tuple(ldmi::plan::kCudaFusedElements, ldmi::plan::kCudaFusedClasses); },
+      "(N * C, C): on a CUDA device the loss and its gradient come from one launch up to both of these.");
   m.def(
       "fused_limits", [] { return py::make_tuple(ldmi::plan::kFusedElements, ldmi::plan::kFusedRowsPerClass); },
       "(N * C, N / C): the loss and its gradient come from one call up to either of these.");

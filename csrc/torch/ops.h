@@ -162,7 +162,8 @@ struct Factors {
   int64_t C, count = 1;
   std::vector<int64_t> batch;
 
-  Factors(Tensor joint, Tensor weights) {
+  // With V [0, C, C] where no inverse is wanted.
+  Factors(const Tensor& joint, const Tensor& weights, bool inverse = true) {
     check_double(joint, "S");
     check_double(weights, "n");
     const int64_t dim = joint.dim();
@@ -180,7 +181,7 @@ struct Factors {
     log_abs_det = empty({count}, ScalarType::Double, place);
     sign = empty({count}, ScalarType::Double, place);
     kept = empty({count}, ScalarType::Long, place);
-    V = empty({count, C, C}, ScalarType::Double, place);
+    V = empty({inverse ? count : 0, C, C}, ScalarType::Double, place);
   }
 
   // The outputs with the leading dimensions of S, which are views of one.

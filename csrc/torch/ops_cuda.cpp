@@ -88,15 +88,16 @@ Tensor column_major(const Tensor& memory, int64_t count, int64_t C, Place place)
 }
 
 // More classes than a block can hold: torch's LU, with the contract around it in kernels of our own. R becomes its factors in place, V
-// the identity and then the inverse.
+// the identity and then the inverse, if it is wanted.
 void factor_by_library(const Call& call, const Factors& f, bool strict, int64_t workspace_bytes) {
   const Tensor workspace = call.workspace(workspace_bytes), memory = call.allocate({f.count, f.C, f.C}, ScalarType::Double);
   const Tensor pivots = call.allocate({f.count, f.C}, ScalarType::Int), info = call.allocate({f.count}, ScalarType::Int);
   const auto* n = doubles(f.n);
-  check(cuda::logdet_inverse_equilibrate(doubles(f.S), n, f.count, f.C, doubles(memory), doubles(f.V), workspace.data_ptr(),
-                                         call.limits, call.stream),
+  double* const V = f.V.size(0) == 0 ? nullptr : doubles(f.V);
+  check(cuda::logdet_inverse_equilibrate(doubles(f.S), n, f.count, f.C, doubles(memory), V, workspace.data_ptr(), call.limits,
+                                         call.stream),
         "equilibrate");
-  const Tensor R = column_major(memory, f.count, f.C, call.place), X = column_major(f.V, f.count, f.C, call.place);
+  const Tensor R = column_major(memory, f.count, f.C, call.place);
   std::array<StableIValue, 6> factor{from(R), from(true), from(false), from(R), from(pivots), from(info)};
   STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_lu_factor_ex", "out", factor.data(), TORCH_ABI_VERSION) == 0,
                   "ldmi_fast: LU factorisation failed");
@@ -105,11 +106,13 @@ void factor_by_library(const Call& call, const Factors& f, bool strict, int64_t 
                                          doubles(f.log_abs_det), doubles(f.sign), static_cast<int64_t*>(f.kept.data_ptr()),
                                          workspace.data_ptr(), call.limits, call.stream),
         "determinant");
+  if (V == nullptr) return;
+  const Tensor X = column_major(f.V, f.count, f.C, call.place);
   std::array<StableIValue, 6> solve{from(R), from(pivots), from(X), from(true), from(false), from(X)};
   STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_lu_solve", "out", solve.data(), TORCH_ABI_VERSION) == 0,
                   "ldmi_fast: solving with the LU factors failed");
   (void)to<Tensor>(solve[0]);
-  check(cuda::logdet_inverse_finish(n, f.count, f.C, doubles(f.V), workspace.data_ptr(), call.limits, call.stream), "finish");
+  check(cuda::logdet_inverse_finish(n, f.count, f.C, V, workspace.data_ptr(), call.limits, call.stream), "finish");
 }
 
 void factor(const Call& call, const Factors& f, bool strict) {
@@ -120,7 +123,8 @@ void factor(const Call& call, const Factors& f, bool strict) {
     return;
   }
   check(cuda::logdet_inverse(doubles(f.S), doubles(f.n), f.count, f.C, strict, doubles(f.log_abs_det), doubles(f.sign),
-                             static_cast<int64_t*>(f.kept.data_ptr()), doubles(f.V), call.limits, call.stream),
+                             static_cast<int64_t*>(f.kept.data_ptr()), f.V.size(0) == 0 ? nullptr : doubles(f.V), call.limits,
+                             call.stream),
         "logdet_inverse");
 }
 
@@ -151,6 +155,58 @@ Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_we
                           call.limits, call.stream),
         "logits_grad");
   return grad;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor target, std::optional<Tensor> sample_weight,
+                                                                int64_t ignore_index, std::string absent, double eps, bool normalize,
+                                                                double cross_entropy_weight, std::string input, bool gradient) {
+  const Call call(logits);
+  STD_TORCH_CHECK(logits.dim() == 2, "ldmi_fast: logits must be a matrix");
+  const int64_t C = logits.size(1), kept = gradient ? C : 0;
+  const cpu::Batch batch = batch_on(call, logits, target, sample_weight, C, ignore_index, input);
+  const cpu::LossOptions options{strict_of(absent), eps, normalize, cross_entropy_weight};
+  Tensor loss = call.allocate({}, compute_type(logits)), lse = call.allocate({batch.logits.rows}, compute_type(logits));
+  Tensor scale = call.allocate({}, ScalarType::Double), ce_scale = call.allocate({}, ScalarType::Double);
+  const bool soft = batch.soft.data != nullptr, weighted = sample_weight.has_value();
+  const plan::CudaLossForward how =
+      plan::cuda_loss_forward(batch.logits.rows, C, soft, bytes_of(batch.logits.type), weighted, call.limits);
+  if (how.how != plan::CudaLoss::kLibrary) {
+    Tensor V = call.allocate({kept, kept}, ScalarType::Double);
+    const Tensor workspace = call.workspace(how.workspace_bytes);
+    check(cuda::loss_forward(batch, options, loss.data_ptr(), lse.data_ptr(), gradient ? doubles(V) : nullptr, doubles(scale),
+                             doubles(ce_scale), workspace.data_ptr(), call.limits, call.stream),
+          "loss_forward");
+    return {loss, lse, V, scale, ce_scale};
+  }
+  const Tensor S = call.allocate({C, C}, ScalarType::Double), n = call.allocate({C}, ScalarType::Double);
+  const Tensor ce = call.allocate({}, ScalarType::Double);
+  sum_joint(call, batch, S, n, lse, ce);
+  const Factors f(S, n, gradient);
+  factor(call, f, options.strict);
+  const Tensor workspace = call.workspace(plan::cuda_combine(batch.logits.rows, soft && weighted, call.limits).workspace_bytes);
+  check(cuda::combine(batch, doubles(f.log_abs_det), static_cast<const int64_t*>(f.kept.data_ptr()), doubles(n), doubles(ce), options,
+                      loss.data_ptr(), batch.logits.type == cpu::Type::kFloat64 ? cpu::Type::kFloat64 : cpu::Type::kFloat32,
+                      doubles(scale), doubles(ce_scale), workspace.data_ptr(), call.limits, call.stream),
+        "combine");
+  return {loss, lse, gradient ? torch::stable::view(f.V, {C, C}) : call.allocate({0, 0}, ScalarType::Double), scale, ce_scale};
+}
+
+std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Tensor> sample_weight, int64_t ignore_index,
+                                 std::string absent, double eps, bool normalize, double cross_entropy_weight, std::string input) {
+  STD_TORCH_CHECK(target.dim() == 1 && logits.dim() == 2, "ldmi_fast: fused takes logits [N, C] and class indices [N]");
+  const Call call(logits);
+  const cpu::Batch batch = batch_on(call, logits, target, sample_weight, logits.size(1), ignore_index, input);
+  if (!plan::cuda_fused(batch.logits.rows, batch.logits.columns, bytes_of(batch.logits.type), sample_weight.has_value(), call.limits)
+           .runs) {
+    auto [loss, lse, V, scale, ce_scale] =
+        loss_forward(logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input, true);
+    return {loss, logits_grad(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)};
+  }
+  Tensor loss = call.allocate({}, compute_type(logits)), grad = call.allocate({logits.size(0), logits.size(1)}, logits.scalar_type());
+  check(cuda::fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, loss.data_ptr(), grad.data_ptr(), call.limits,
+                    call.stream),
+        "fused");
+  return {loss, grad};
 }
 
 }  // namespace

@@ -47,14 +47,17 @@ _MODULES: dict[str, ModuleType] = {"cpu": native, "cuda": native, "composite": c
 # Which engines to try for a kind of device, the fastest first; composite, which runs everywhere, after them.
 _PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",)}
 
+# What each compiled engine has kernels for.
+_COMPILED = {"cpu": "the CPU", "cuda": "NVIDIA GPUs"}
+
 # What the reason says of an engine that was chosen.
-_WHAT = {"cpu": "compiled kernels for the CPU", "cuda": "compiled kernels for NVIDIA GPUs"}
+_WHAT = {name: f"compiled kernels for {what}" for name, what in _COMPILED.items()}
 
 
 def why_not(name: str, device: torch.device) -> str:
     """Why an engine cannot run on a device; empty if it can."""
-    if name in ("cpu", "cuda") and device.type != name:
-        return f"it has kernels for {name} tensors, and the logits are on {device}"
+    if name in _COMPILED and device.type != name:
+        return f"it has kernels for {_COMPILED[name]}, and the logits are on {device}"
     return _MODULES[name].can_run(device)
 
 

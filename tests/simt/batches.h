@@ -1,5 +1,5 @@
-// Random batches for the kernels over rows: those of the CPU engine's tests (tests/csrc), with their reference answers and error bounds,
-// in global memory.
+// Random batches for the kernels over rows: those of the CPU engine's tests (tests/csrc), with their reference answers and error
+// bounds, in global memory.
 #pragma once
 
 #include <memory>
@@ -124,7 +124,8 @@ inline Case draw_batch(Random& random) {
     case 0:  // the tiles' classes, whole and broken tiles of rows
     case 1: {
       const int64_t classes = random.one_of<int64_t>({1, 2, 7, 8, 9, 14, 15, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64});
-      return make_case(seed, {random.one_of<int64_t>({0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300, 513}), classes, classes, false}, type);
+      return make_case(
+          seed, {random.one_of<int64_t>({0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300, 513}), classes, classes, false}, type);
     }
     case 2: {  // stacked, on both sides of the tiles' labels
       const int64_t classes = random.one_of<int64_t>({1, 3, 8, 14, 16, 20, 32, 64}), problems = random.integer(1, 9);
@@ -132,12 +133,16 @@ inline Case draw_batch(Random& random) {
     }
     case 3:
     case 4: {  // by label: a warp a row, a block a row, whole accesses and single values
-      const int64_t classes = random.one_of<int64_t>({65, 66, 68, 96, 100, 104, 127, 128, 129, 200, 255, 256, 257, 264, 300, 1000, 1023, 1024, 1025, 1032});
-      return make_case(seed, {random.integer(0, classes > 256 ? 40 : 160), classes, classes > 300 ? random.integer(1, 30) : classes, false},
-                       type);
+      const int64_t classes = random.one_of<int64_t>(
+          {65, 66, 68, 96, 100, 104, 127, 128, 129, 200, 255, 256, 257, 264, 300, 1000, 1023, 1024, 1025, 1032});
+      return make_case(
+          seed, {random.integer(0, classes > 256 ? 40 : 160), classes, classes > 300 ? random.integer(1, 30) : classes, false}, type);
     }
     case 5:  // rows as long as a block's registers, and longer ones
-      return make_case(seed, {random.integer(1, 6), random.one_of<int64_t>({2048, 4095, 4096, 4097, 4104, 8192, 9001}), random.integer(1, 9), false}, type);
+      return make_case(
+          seed,
+          {random.integer(1, 6), random.one_of<int64_t>({2048, 4095, 4096, 4097, 4104, 8192, 9001}), random.integer(1, 9), false},
+          type);
     case 6: {  // soft targets, on both sides of their tiles
       const int64_t classes = random.one_of<int64_t>({1, 2, 14, 31, 32, 33, 63, 64, 65, 100, 128, 130, 257});
       return make_case(seed, {random.one_of<int64_t>({0, 1, 15, 31, 32, 33, 64, 65, 200, 600}), classes, classes, true}, type);

@@ -1,10 +1,8 @@
-// combine against its formulas in long double, and scale against products in double.
+// combine against its formulas in long double.
 
 #include <limits>
 
-#include "../../csrc/cpu/half.h"
 #include "../../csrc/cuda/combine.cu"
-#include "../../csrc/cuda/scale.cu"
 #include "batches.h"
 
 namespace ldmi::cuda {
@@ -93,65 +91,12 @@ void check_combine(test::Random& random, const DeviceLimits& limits) {
   test::require_close(ce_scale.download(), std::vector<double>{want.ce_scale}, 0, error + 1e-14, "ce_scale");
 }
 
-template <class T>
-T stored(double x) {
-  if constexpr (std::is_same_v<T, simt::Half>) {
-    return {cpu::narrow(static_cast<float>(x), cpu::Half{}).bits};
-  } else if constexpr (std::is_same_v<T, simt::BFloat16>) {
-    return {cpu::narrow(static_cast<float>(x), cpu::BFloat16{}).bits};
-  } else {
-    return static_cast<T>(x);
-  }
-}
-template <class T>
-double value_of(T x) {
-  if constexpr (std::is_same_v<T, simt::Half>) {
-    return cpu::widen(cpu::Half{x.bits});
-  } else if constexpr (std::is_same_v<T, simt::BFloat16>) {
-    return cpu::widen(cpu::BFloat16{x.bits});
-  } else {
-    return static_cast<double>(x);
-  }
-}
-
-template <class In, class Out, class Factor>
-void check_scale(test::Random& random, Type in_type, Type factor_type, Type out_type, const DeviceLimits& limits) {
-  const int64_t count = random.one_of({random.integer(0, 20), random.integer(1, 5000), 8 * random.integer(1, 600)});
-  const double factor = random.one_of({1.0, 0.0, random.normal(), 65536.0, kInfinity, kNaN});
-  std::vector<In> in(static_cast<size_t>(count));
-  for (In& x : in) x = stored<In>(random.chance(0.05) ? random.one_of({0.0, kNaN, kInfinity, 1e-7}) : random.normal());
-  const test::Buffer<In> from(in, "in", random.integer(0, 1) * random.integer(0, 8));
-  const test::Buffer<Factor> by(std::vector<Factor>{static_cast<Factor>(factor)}, "factor");
-  const test::Buffer<Out> to(count, "out", random.integer(0, 1) * random.integer(0, 8));
-  test::require_success(scale(from.data(), in_type, by.data(), factor_type, count, to.data(), out_type, limits, simt::Stream{}),
-                        "scale");
-  const std::vector<Out> got = to.download();
-  for (size_t i = 0; i < got.size(); ++i) {
-    using F = std::conditional_t<std::is_same_v<Factor, double>, double, float>;
-    const double want = value_of(stored<Out>(static_cast<double>(static_cast<F>(value_of(in[i])) * static_cast<F>(factor))));
-    const double is = value_of(got[i]);
-    if (!(is == want || (std::isnan(is) && std::isnan(want)))) {
-      throw test::Failure("scale: value " + std::to_string(i) + " is " + std::to_string(is) + ", expected " + std::to_string(want));
-    }
-  }
-}
-
 void check(test::Random& random) {
   simt::Device device;
   test::require_success(simt::device(&device), "device");
   const DeviceLimits limits{device.sms, static_cast<int64_t>(device.smem_block), static_cast<int64_t>(device.smem_sm),
                             static_cast<int64_t>(device.l2), device.capability};
   check_combine(random, limits);
-  using simt::BFloat16;
-  using simt::Half;
-  check_scale<float, float, float>(random, Type::kFloat32, Type::kFloat32, Type::kFloat32, limits);
-  check_scale<double, double, double>(random, Type::kFloat64, Type::kFloat64, Type::kFloat64, limits);
-  check_scale<Half, Half, float>(random, Type::kFloat16, Type::kFloat32, Type::kFloat16, limits);
-  check_scale<BFloat16, BFloat16, float>(random, Type::kBFloat16, Type::kFloat32, Type::kBFloat16, limits);
-  check_scale<float, Half, float>(random, Type::kFloat32, Type::kFloat32, Type::kFloat16, limits);
-  check_scale<float, BFloat16, float>(random, Type::kFloat32, Type::kFloat32, Type::kBFloat16, limits);
-  test::require(scale(nullptr, Type::kFloat16, nullptr, Type::kFloat32, 1, nullptr, Type::kFloat64, limits, simt::Stream{}) != 0,
-                "types that no gradient has");
 }
 
 }  // namespace

@@ -16,7 +16,8 @@ DeviceLimits current_limits() {
 // What the problem and its numbers are drawn from: batches of the tests of the CPU engine, in shapes of this regime.
 test::Case draw(test::Random& random) {
   const Type type = random.chance(0.3) ? Type::kFloat64 : Type::kFloat32;
-  const int64_t classes = random.one_of<int64_t>({1, 2, 3, 7, 8, 9, 10, 13, 14, 14, 15, 16, 17, 24, 25, 31, 32, 33, 40, 41, 48, 63, 64});
+  const int64_t classes =
+      random.one_of<int64_t>({1, 2, 3, 7, 8, 9, 10, 13, 14, 14, 15, 16, 17, 24, 25, 31, 32, 33, 40, 41, 48, 63, 64});
   int64_t rows = random.one_of<int64_t>({0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 400, 1000, 1023, 1024});
   // most of the time enough rows of each class for a joint that is not singular
   if (random.chance(0.5)) rows = classes * random.integer(2, 20);
@@ -34,14 +35,16 @@ void check_fused(const test::Case& from, bool packed, const LossOptions& options
     return;
   }
   char text[200];
-  std::snprintf(text, sizeof(text), "%s; strict %d, eps %g, normalize %d, ce %g", packed ? ", packed" : "", options.strict, options.eps, options.normalize,
-                options.cross_entropy_weight);
+  std::snprintf(text, sizeof(text), "%s; strict %d, eps %g, normalize %d, ce %g", packed ? ", packed" : "", options.strict,
+                options.eps, options.normalize, options.cross_entropy_weight);
   const std::string context = from.text + text;
   const test::LossAnswer want = test::loss_of(problem, options);
   std::vector<F> first;
   for (int repeat = 0; repeat < 2; ++repeat) {
     const test::Buffer<F> loss(1, "loss"), grad(problem.rows * problem.classes, "grad", lead);
-    test::require_success(launch_fused<F, true>(on_device.batch, options, {loss.data(), grad.data(), nullptr, nullptr, nullptr, nullptr}, plan, Stream{}), "fused");
+    test::require_success(launch_fused<F, true>(on_device.batch, options,
+                                                {loss.data(), grad.data(), nullptr, nullptr, nullptr, nullptr}, plan, Stream{}),
+                          "fused");
     test::synchronize();
     std::vector<F> all = grad.download();
     const F value = loss.download()[0];

@@ -298,11 +298,17 @@ void factor_plainly(std::vector<double>& LU, std::vector<int32_t>& pivots, std::
 
 Results launch_library(const test::Buffer<double>& S, const test::Buffer<double>& n, int64_t count, int64_t C, bool strict,
                        const plan::CudaLogdetInverse& plan, const DeviceLimits& limits) {
-  const test::Buffer<double> R(count * C * C, "R"), log_abs_det(count, "log_abs_det"), sign(count, "sign");
+  const test::Buffer<double> R(count * C * C, "R"), identity(count * C * C, "V"), log_abs_det(count, "log_abs_det"),
+      sign(count, "sign");
   const test::Buffer<int64_t> kept(count, "kept");
   const test::Buffer<unsigned char> workspace(plan.workspace_bytes, "workspace");
-  test::require_success(logdet_inverse_equilibrate(S.data(), n.data(), count, C, R.data(), workspace.data(), limits, simt::Stream{}),
-                        "equilibrate");
+  test::require_success(
+      logdet_inverse_equilibrate(S.data(), n.data(), count, C, R.data(), identity.data(), workspace.data(), limits, simt::Stream{}),
+      "equilibrate");
+  const std::vector<double> right_hand_sides = identity.download();
+  for (int64_t e = 0; e < count * C * C; ++e) {
+    test::require(right_hand_sides[static_cast<size_t>(e)] == (e / C % C == e % C ? 1 : 0), "V is not the identity");
+  }
   std::vector<double> LU = R.download(), inverse(LU.size());
   std::vector<int32_t> pivots(static_cast<size_t>(count * C));
   for (int64_t m = 0; m < count; ++m) factor_plainly(LU, pivots, inverse, C, m);
@@ -409,6 +415,9 @@ void check(Random& random) {
   }
   const test::Buffer<double> S(all_S, "S", random.integer(0, 1)), n(all_n, "n", random.integer(0, 1));
   const plan::CudaLogdetInverse plan = plan::cuda_logdet_inverse(count, C, limits);
+  for (const auto& [kilobytes, classes] : {std::pair{227, 170}, {163, 144}, {99, 112}}) {
+    test::require(plan::factor_classes({.smem_block = kilobytes * 1024}) == classes, "the most classes of one block");
+  }
   test::require((plan.factor == plan::CudaFactor::kLibrary) == (C > plan::factor_classes(limits)), "where one block ends");
   const bool library = plan.factor == plan::CudaFactor::kLibrary;
   const Results results =

@@ -1,7 +1,6 @@
 // logits_grad against plain loops over doubles, on random batches of every kind.
 
 #include "../../csrc/cuda/logits_grad.cuh"
-
 #include "batches.h"
 
 namespace ldmi::cuda {
@@ -45,7 +44,8 @@ void check_grad(const test::Case& from, test::Random& random, const DeviceLimits
   test::require_bounded(got, want, "grad", context);
   for (int64_t i = 0; i < N; ++i) {
     if (problem.counts(i)) continue;
-    for (int64_t c = 0; c < C; ++c) test::require(got[static_cast<size_t>(i * C + c)] == 0, "a row that does not count has a gradient");
+    for (int64_t c = 0; c < C; ++c)
+      test::require(got[static_cast<size_t>(i * C + c)] == 0, "a row that does not count has a gradient");
   }
 }
 

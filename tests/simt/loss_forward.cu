@@ -1,10 +1,9 @@
 // loss_forward against plain loops over doubles, in each of its regimes, and a gradient from what it leaves.
 
-#include "../../csrc/cuda/loss_forward.cu"
-
 #include "../../csrc/cuda/combine.cu"
 #include "../../csrc/cuda/joint.cu"
 #include "../../csrc/cuda/logdet_inverse.cu"
+#include "../../csrc/cuda/loss_forward.cu"
 #include "losses.h"
 
 namespace ldmi::cuda {
@@ -15,7 +14,8 @@ test::Case draw(test::Random& random) {
   const uint64_t seed = random.bits() >> 8;
   if (random.chance(0.5)) {  // one block
     const int64_t classes = random.one_of<int64_t>({1, 2, 7, 8, 9, 14, 14, 16, 17, 24, 25, 31, 32, 33, 48, 63, 64});
-    const int64_t rows = random.chance(0.5) ? classes * random.integer(2, 20) : random.one_of<int64_t>({0, 1, 31, 32, 33, 255, 256, 257});
+    const int64_t rows =
+        random.chance(0.5) ? classes * random.integer(2, 20) : random.one_of<int64_t>({0, 1, 31, 32, 33, 255, 256, 257});
     return test::make_case(seed, {std::min(rows, plan::kCudaFusedElements / classes), classes, classes, false}, type);
   }
   if (random.chance(0.4)) {  // soft targets
@@ -33,8 +33,7 @@ void check_forward(const test::Case& from, bool packed, const LossOptions& optio
   const test::DeviceBatch on_device(from, packed);
   const int64_t N = problem.rows, C = problem.classes;
   const int64_t bytes = test::size_of(from.batch.logits.type);
-  const plan::CudaLossForward plan =
-      plan::cuda_loss_forward(N, C, problem.soft, bytes, from.batch.weights.data != nullptr, limits);
+  const plan::CudaLossForward plan = plan::cuda_loss_forward(N, C, problem.soft, bytes, from.batch.weights.data != nullptr, limits);
   if (plan.how == plan::CudaLoss::kLibrary) {
     test::require(C > 32, "a library for so few classes");
     return;
@@ -88,6 +87,4 @@ void check(test::Random& random) {
 }  // namespace
 }  // namespace ldmi::cuda
 
-int main(int count, char** words) {
-  return ldmi::test::run("loss_forward", ldmi::test::Options(count, words), ldmi::cuda::check);
-}
+int main(int count, char** words) { return ldmi::test::run("loss_forward", ldmi::test::Options(count, words), ldmi::cuda::check); }

@@ -51,8 +51,7 @@ inline LossAnswer loss_of(const Problem& problem, const cpu::LossOptions& option
   }
   const bool empty = total == 0;
   const double loss_error = 2 * inverse.inverse_norm * perturbation + 1e-12 * (1 + std::fabs(inverse.log_abs_det));
-  const bool surely_singular =
-      !empty && options.strict && std::any_of(n.begin(), n.end(), [](double x) { return x == 0; });
+  const bool surely_singular = !empty && options.strict && std::any_of(n.begin(), n.end(), [](double x) { return x == 0; });
   out.clear = empty || surely_singular || (loss_error < 0.01 && inverse.smallest_pivot > 1e-9);
   if (empty) total = 1;
   const double level = inverse.log_abs_det - (options.normalize ? static_cast<double>(inverse.kept) * std::log(total) : 0);
@@ -95,7 +94,8 @@ void require_loss(const Problem& problem, cpu::Type type, const LossAnswer& want
                   const std::string& context) {
   const auto refuse = [&](const std::string& what) { throw Failure(what + "\n  " + context); };
   std::vector<double> values(grad.size());
-  for (size_t i = 0; i < grad.size(); ++i) values[i] = read(reinterpret_cast<const std::byte*>(grad.data()), static_cast<int64_t>(i), type);
+  for (size_t i = 0; i < grad.size(); ++i)
+    values[i] = read(reinterpret_cast<const std::byte*>(grad.data()), static_cast<int64_t>(i), type);
   for (int64_t i = 0; i < problem.rows; ++i) {
     for (int64_t c = 0; c < problem.classes; ++c) {
       const double value = values[static_cast<size_t>(i * problem.classes + c)];
@@ -112,7 +112,8 @@ void require_loss(const Problem& problem, cpu::Type type, const LossAnswer& want
   if (!want.clear) return;
   if (!want.loss.accepts(static_cast<double>(loss))) {
     char line[200];
-    std::snprintf(line, sizeof(line), "loss is %.17g, expected %.17g within %.3g", static_cast<double>(loss), want.loss.value, want.loss.error);
+    std::snprintf(line, sizeof(line), "loss is %.17g, expected %.17g within %.3g", static_cast<double>(loss), want.loss.value,
+                  want.loss.error);
     refuse(line);
   }
   std::vector<Bounded> bounds = logits_grad(problem, want.V, want.V_error, want.scale.value, want.ce_scale.value);

@@ -18,7 +18,13 @@ pytestmark = [
 CASES = [name for name in programs.cases() if name != "demo"]
 
 #: Seeds a case: (release, sanitized)
-ITERATIONS = {"example": (300, 30), "conformance": (60, 8)}
+ITERATIONS = {
+    "example": (300, 30),
+    "conformance": (60, 8),
+    "logdet_inverse": (400, 40),
+    "fused": (400, 40),
+    "loss_forward": (200, 20),
+}
 OTHERWISE = (100, 10)
 
 #: What each defect of demo.cu must be found by, and in which share of the seeds at least. The share is small where most schedules hide

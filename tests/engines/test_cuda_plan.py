@@ -1,0 +1,147 @@
+"""The plan of the CUDA engine, which is arithmetic on a shape and a device's limits and needs no GPU: every regime's edges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ldmi_fast import ops
+from ldmi_fast.engines import choose, native
+from ldmi_fast.options import Options
+
+pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
+
+#: Multiprocessors, bytes of shared memory of a block and of a multiprocessor, bytes of L2 cache, compute capability times 10.
+DEVICES = {
+    "sm_80": (108, 163 * 1024, 164 * 1024, 40 << 20, 80),
+    "sm_89": (142, 99 * 1024, 100 * 1024, 96 << 20, 89),
+    "sm_90": (132, 227 * 1024, 228 * 1024, 50 << 20, 90),
+}
+#: The most classes that one block factors.
+ONE_BLOCK = {"sm_80": 144, "sm_89": 112, "sm_90": 170}
+
+
+def plan(rows: int, classes: int, device: str = "sm_90", *, soft: bool = False, value_bytes: int = 4) -> dict[str, Any]:
+    return ops.compiled.cuda_plan(rows, classes, classes, soft, value_bytes, False, *DEVICES[device])
+
+
+def last_before(changes: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest value in low..high-1 before ``changes`` turns true, which it does once."""
+    assert not changes(low)
+    assert changes(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if changes(middle) else (middle, high)
+    return low
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("classes", [1, 2, 14, 32, 64])
+def test_one_launch_by_elements(device: str, classes: int) -> None:
+    if device == "sm_89" and classes == 64:
+        assert len(plan(64, 64, device)["kernels"]) == 3, "V and the matrix do not fit in its shared memory"
+        return
+    elements, most_classes = ops.compiled.cuda_fused_limits()
+    assert classes <= most_classes
+    last = elements // classes
+    assert plan(last, classes, device)["kernels"] == ["fused (joint, logdet_inverse, logits_grad: one launch)"]
+    assert len(plan(last + 1, classes, device)["kernels"]) == 3
+
+
+@pytest.mark.parametrize("device", ["sm_80", "sm_90"])
+def test_one_launch_by_classes(device: str) -> None:
+    elements, classes = ops.compiled.cuda_fused_limits()
+    rows = elements // (classes + 1)
+    assert len(plan(rows, classes, device)["kernels"]) == 1
+    assert len(plan(rows, classes + 1, device)["kernels"]) == 3
+
+
+def test_one_launch_not_in_half_precision_nor_for_soft_targets() -> None:
+    assert len(plan(256, 14, value_bytes=2)["kernels"]) == 3
+    assert len(plan(256, 14, soft=True)["kernels"]) == 3
+
+
+def test_clothing1m_is_one_launch_everywhere() -> None:
+    for device in DEVICES:
+        for value_bytes in (4, 8):
+            assert len(plan(256, 14, device, value_bytes=value_bytes)["kernels"]) == 1
+
+
+def test_factor() -> None:
+    """A warp up to 32 classes, a block as far as its shared memory goes, a library above."""
+    for device, most in ONE_BLOCK.items():
+
+        def factor(classes: int, device: str = device) -> str:
+            return plan(10**6, classes, device)["kernels"][1]
+
+        assert last_before(lambda c, f=factor: "one warp" not in f(c), 1, 64) == 32
+        assert last_before(lambda c, f=factor: "torch" in f(c), 33, 1000) == most
+        assert f"{most} classes at most" in plan(10**6, most + 1, device)["reason"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_joint_order(device: str) -> None:
+    assert last_before(lambda c: "label order" in plan(10**6, c, device)["kernels"][0], 1, 5000) == 64
+    assert plan(10**6, 65, device, soft=True)["kernels"][0] == "joint (soft targets)"
+
+
+def test_plan_is_bounded() -> None:
+    """Scratch memory stays within the goal where the factorisation is our own: 5 % of the gradient, 16 bytes for each entry of S and each
+    row, 4 MiB. S and V themselves, 16 bytes an entry, are among it."""
+    for rows in (0, 1, 100, 10**4, 10**6, 10**8):
+        for classes in (1, 10, 64, 65, 128, 170):
+            for soft in (False, True):
+                for value_bytes in (2, 4, 8):
+                    found = plan(rows, classes, soft=soft, value_bytes=value_bytes)
+                    allowed = 0.05 * rows * classes * value_bytes + 1.05 * (16 * classes**2 + 16 * rows) + 4 * 2**20
+                    needed = found["workspace_bytes"] + 16 * classes**2
+                    assert needed <= allowed, (rows, classes, soft, value_bytes, found)
+
+
+# --- the choice, on machines without a GPU ----------------------------------------------------------------------------------------
+
+
+def test_forced_without_a_gpu_says_why() -> None:
+    with pytest.raises(RuntimeError, match="engine 'cuda' was asked for and cannot run: it has kernels for NVIDIA GPUs, and the"):
+        choose.choose_name(torch.device("cpu"), Options(engine="cuda"))
+    with pytest.raises(RuntimeError, match="engine 'cpu' was asked for and cannot run: it has kernels for the CPU, and the log"):
+        choose.choose_name(torch.device("cuda"), Options(engine="cpu"))
+
+
+def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "DEVICES", ("cpu",))
+    assert "built without CUDA kernels" in choose.why_not("cuda", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("80 90a 100 120", (8, 0), True),
+        ("80 90a 100 120", (8, 9), True),  # 8.0's machine code
+        ("80 90a 100 120", (9, 0), True),
+        ("80 90a 100 120", (7, 5), False),
+        ("80 90a 100 120", (10, 3), True),
+        ("80 90a 100 120", (11, 0), False),  # neither machine code nor older PTX
+        ("80 90a 100 120", (12, 1), True),
+        ("80 90a 100 120", (13, 0), True),  # PTX
+        ("90a", (9, 0), True),
+        ("90a", (8, 0), False),
+        ("90a", (10, 0), True),
+        ("120", (10, 0), False),
+    ],
+)
+def test_architectures(monkeypatch: pytest.MonkeyPatch, archs: str, capability: tuple[int, int], runs: bool) -> None:
+    class Built:
+        @staticmethod
+        def build_info() -> dict[str, str]:
+            return {"cuda_archs": archs}
+
+    monkeypatch.setattr(ops, "compiled", Built)
+    reason = native._architecture_missing(*capability)
+    assert (reason == "") is runs
+    if not runs:
+        assert "{}.{}".format(*capability) in reason
+        assert archs.split()[0] in reason
