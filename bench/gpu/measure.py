@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.cases import HOT_BYTES, Case, make_batches
-from bench.gpu.clocks import GRAPH_CALLS, Call, Clocks, count_nodes
+from bench.gpu.clocks import GRAPH_CALLS, Call, Captured, Clocks, count_nodes
 from bench.gpu.peers import kernel_engines, why_not_timed
 from bench.gpu.results import CLOCKS, Clock, Launches, Peak, Result, Row, What
 from bench.kernels.cases import DIRECTIONS, Batch, Direction
@@ -21,7 +21,7 @@ from bench.kernels.peers import Loss, Peer, index_add_slogdet_fp64
 
 PEAK_PEERS = ("ours", "D", "E")
 BLOCK_SECONDS: dict[Clock, float] = {"graph": 2e-3, "device": 0.0, "wall": 2e-3}
-"""The events of the device's clock surround one call at a time."""
+"""How long a function is repeated within a round. The events of the device's clock surround one call at a time."""
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Bench:
             "device": self.clocks.device_seconds,
             "wall": self.clocks.wall_seconds,
         }
+        # A replay is many calls, and the clock counts calls.
+        calls = max(function.calls if isinstance(function, Captured) else 1 for function in functions.values())
         return interleave(
             functions,
             reference=reference,
@@ -53,7 +55,7 @@ class Bench:
             min_rounds=self.min_rounds,
             max_rounds=self.max_rounds,
             seconds_of=seconds_of[clock],
-            block_seconds=BLOCK_SECONDS[clock],
+            block_seconds=BLOCK_SECONDS[clock] / calls,
         )
 
     def captured(self, calls: Mapping[str, Call], count: int, where: str) -> dict[str, Call]:

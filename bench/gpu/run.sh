@@ -59,6 +59,10 @@ if ! command -v "$PYTHON" > /dev/null; then
   echo "error: there is no $PYTHON: name a Python that has torch, PYTHON=..." >&2
   exit 2
 fi
+if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+  echo "error: $PYTHON has no torch: name a Python that has, PYTHON=..." >&2
+  exit 2
+fi
 case "${LIMIT:-0}" in
   *[!0-9]*) echo "error: LIMIT must be a number of seconds, got '$LIMIT'" >&2; exit 2 ;;
 esac

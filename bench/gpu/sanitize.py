@@ -13,18 +13,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "simt"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
-PLAIN_ITERATIONS = 200
+PLAIN_ITERATIONS = 100
 TOOL_ITERATIONS = 4
 REHEARSAL_ITERATIONS = 3
-RUN_SECONDS = 60.0
-JOBS = 4
+RUN_SECONDS = 45.0
+JOBS = 8
 """Programs at a time: under a tool most of the time is the host's."""
 SHOWN_LINES = 40
 
@@ -136,16 +136,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sanitizer is None:
             print("compute-sanitizer is MISSING: the programs run plainly only, and nothing counts as sanitized")
     work = [(name, "", plain) for name in names] + [(name, tool, TOOL_ITERATIONS) for tool in tools for name in names]
+    runs: list[Run] = []
     with ThreadPoolExecutor(min(JOBS, os.cpu_count() or 1)) as pool:
         waiting = [
             pool.submit(execute, name, tool, command_for(options.build / name, tool, iterations, sanitizer), RUN_SECONDS)
             for name, tool, iterations in work
         ]
-        runs = [future.result() for future in waiting]
-    for run in runs:
-        if not run.good:
-            print(f"--- {run.case} {run.tool or 'plain'}: {run.outcome}")
-            print("\n".join(run.output.splitlines()[-SHOWN_LINES:]))
+        for future in as_completed(waiting):  # said at once: whoever stops this early still knows what passed
+            run = future.result()
+            runs.append(run)
+            print(f"{run.case} {run.tool or 'plain'}: {run.outcome} after {run.seconds:.1f} s", flush=True)
+            if not run.good:
+                print("\n".join(run.output.splitlines()[-SHOWN_LINES:]), flush=True)
     print(table(runs, tools))
     bad = sum(not run.good for run in runs)
     missing = sanitizer is None and not options.rehearse

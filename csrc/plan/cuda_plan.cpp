@@ -34,12 +34,15 @@ CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
 CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, const DeviceLimits& limits) {
   CudaJoint out{};
   const int64_t compute_bytes = value_bytes == 8 ? 8 : 4;
+  // how many partial sums S fit into 3.5 MiB, and 5 % of the gradient and 16 bytes a row more
+  const int64_t room = (int64_t{7} << 19) + rows * classes * value_bytes / 20 + 8 * rows;
+  const int64_t sums = std::max<int64_t>(room / ((labels * classes + labels) * 8), 1);
   if (soft) {
     out.order = CudaOrder::kSoft;
     out.blocks = clamp(up(rows, classes <= kWarpClasses ? 8 : 1), 1, 4 * limits.sms);
     // splits of the rows: enough to fill the device, 256 rows or more each
     const int64_t tiles = up(classes, 64) * up(labels, 64);
-    out.segments = clamp(std::min(up(2 * limits.sms, tiles), rows / 256), 1, 1024);
+    out.segments = clamp(std::min(up(2 * limits.sms, tiles), rows / 256), 1, std::min<int64_t>(1024, sums));
     out.workspace_bytes = 2 * piece(rows * compute_bytes) + piece(out.blocks * 8) + piece(out.blocks * 4) +
                           piece(out.segments * (labels * classes + labels) * 8);
     return out;
@@ -48,7 +51,7 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
     out.order = CudaOrder::kTile;
     out.width = tile_width(labels, classes);
     const int64_t most = limits.sms * (out.width == 16 ? 4 : out.width == 32 ? 3 : 2);
-    out.blocks = clamp(up(rows, tile_rows(out.width, value_bytes)), 1, most);
+    out.blocks = clamp(up(rows, tile_rows(out.width, value_bytes)), 1, std::min(most, sums));
     out.workspace_bytes = piece(out.blocks * (labels * classes + labels) * 8) + piece(out.blocks * 8) + piece(out.blocks * 4);
     return out;
   }

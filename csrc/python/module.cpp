@@ -12,6 +12,12 @@
 
 namespace py = pybind11;
 
+#ifdef LDMI_CUDA_BUILD
+namespace ldmi {
+bool cuda_torch();  // csrc/torch/ops_cuda.cpp
+}
+#endif
+
 namespace {
 
 py::dict shown(const ldmi::plan::Plan& plan) {
@@ -45,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
       "The plan of the CUDA engine on a device with these limits: multiprocessors, bytes of shared memory of a block and of a "
       "multiprocessor, bytes of L2 cache, compute capability times 10.");
 #ifdef LDMI_CUDA_BUILD
+  m.def("cuda_torch", &ldmi::cuda_torch, "Whether the torch that is loaded has CUDA, so that its current stream can be asked for.");
   m.def(
       "cuda_limits",
       [](int device) {

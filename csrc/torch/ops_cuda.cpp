@@ -211,6 +211,8 @@ std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Ten
 
 }  // namespace
 
+bool cuda_torch() { return aoti_torch_get_current_cuda_stream != nullptr; }
+
 STABLE_TORCH_LIBRARY_IMPL(ldmi_fast, CUDA, m) {
   m.impl("joint", TORCH_BOX(&joint));
   m.impl("logdet_inverse", TORCH_BOX(&logdet_inverse));

@@ -36,7 +36,7 @@ def can_run(device: torch.device) -> str:
         return f"it has kernels for the CPU and for NVIDIA GPUs, and the logits are on {device}"
     if "cuda" not in DEVICES:
         return "this installation was built without CUDA kernels (LDMI_FAST_CUDA)"
-    if not torch.cuda.is_available():
+    if not ops.compiled.cuda_torch() or not torch.cuda.is_available():
         return "this torch can use no CUDA device"
     return _architecture_missing(*torch.cuda.get_device_capability(device))
 

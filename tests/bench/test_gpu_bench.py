@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bench.gpu.cases import Case
 from bench.gpu.clocks import Clocks
 from bench.gpu.results import CLOCKS, Launches, Peak, Result, Row
 from bench.kernels.interleave import interleave
+from bench.kernels.peers import PEERS
 
 from .synthetic import around
 
@@ -100,6 +102,18 @@ def test_batches_outgrow_the_cache_or_stay_in_it() -> None:
     assert batch.logits.requires_grad
     assert batch.logits.data_ptr() == batch.detached.data_ptr()
     assert len(batch.target.unique()) == 7
+
+
+@pytest.mark.parametrize("name", [peer.name for peer in PEERS.values() if peer.dmi and not peer.compiled])
+def test_peers_take_half_precision(name: str) -> None:
+    """They factor in float32 at least: nobody would factor a matrix in half precision."""
+    (batch,) = cases.make_batches(Case(256, 14, "bfloat16"), torch.device("cpu"), 0)
+    loss = PEERS[name].loss(batch.logits, batch.target)
+    (grad,) = torch.autograd.grad(loss, batch.logits)
+    exact = PEERS["D64"].loss(batch.detached.double(), batch.target)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert grad.dtype == torch.bfloat16
+    assert grad.isfinite().all()
 
 
 def test_every_goal_has_its_shape() -> None:
@@ -272,9 +286,7 @@ def test_report_and_plots_are_written_beside_the_result(tmp_path: Path, capsys: 
     assert "no result file" in capsys.readouterr().err
 
 
-def test_the_benchmark_itself_rehearsed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_benchmark_itself_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One tiny shape and one matrix by every clock on the CPU: what it writes, the report reads."""
     threads = torch.get_num_threads()
     out = tmp_path / "gpu.json"
@@ -394,7 +406,11 @@ def test_sanitize_names_programs_that_are_none(tmp_path: Path, capsys: pytest.Ca
 
 PARTS = """#!/usr/bin/env bash
 case "$1" in
-  list) printf 'good 60 default\\nbad 60 default\\nslow 1 optional\\nlast 60 default\\nloud 60 optional\\n' ;;
+  list)
+    printf '%s 60 %s\\n' good default bad default last default loud optional tests optional sanitize optional
+    echo 'slow 1 optional'
+    ;;
+  tests | sanitize) echo passed ;;
   good) echo "rehearse $REHEARSE of $PART_SECONDS"; echo '=== 3 passed ===' ;;
   bad) echo 'it broke'; exit 3 ;;
   slow) echo 'waiting'; sleep 60 ;;
@@ -464,6 +480,41 @@ def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
 
 
 @needs_bash
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU, which could verify")
+def test_nothing_is_verified_without_a_gpu(tmp_path: Path) -> None:
+    """Tests and sanitizers that passed count only where a GPU ran them, whatever the script was told."""
+    done, found = run(tmp_path, "tests", "sanitize", REHEARSE="0")
+    assert done.returncode == 0
+    assert found["rehearsal"] is False
+    assert "only a GPU verifies kernels" in done.stdout
+    assert not (tmp_path / "out" / "gpu-verified.json").exists()
+
+
+@needs_bash
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    parts = tmp_path / "parts.sh"
+    parts.write_text("case $1 in list) echo 'slow 60 default' ;; slow) echo $$ > \"$OUT/pid\"; sleep 60 ;; esac\n")
+    out = tmp_path / "out"
+    environment = {**os.environ, "GPU_PARTS": str(parts), "OUT": str(out), "PYTHON": sys.executable, "REHEARSE": "1"}
+    process = subprocess.Popen(["bash", str(RUN)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not (out / "pid").exists() or not (out / "pid").read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 130
+    part = int((out / "pid").read_text())
+    while time.monotonic() < deadline:
+        try:
+            os.kill(part, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the part goes on")
+
+
+@needs_bash
 def test_any_text_may_be_said_last(tmp_path: Path) -> None:
     _, found = run(tmp_path, "loud")
     assert found["parts"][0]["last_line"] == 'a b "quoted" \\ [1mbold'
@@ -472,7 +523,7 @@ def test_any_text_may_be_said_last(tmp_path: Path) -> None:
 @needs_bash
 def test_bad_arguments(tmp_path: Path) -> None:
     for arguments, variables, words in (
-        (("fast",), {}, "no part 'fast': expected some of good bad slow last loud"),
+        (("fast",), {}, "no part 'fast': expected some of good bad last loud tests sanitize slow"),
         ((), {"LIMIT": "soon"}, "LIMIT must be a number of seconds, got 'soon'"),
         ((), {"PYTHON": "no-such-python"}, "there is no no-such-python"),
         ((), {"GPU_PARTS": "/dev/null"}, "lists no parts"),
