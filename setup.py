@@ -4,7 +4,8 @@ Environment variables:
     LDMI_FAST_NATIVE=0   pure Python, no compiler needed; =1 fail if the compiled module cannot be built.
                          Default: build it where a C++ compiler is found, and say so where none is.
     LDMI_FAST_CUDA=0     no CUDA kernels; =1 fail if they cannot be built. Default: build them where nvcc, a torch of the same major
-                         CUDA version and an NVIDIA device are found (a machine without one would compile for minutes what it cannot run).
+                         CUDA version and an NVIDIA device are found (a machine without one would compile for minutes what it
+                         cannot run).
     LDMI_FAST_CUDA_ARCHS architectures, such as "80 90a". Default: those of the devices here, or else 80 90a 100 120. PTX of the last
                          one goes along, for later devices.
     LDMI_FAST_SANITIZE   sanitizers for the kernels, such as address,undefined (for tests).
@@ -111,7 +112,8 @@ def device_archs() -> list[str]:
         return []
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     found = re.findall(r"^(\d+)\.(\d+)$", subprocess.run(query, capture_output=True, text=True, check=False).stdout, re.M)
-    return sorted({f"{major}{minor}" + ("a" if major == "9" else "") for major, minor in found}, key=lambda arch: int(arch.rstrip("a")))
+    archs = {f"{major}{minor}" + ("a" if major == "9" else "") for major, minor in found}
+    return sorted(archs, key=lambda arch: int(arch.rstrip("a")))
 
 
 def cuda_archs() -> list[str]:

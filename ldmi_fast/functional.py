@@ -39,8 +39,8 @@ def _check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, c
 
 
 def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
-    """Whether this is the usual step of a small problem: plain tensors (N, C) and (N,) on one device that has compiled kernels, in eager
-    mode, nothing forced."""
+    """Whether this is the usual step of a small problem: plain tensors (N, C) and (N,) on one device that has compiled kernels, in
+    eager mode, nothing forced."""
     return (
         not torch.compiler.is_compiling()
         and type(logits) is Tensor
@@ -124,8 +124,8 @@ def dmi_loss(
     Raises:
         TypeError, ValueError: arguments that cannot work, with what was given and what is expected. On the CPU in eager mode
             also for sample weights that are negative or not finite (elsewhere the loss is NaN).
-        IndexError: a label out of range, on the CPU in eager mode. Elsewhere the loss is NaN; on other devices the environment variable
-            LDMI_FAST_CHECK=1 raises these, too, and waits for the device at every step to do so.
+        IndexError: a label out of range, on the CPU in eager mode. Elsewhere the loss is NaN; on other devices the environment
+            variable LDMI_FAST_CHECK=1 raises these, too, and waits for the device at every step to do so.
         RuntimeError: the forced engine cannot run here, and why.
 
     Example:

@@ -466,7 +466,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kRowsThreads, (kWidth == 16 ? 4 : 2))
         }
       }
     }
-    sync_warp();  // the tile and the stage are free
+    // All lanes have been through the products: the tile and the stage are free.
     if (++unflushed == kRowsFlush) {
       flush();
       unflushed = 0;
@@ -596,8 +596,7 @@ struct Sides {
 template <class E, int kAccess, int kGroup, int kColumns, int kRows, bool kGiven>
 LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == kThreads ? 1
                                                                      : kGroup == kWarp  ? 2
-                                                                     : sizeof(E) == 8   ? 3
-                                                                                        : 4))
+                                                                                        : 3))
     joint_by_label(Batch batch, LabelOrder sort, int64_t segments, const Compute<E>* shift, const Compute<E>* inverse, Compute<E>* lse,
                    double* S, double* n, Sides sides) {
   using F = Compute<E>;

@@ -322,7 +322,7 @@ inline constexpr int kSoftGradPitch = kSoftGradDepth + 1;
 // registers; the sums over a row need all columns first, so tiles are made twice: once for <p, T V>, once for the gradient. Products
 // are in fp32 (fp64 for fp64 logits), targets as they are and V scaled by its largest magnitude of all.
 template <class E>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, (sizeof(E) == 8 ? 1 : 2))
     grad_soft(Batch batch, const Compute<E>* lse, Table<Compute<E>> table, const double* scale, const double* ce_scale, E* grad) {
   using F = Compute<E>;
   constexpr int kMine = kSoftGradRows / (kThreads / kWarp);

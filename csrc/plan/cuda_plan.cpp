@@ -59,7 +59,7 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
   out.sort = cuda_sort(rows, labels, limits);
   // groups of a block, and blocks of a multiprocessor
   const int64_t groups = classes <= kWarpClasses ? 8 : 1;
-  const int64_t resident = classes <= kWarpClasses ? 2 : classes <= kBlockClasses / 4 ? 6 : 2;
+  const int64_t resident = classes <= kWarpClasses ? 2 : classes <= kBlockClasses / 4 ? 3 : 2;
   out.segments = clamp(rows / 8, 1, limits.sms * resident * groups);
   out.blocks = up(out.segments, groups);
   out.workspace_bytes = sort_bytes(out.sort, rows, labels) + 3 * piece(out.segments * 8) + piece(out.segments * classes * 8);
@@ -93,7 +93,7 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
   // The table is read row by row at random: from level 2 as long as it takes at most half of it, else in the order of the labels.
   out.order = table <= limits.l2 / 2 ? CudaOrder::kByRow : CudaOrder::kByLabel;
   const int64_t groups = classes <= kWarpClasses ? 8 : 1;
-  const int64_t resident = classes <= kWarpClasses ? 2 : classes <= kBlockClasses / 4 ? 6 : 2;
+  const int64_t resident = classes <= kWarpClasses ? 2 : classes <= kBlockClasses / 4 ? 4 : 2;
   out.blocks = clamp(up(rows, 2 * groups), 1, limits.sms * resident);
   if (out.order == CudaOrder::kByLabel) {
     out.sort = cuda_sort(rows, labels, limits);

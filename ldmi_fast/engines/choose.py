@@ -133,5 +133,8 @@ def explain(
         workspace = rows * classes * (2 * compute + acc) + 6 * classes * classes * acc
         return Plan(name, ("joint", "logdet_inverse", "combine", "autograd"), "plain PyTorch", workspace, why)
     shape = (rows, classes, classes, soft, logits.dtype.itemsize, input == "probs")
-    plan = ops.compiled.plan(*shape) if name == "cpu" else ops.compiled.cuda_plan(*shape, *ops.compiled.cuda_limits(logits.device.index))
+    if name == "cpu":
+        plan = ops.compiled.plan(*shape)
+    else:
+        plan = ops.compiled.cuda_plan(*shape, *ops.compiled.cuda_limits(logits.device.index))
     return Plan(name, tuple(plan["kernels"]), plan["regime"], plan["workspace_bytes"], f"{why}; {plan['reason']}")

@@ -1,8 +1,8 @@
-"""The compiled engines, ``cpu`` and ``cuda``, reached through the dispatcher: C++ kernels for the CPU, CUDA kernels for NVIDIA GPUs."""
+"""The compiled engines, reached through the dispatcher: ``cpu`` (C++ kernels) and ``cuda`` (CUDA kernels for NVIDIA GPUs)."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def can_run(device: torch.device) -> str:
     return _architecture_missing(*torch.cuda.get_device_capability(device))
 
 
-@lru_cache(maxsize=None)
+@cache
 def runs_on(device: torch.device) -> bool:
     """Whether the compiled kernels run on ``device``, asked once."""
     return can_run(device) == ""

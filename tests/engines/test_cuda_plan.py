@@ -95,8 +95,8 @@ def test_joint_order(device: str) -> None:
 
 
 def test_plan_is_bounded() -> None:
-    """Scratch memory stays within the goal where the factorisation is our own: 5 % of the gradient, 16 bytes for each entry of S and each
-    row, 4 MiB. S and V themselves, 16 bytes an entry, are among it."""
+    """Scratch memory stays within the goal where the factorisation is our own: 5 % of the gradient, 16 bytes for each entry of S
+    and each row, 4 MiB. S and V themselves, 16 bytes an entry, are among it."""
     for rows in (0, 1, 100, 10**4, 10**6, 10**8):
         for classes in (1, 10, 64, 65, 128, 170):
             for soft in (False, True):

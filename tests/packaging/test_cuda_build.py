@@ -1,4 +1,4 @@
-"""The CUDA kernels as nvcc makes them for every architecture of a release: no warning, no spill, wide accesses; and a module that loads.
+"""The CUDA kernels as nvcc makes them for every architecture of a release: no warning, no spill, wide accesses; and the module loads.
 
 Needs nvcc and minutes, no GPU.
 """

@@ -17,9 +17,10 @@ void check_grad(const test::Case& from, test::Random& random, const DeviceLimits
   const std::string context = from.text + ", order " + std::to_string(static_cast<int>(plan.order)) + (packed ? ", packed" : "");
 
   std::vector<double> V(static_cast<size_t>(K * C));
-  const double size = random.one_of({1.0, 1.0, 1e-3, 1e4});
+  const double size = random.one_of({1.0, 1.0, 1e-3, 1e4, 1e60, 1e-60});  // 1 / n, of any weights
   for (double& v : V) v = size * random.normal();
-  const double scale = random.one_of({1.0, 1.0, -0.7, 0.0}), ce_scale = random.one_of({0.0, 0.0, 0.3, 1e-3});
+  const double unit = size > 1e50 || size < 1e-50 ? 1 / size : 1;
+  const double scale = unit * random.one_of({1.0, 1.0, -0.7, 0.0}), ce_scale = random.one_of({0.0, 0.0, 0.3, 1e-3});
   // lse as joint leaves it, rounded; 0 in rows that do not count
   std::vector<F> lse;
   for (const test::Bounded& value : test::joint(problem).lse) lse.push_back(static_cast<F>(value.value));
