@@ -8,11 +8,11 @@ import sys
 import torch
 
 from . import __version__, dmi_loss, ops
-from .engines.choose import available, why_not
+from .engines.choose import available
 from .options import ENGINE_VARIABLE, Options, forced_engine
 
 
-def _self_check(engine: str) -> tuple[float, float]:
+def _self_check(engine: str, device: torch.device) -> tuple[float, float]:
     """Relative errors of loss and gradient in fp32 against float64 autograd of the formula, written out here."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(0, 14, (256,), generator=generator)
@@ -21,13 +21,35 @@ def _self_check(engine: str) -> tuple[float, float]:
     U = torch.nn.functional.one_hot(target, 14).double().T @ exact.softmax(-1) / 256
     want = -torch.linalg.slogdet(U)[1]
     (want_grad,) = torch.autograd.grad(want, exact)
-    logits.requires_grad_()
-    got = dmi_loss(logits, target, engine=engine)
+    logits = logits.to(device).requires_grad_()
+    got = dmi_loss(logits, target.to(device), engine=engine)
     (grad,) = torch.autograd.grad(got, logits)
     return (
         abs(got.item() - want.item()) / abs(want.item()),
-        ((grad - want_grad).abs().max() / want_grad.abs().max()).item(),
+        ((grad.cpu() - want_grad).abs().max() / want_grad.abs().max()).item(),
     )
+
+
+def _check_engines(device: torch.device) -> bool:
+    """Print what each engine does on ``device``; whether all that should run are right."""
+    right = True
+    for name, reason in available(device).items():
+        if reason:
+            print(f"engine {name:<10} cannot run: {reason}")
+            continue
+        try:
+            loss_error, grad_error = _self_check(name, device)
+        except RuntimeError as error:  # such as an LDMI_FAST_ISA that this processor lacks
+            print(f"engine {name:<10} cannot run: {error}")
+            right = False
+            continue
+        good = loss_error < 4e-6 and grad_error < 4e-6
+        right &= good
+        print(
+            f"engine {name:<10} runs; against float64 at N = 256, C = 14: loss {loss_error:.1e}, gradient {grad_error:.1e} "
+            f"relative  {'ok' if good else 'WRONG'}"
+        )
+    return right
 
 
 def main() -> int:
@@ -47,27 +69,10 @@ def main() -> int:
     except ValueError as error:
         print(error)
         failed = True
-    for name, reason in available().items():
-        if reason:
-            print(f"engine {name:<10} cannot run: {reason}")
-            continue
-        try:
-            loss_error, grad_error = _self_check(name)
-        except RuntimeError as error:  # such as an LDMI_FAST_ISA that this processor lacks
-            print(f"engine {name:<10} cannot run: {error}")
-            failed = True
-            continue
-        good = loss_error < 4e-6 and grad_error < 4e-6
-        failed |= not good
-        print(
-            f"engine {name:<10} runs; against float64 at N = 256, C = 14: loss {loss_error:.1e}, gradient {grad_error:.1e} "
-            f"relative  {'ok' if good else 'WRONG'}"
-        )
+    failed |= not _check_engines(torch.device("cpu"))
     if torch.cuda.is_available():
-        device = torch.device("cuda")
-        for name in available():
-            reason = why_not(name, device)
-            print(f"engine {name:<10} on {torch.cuda.get_device_name()}: {reason or 'runs'}")
+        print(f"CUDA: {torch.cuda.get_device_name()}")
+        failed |= not _check_engines(torch.device("cuda"))
     else:
         print("CUDA: no device that this torch can use")
     return 1 if failed else 0

@@ -66,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "fused_limits", [] { return py::make_tuple(ldmi::plan::kFusedElements, ldmi::plan::kFusedRowsPerClass); },
       "(N * C, N / C): the loss and its gradient come from one call up to either of these.");
+  m.attr("cuda_archs") = LDMI_CUDA_ARCHS;  // what the CUDA kernels are built for, or "none"
   m.def(
       "build_info",
       [] {

@@ -18,7 +18,7 @@ fused = torch.ops.ldmi_fast.fused.default
 #: The kinds of devices that this build has kernels for; each is also the name of its engine.
 DEVICES: tuple[str, ...] = ()
 if ops.compiled is not None:
-    DEVICES = ("cpu",) if ops.compiled.build_info()["cuda"] == "none" else ("cpu", "cuda")
+    DEVICES = ("cpu",) if ops.compiled.cuda_archs == "none" else ("cpu", "cuda")
 
 # One call for the whole problem up to these; csrc/plan says why.
 _FUSED_ELEMENTS, _FUSED_ROWS_PER_CLASS = ops.compiled.fused_limits() if ops.compiled is not None else (-1, -1)
@@ -53,7 +53,7 @@ def _architecture_missing(major: int, minor: int) -> str:
     Machine code runs on its own major version from its own minor version on ("90a": on 9.0 alone). PTX of the last architecture is
     compiled by the driver for any later one.
     """
-    archs = ops.compiled.build_info()["cuda_archs"].split()
+    archs = ops.compiled.cuda_archs.split()
     capability = 10 * major + minor
     for arch in archs:
         number = int(arch.rstrip("a"))

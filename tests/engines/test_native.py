@@ -176,7 +176,7 @@ def test_an_unknown_instruction_set() -> None:
 
 def test_build_info() -> None:
     info = ops.compiled.build_info()
-    assert set(info) == {"version", "compiler", "torch", "cuda", "isa"}
+    assert set(info) == {"version", "compiler", "torch", "cuda", "cuda_archs", "isa"}
     assert info["version"] == ldmi_fast.__version__
     assert info["isa"] in ("baseline", "avx2", "avx512")
     assert all(isinstance(value, str) and value for value in info.values())
