@@ -10,15 +10,20 @@ from ._version import __version__
 from .diagnostics import JointReport, diagnose
 from .engines.choose import Plan, explain
 from .functional import dmi_loss, joint_matrix
+from .joint_state import JointSolution, JointState, RNGReplay, dmi_score
 from .modules import DMILoss
 
 __all__ = [
     "DMILoss",
     "JointReport",
+    "JointSolution",
+    "JointState",
     "Plan",
+    "RNGReplay",
     "__version__",
     "diagnose",
     "dmi_loss",
+    "dmi_score",
     "explain",
     "joint_matrix",
 ]

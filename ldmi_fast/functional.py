@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, stages
+from .average import MovingAverage
 from .checks import check_tensors, flatten, raise_for_values
-from .engines import native
+from .engines import composite, native
 from .engines.choose import choose
 from .options import ENGINE_VARIABLE, OPTION_NAMES, Options, explain_keywords, make_options
+from .stages import Sums
 
 
 def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -46,6 +49,8 @@ def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
 
 def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
     """The loss for checked options: what ``dmi_loss`` and ``DMILoss`` share."""
+    if options.group is not None:
+        return evaluate_in_stages(logits, target, sample_weight, options)
     if sample_weight is None and _is_small_step(logits, target, options):
         # The checks below would cost as much as the loss. The op makes those that memory needs, and if it refuses, they say why.
         try:
@@ -64,6 +69,31 @@ def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, optio
     return loss
 
 
+def conclude(sums: Sums, options: Options, engine: ModuleType, dtype: torch.dtype, average: MovingAverage | None = None) -> Tensor:
+    """From the sums of a batch to its loss: over the ranks, through the average, then the determinant. ``dtype``: of the logits."""
+    if options.group is not None:
+        from . import distributed  # imports torch.distributed, which most programs do without
+
+        sums = distributed.all_reduce(sums, options, None if average is None else average.momentum)
+    if average is not None:
+        sums = average(sums)
+    value = stages.finish(sums, options, engine)
+    return value.to(composite.compute_dtype(dtype))
+
+
+def evaluate_in_stages(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, average: MovingAverage | None = None
+) -> Tensor:
+    """The loss where something stands between the joint and its determinant: other ranks, or an average."""
+    logits, target, sample_weight = prepare(logits, target, sample_weight, options)
+    engine = choose(logits, options)
+    sums = stages.joint_sums(logits, target, sample_weight, options, engine)
+    loss = conclude(sums, options, engine, logits.dtype, average)
+    if not torch.compiler.is_compiling():
+        _check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
+    return loss
+
+
 def dmi_loss(
     logits: Tensor,
     target: Tensor,
@@ -75,6 +105,7 @@ def dmi_loss(
     normalize: bool = True,
     cross_entropy_weight: float = 0.0,
     input: str = "logits",
+    group: Any = None,
     engine: str | None = None,
     **unknown: Any,
 ) -> Tensor:
@@ -101,6 +132,10 @@ def dmi_loss(
         normalize: False: the determinant of the weighted counts instead of their mean (a constant apart).
         cross_entropy_weight: this much of the weighted mean cross entropy is added, from the same pass.
         input: ``"probs"`` if the first argument holds probabilities, rows that sum to 1.
+        group: a torch.distributed ProcessGroup, a 1-D DeviceMesh or ``"world"`` (the default group): the loss is that of all ranks'
+            samples together, the same on every rank, from one all-reduce; the gradient is world_size times that of the local
+            samples, so that the averaging of DDP and FSDP gives what one process would. Every rank has to call, with the same options
+            and classes; local batches may be of any size, or empty.
         engine: ``"cpu"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable LDMI_FAST_ENGINE
             forces one for the whole process. Under torch.func transforms, and for derivatives of the gradient, the composite
             engine computes, whichever is named: only there PyTorch can differentiate any number of times.
@@ -114,7 +149,8 @@ def dmi_loss(
         TypeError, ValueError: arguments that cannot work, with what was given and what is expected. On the CPU in eager mode
             also for sample weights that are negative or not finite (elsewhere the loss is NaN).
         IndexError: a label out of range, on the CPU in eager mode (elsewhere the loss is NaN).
-        RuntimeError: the forced engine cannot run here, and why.
+        RuntimeError: the forced engine cannot run here, and why; or another rank did not come to the all-reduce within the time limit
+            of the group.
 
     Example:
         >>> loss = dmi_loss(model(images), noisy_labels)
@@ -122,7 +158,7 @@ def dmi_loss(
     """
     if unknown:
         explain_keywords("dmi_loss", unknown, ("sample_weight", *OPTION_NAMES))
-    options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
+    options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine, group)
     return evaluate(logits, target, sample_weight, options)
 
 
