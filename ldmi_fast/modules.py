@@ -152,7 +152,7 @@ class DMILoss(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DMILoss:
         # .half() and .to(dtype) must not touch the average: rounded to half precision its determinant is noise. Only devices change.
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and buffer.is_floating_point()}
+        kept = dict(self._buffers)
         for name in kept:
             self._buffers[name] = None
         try:
@@ -161,7 +161,7 @@ class DMILoss(nn.Module):
             self._buffers.update(kept)
         for name, buffer in kept.items():
             device = fn(torch.empty(0, device=buffer.device)).device
-            dtype = composite.accumulator(device)
+            dtype = composite.accumulator(device) if buffer.is_floating_point() else buffer.dtype
             if buffer.is_meta and device.type != "meta":
                 self._buffers[name] = torch.zeros(buffer.shape, dtype=dtype, device=device)
             elif buffer.dtype != dtype or buffer.device != device:
