@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 from ._version import __version__
-from .diagnostics import JointReport, diagnose
+from .diagnostics import AverageReport, JointReport, diagnose
 from .engines.choose import Plan, explain
 from .functional import dmi_loss, joint_matrix
 from .joint_state import JointSolution, JointState, RNGReplay, dmi_score
 from .modules import DMILoss
 
 __all__ = [
+    "AverageReport",
     "DMILoss",
     "JointReport",
     "JointSolution",

@@ -8,8 +8,8 @@ world_size * dloss/dz, so that the averaging of DDP and FSDP gives what one proc
 from __future__ import annotations
 
 import struct
-import zlib
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.distributed.device_mesh import DeviceMesh
 
-from .options import Options
+from .options import ABSENT, INPUT, Options
 from .stages import Sums
 
 # The name for the default group. Unlike the object, it may be pickled, and written down before init_process_group.
@@ -67,6 +67,19 @@ def resolve(group: Any) -> dist.ProcessGroup:
     return group
 
 
+@contextmanager
+def _explained(group: dist.ProcessGroup) -> Iterator[None]:
+    """Says what it usually means when a collective fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"a rank of the group did not come to the loss's all-reduce (this is rank {group.rank()} of {group.size()}): it raised an "
+            "error, ended, or has no such step, and the group's time limit is over. Every rank has to call the loss equally often; the "
+            f"limit is the timeout of init_process_group or new_group. torch says: {error}"
+        ) from error
+
+
 class _AllReduce(torch.autograd.Function):
     """The sum of a tensor over the ranks.
 
@@ -80,7 +93,10 @@ class _AllReduce(torch.autograd.Function):
         ctx.group = group
         ctx.world_size = world_size
         ctx.alike = alike
-        return functional_collectives.wait_tensor(functional_collectives.all_reduce(tensor, "sum", group))
+        if torch.compiler.is_compiling():
+            return functional_collectives.wait_tensor(functional_collectives.all_reduce(tensor, "sum", group))
+        with _explained(group):
+            return functional_collectives.wait_tensor(functional_collectives.all_reduce(tensor, "sum", group))
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,29 +107,27 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(grad.contiguous(), ctx.group, ctx.world_size, False), None, None, None
 
 
-def _settings(classes: int, options: Options, extra: tuple[float, ...]) -> tuple[float, ...]:
-    """The settings that ranks must share, as numbers, in the order of ``_NAMES``."""
-
-    def number(value: Any) -> float:
-        if value is None:
-            return -1.0
-        return float(zlib.crc32(value.encode())) if isinstance(value, str) else float(value)
-
-    return (float(classes), *(number(getattr(options, name)) for name in _NAMES[1 : 1 + len(_SHARED)]), *extra)
+_NAMES = ("ignore_index", "absent", "eps", "normalize", "cross_entropy_weight", "input", "momentum")
 
 
-_SHARED = tuple(field.name for field in fields(Options) if field.name not in ("engine", "group"))
-_NAMES = ("the number of classes", *_SHARED, "momentum")
+def _settings(options: Options, momentum: float | None) -> tuple[float, ...]:
+    """The settings that ranks must share besides the number of classes, as numbers, in the order of ``_NAMES``."""
+    return (
+        float(options.ignore_index),
+        float(ABSENT.index(options.absent)),
+        float(options.eps),
+        float(options.normalize),
+        float(options.cross_entropy_weight),
+        float(INPUT.index(options.input)),
+        -1.0 if momentum is None else momentum,
+    )
 
 
-def _describe(name: str, value: float, options: Options, mine: float) -> str:
-    if value == mine and name in _SHARED:
-        return f"{name}={getattr(options, name)!r}"
-    if name in ("absent", "input"):
-        return f"another {name}"
+def _describe(name: str, value: float) -> str:
     if name == "momentum" and value < 0:
         return "no momentum"
-    return f"{name}={value:g}" if name in (*_SHARED, "momentum") else f"{value:g} classes"
+    words = {"absent": ABSENT, "input": INPUT, "normalize": (False, True)}.get(name)
+    return f"{name}={value:g}" if words is None else f"{name}={words[int(value)]!r}"
 
 
 def agree(classes: int, options: Options, device: torch.device, momentum: float | None = None) -> None:
@@ -123,21 +137,21 @@ def agree(classes: int, options: Options, device: torch.device, momentum: float 
         ValueError: on every rank, if they differ, with who has what.
     """
     group = resolve(options.group)
-    mine = _settings(classes, options, (-1.0 if momentum is None else momentum,))
+    mine = (float(classes), *_settings(options, momentum))
     known = _agreed.setdefault(group, set())
     if mine in known:
         return
     # as bytes, so that no device has to know fp64
     local = torch.frombuffer(bytearray(struct.pack(f"<{len(mine)}d", *mine)), dtype=torch.uint8).to(device)
     gathered = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(gathered, local, group=group)
+    with _explained(group):
+        dist.all_gather(gathered, local, group=group)
     everyone = [struct.unpack(f"<{len(mine)}d", bytes(row.cpu().tolist())) for row in gathered]
-    for position, name in enumerate(_NAMES):
+    for position, name in enumerate(("the number of classes", *_NAMES)):
         values = [row[position] for row in everyone]
         if len(set(values)) > 1:
-            listed = ", ".join(
-                f"rank {rank}: {_describe(name, value, options, mine[position])}" for rank, value in enumerate(values[:8])
-            )
+            words = [_describe(name, value) if position else f"{value:g} classes" for value in values[:8]]
+            listed = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(words))
             raise ValueError(
                 f"the ranks of the group do not want the same loss, {name} differs: {listed}"
                 f"{', ...' if len(values) > 8 else ''} (this is rank {group.rank()} of the group)"
@@ -154,8 +168,9 @@ def all_reduce(sums: Sums, options: Options, momentum: float | None = None) -> S
     classes = sums.S.shape[-1]
     if not torch.compiler.is_compiling():
         agree(classes, options, sums.S.device, momentum)
-    # small enough for exact sums and squares in fp64 over thousands of ranks
-    checksum = float(zlib.crc32(repr(_settings(classes, options, (-1.0 if momentum is None else momentum,))).encode()) % 4093)
+    checksum = 1.0
+    for number in _settings(options, momentum):  # below 4093: sums and squares over thousands of ranks are exact in fp64
+        checksum = float(int((31 * checksum + 1e12 * number + number) % 4093))
     world_size = group.size()
     tail = torch.stack((sums.total, sums.ce, sums.total.new_full((), checksum), sums.total.new_full((), checksum**2)))
     buffer = torch.cat((sums.S.flatten(), sums.n, tail))

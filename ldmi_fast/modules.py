@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from . import autograd
 from .average import MovingAverage, new_state
+from .checks import check_tensors
+from .diagnostics import JointReport, report_on
 from .engines import composite
 from .functional import evaluate, evaluate_in_stages
 from .joint_state import JointState, check_num_classes
@@ -144,6 +146,16 @@ class DMILoss(nn.Module):
         if not bool(torch.isfinite(state.sums.S).all()):
             raise ValueError("calibrate() met logits that are NaN or infinite, and leaves the average as it was")
         average.set(state.sums)
+
+    def diagnose(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> JointReport:
+        """Look into a batch as :func:`ldmi_fast.diagnose` does, with this module's options; with momentum, also into how it stands to the
+        average (``report.average``), which it does not enter.
+
+        Args:
+            logits, target, sample_weight: as for the loss.
+        """
+        check_tensors(logits, target, sample_weight, self.options)
+        return report_on(logits, target, sample_weight, self.options, self.average)
 
     def _with_momentum(self, what: str) -> MovingAverage:
         if self.average is None:

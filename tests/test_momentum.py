@@ -72,9 +72,7 @@ class Definition:
         pytest.param({"n": 700, "classes": 70}, {"normalize": False, "eps": 1e-2}, id="in-stages"),
     ],
 )
-def test_is_the_definition(
-    engine: str, device: torch.device, momentum: float, build: dict[str, Any], options: dict[str, Any]
-) -> None:
+def test_is_the_definition(engine: str, device: torch.device, momentum: float, build: dict[str, Any], options: dict[str, Any]) -> None:
     definition = Definition(momentum)
     batches = several(4, **build)
     given = {"cross_entropy_weight" if name == "ce" else name: value for name, value in options.items()}
