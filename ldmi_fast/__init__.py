@@ -11,6 +11,7 @@ from .diagnostics import AverageReport, JointReport, diagnose
 from .engines.choose import Plan, explain
 from .functional import dmi_loss, joint_matrix
 from .joint_state import JointSolution, JointState, RNGReplay, dmi_score
+from .linear import linear_dmi_loss
 from .modules import DMILoss
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "dmi_score",
     "explain",
     "joint_matrix",
+    "linear_dmi_loss",
 ]

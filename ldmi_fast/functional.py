@@ -25,7 +25,7 @@ def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, option
     return flatten(logits, target, sample_weight)
 
 
-def _check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
+def check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
     """On the CPU in eager, a NaN result is worth a look at the labels and weights: they may be out of range."""
     if type(value) is Tensor and value.is_cpu and not autograd.transformed() and math.isnan(value.item()):
         raise_for_values(target, sample_weight, classes, ignore_index)
@@ -65,7 +65,7 @@ def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, optio
     engine = choose(logits, options)
     loss = autograd.loss(logits, target, sample_weight, options, engine)
     if not torch.compiler.is_compiling():
-        _check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
+        check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
     return loss
 
 
@@ -90,7 +90,7 @@ def evaluate_in_stages(
     sums = stages.joint_sums(logits, target, sample_weight, options, engine)
     loss = conclude(sums, options, engine, logits.dtype, average)
     if not torch.compiler.is_compiling():
-        _check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
+        check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
     return loss
 
 
@@ -191,5 +191,5 @@ def joint_matrix(
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
     joint = autograd.joint_matrix(logits, target, sample_weight, options, choose(logits, options))
     if not torch.compiler.is_compiling() and joint.is_cpu:
-        _check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], options.ignore_index)
+        check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], options.ignore_index)
     return joint
