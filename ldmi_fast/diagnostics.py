@@ -307,9 +307,9 @@ def _advice(report: JointReport, options: Options, finite: bool, classes: int, R
         moved = [(y, c) for y, c in enumerate(report.permutation) if c not in (-1, y)]
         shown = ", ".join(f"{y} as {c}" for y, c in moved[:5]) + (", ..." if len(moved) > 5 else "")
         advice.append(
-            f"the predictions look like a permutation of the labels (label {shown}), which this loss cannot tell from the right order: "
-            "it had no cross entropy stage, or one that ended too early; unless the noise moves most samples of those classes. A few "
-            "clean labels show the order; cross_entropy_weight holds it"
+            f"the predictions look like a permutation of the labels (label {shown}), which this loss cannot tell from the right "
+            "order: it had no cross entropy stage, or one that ended too early; unless the noise moves most samples of those classes. A "
+            "few clean labels show the order; cross_entropy_weight holds it"
         )
     if report.average is not None:
         advice.extend(_advice_on_average(report, report.average))
@@ -341,7 +341,7 @@ def _advice_on_average(report: JointReport, average: AverageReport) -> list[str]
     return advice
 
 
-# Above it, one batch in twenty or so has less than a third of the determinant that it should have, and a gradient three times as large.
+# Above it, one batch in fifty or so has less than a third of the determinant that it should have, and a gradient as much larger.
 _NOISY = 0.5
 
 
@@ -353,4 +353,5 @@ def _alike(R: Tensor, report: JointReport) -> str:
     distance = torch.cdist(R, R, compute_mode="donot_use_mm_for_euclid_dist")
     distance.fill_diagonal_(torch.inf)
     first, second = divmod(int(distance.argmin()), len(R))
-    return f"classes {kept[first]} and {kept[second]} are predicted most alike, their mean predictions differ by {distance.min().item():.1g}"
+    gap = distance.min().item()
+    return f"classes {kept[first]} and {kept[second]} are predicted most alike, their mean predictions differ by {gap:.1g}"

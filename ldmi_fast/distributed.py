@@ -75,8 +75,8 @@ def _explained(group: dist.ProcessGroup) -> Iterator[None]:
     except RuntimeError as error:
         raise RuntimeError(
             f"a rank of the group did not come to the loss's all-reduce (this is rank {group.rank()} of {group.size()}): it raised an "
-            "error, ended, or has no such step, and the group's time limit is over. Every rank has to call the loss equally often; the "
-            f"limit is the timeout of init_process_group or new_group. torch says: {error}"
+            "error, ended, or has no such step, and the group's time limit is over. Every rank has to call the loss equally often; "
+            f"the limit is the timeout of init_process_group or new_group. torch says: {error}"
         ) from error
 
 

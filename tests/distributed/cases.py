@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from ldmi_fast import DMILoss, JointState, RNGReplay, diagnose, distributed, dmi_loss, dmi_score
+from ldmi_fast import DMILoss, JointState, RNGReplay, diagnose, distributed, dmi_loss, dmi_score, linear_dmi_loss
 from tests.problems import Problem, problem
 
 
@@ -235,3 +235,24 @@ def counts_collectives(group: Any) -> int:
     with CommDebugMode() as counter:
         dmi_loss(batch.leaf(), batch.target, group=group).backward()
     return counter.get_total_counts()
+
+
+def linear(group: Any, options: dict[str, Any]) -> list[Tensor]:
+    """linear_dmi_loss with a part of the rows on each rank."""
+    whole = problem(90, 5, weighted=True, dtype=torch.float64)
+    mine = part(whole, cuts(group.size(), 90), group.rank())
+    weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    hidden = mine.leaf()
+    loss = linear_dmi_loss(hidden, weight, mine.target, sample_weight=mine.sample_weight, chunk_size=20, group=group, **options)
+    loss.backward()
+    return [loss.detach(), hidden.grad, weight.grad]
+
+
+def metric(group: Any) -> float:
+    from ldmi_fast.metrics import DMI
+
+    whole = problem(90, 5)
+    mine = part(whole, cuts(group.size(), 90), group.rank())
+    score = DMI(5, process_group=group)
+    score.update(mine.logits, mine.target)
+    return score.compute().item()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmi_fast import DMILoss, JointState, dmi_loss, joint_matrix
+from ldmi_fast import DMILoss, JointState, dmi_loss, joint_matrix, linear_dmi_loss
 from tests.distributed import cases
 from tests.distributed.pool import SHORT, Pool
 from tests.problems import problem
@@ -137,6 +137,28 @@ def test_joint_state(pool: Pool, size: int, options: dict[str, Any]) -> None:
         if not options:
             assert result["sum"] == pytest.approx(-5, rel=1e-6)
         assert f"over {size} ranks" in result["repr"]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_linear(pool: Pool, engine: str, size: int) -> None:
+    options = {"cross_entropy_weight": 0.5, "engine": engine}
+    whole = problem(90, 5, weighted=True, dtype=torch.float64)
+    weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    hidden = whole.leaf()
+    expected = linear_dmi_loss(hidden, weight, whole.target, sample_weight=whole.sample_weight, **options)
+    expected.backward()
+    results = pool.run(size, cases.linear, options)
+    assert all(torch.equal(loss, results[0][0]) for loss, _, _ in results)
+    torch.testing.assert_close(results[0][0], expected.detach())
+    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * hidden.grad)
+    torch.testing.assert_close(sum(grad for _, _, grad in results), size * weight.grad)
+
+
+def test_metric(pool: Pool) -> None:
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip install .[integrations]")
+    whole = problem(90, 5)
+    expected = -dmi_loss(whole.logits, whole.target).item()
+    assert pool.run(4, cases.metric) == pytest.approx([expected] * 4, rel=1e-6)
 
 
 def test_calibration_scores_and_reports(pool: Pool) -> None:
