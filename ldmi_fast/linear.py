@@ -215,8 +215,8 @@ def linear_dmi_loss(
             PyTorch operations, whichever the engine.
 
     Returns:
-        A scalar, fp32 (fp64 if the layer computes in fp64), differentiable with respect to hidden, weight, bias and soft targets. Under
-        autocast the product runs in autocast's dtype, as that of ``F.linear`` would.
+        A scalar, fp32 (fp64 if the layer computes in fp64), differentiable with respect to hidden, weight, bias and soft targets.
+        Under autocast the product runs in autocast's dtype, as that of ``F.linear`` would.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`ldmi_fast.dmi_loss`.

@@ -25,17 +25,17 @@ except ImportError as error:
 class DMI(Metric):
     r"""log\|det U\| of all samples seen: a score for choosing a model on validation data with noisy labels. The larger, the better.
 
-    U is the joint of labels and predictions over the whole data set, summed over batches and processes before the determinant. For noise
-    that depends on the class alone the score is that of the clean labels plus a constant, the same for every model, so it chooses the
-    model that clean labels would choose by this score; accuracy on noisy labels does not.
+    U is the joint of labels and predictions over the whole data set, summed over batches and processes before the determinant. For
+    noise that depends on the class alone the score is that of the clean labels plus a constant, the same for every model, so it
+    chooses the model that clean labels would choose by this score; accuracy on noisy labels does not.
 
-    Like the loss it cannot tell a labelling from a permuted one: a model whose classes are permuted scores as well as the right one. Compare
-    models that cross entropy has warmed up, or look at the sign (``sign``) and at :func:`ldmi_fast.diagnose`.
+    Like the loss it cannot tell a labelling from a permuted one: a model whose classes are permuted scores as well as the right one.
+    Compare models that cross entropy has warmed up, or look at the sign (``sign``) and at :func:`ldmi_fast.diagnose`.
 
     Args:
         num_classes: C.
-        ignore_index, absent, input: as for :func:`ldmi_fast.dmi_loss`. With the default ``absent="present"`` the score is over the classes
-            that occur, so compare scores only where the same classes do.
+        ignore_index, absent, input: as for :func:`ldmi_fast.dmi_loss`. With the default ``absent="present"`` the score is over the
+            classes that occur, so compare scores only where the same classes do.
         kwargs: as for every ``torchmetrics.Metric``.
 
     The state is fp64 and stays so in ``.half()``.

@@ -148,8 +148,8 @@ class DMILoss(nn.Module):
         average.set(state.sums)
 
     def diagnose(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> JointReport:
-        """Look into a batch as :func:`ldmi_fast.diagnose` does, with this module's options; with momentum, also into how it stands to the
-        average (``report.average``), which it does not enter.
+        """Look into a batch as :func:`ldmi_fast.diagnose` does, with this module's options; with momentum, also into how it stands
+        to the average (``report.average``), which it does not enter.
 
         Args:
             logits, target, sample_weight: as for the loss.

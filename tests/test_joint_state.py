@@ -158,7 +158,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         JointState.load(tmp_path / "nothing.pt")
     (tmp_path / "other.pt").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="not a file that JointState.save wrote"):
+    with pytest.raises(ValueError, match=r"not a file that JointState\.save wrote"):
         JointState.load(tmp_path / "other.pt")
     torch.save({"format": "ldmi_fast.JointState", "version": 99}, tmp_path / "later.pt")
     with pytest.raises(ValueError, match="format version 99"):

@@ -29,7 +29,7 @@ CHUNKS = [pytest.param(None, id="one-chunk"), pytest.param(37, id="chunks"), pyt
 def layer(batch: Problem, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     """hidden, weight and bias whose logits have some signal."""
     generator = torch.Generator().manual_seed(1)
-    n, classes = batch.logits.shape
+    classes = batch.logits.shape[1]
     weight = torch.randn(classes, 2 * classes, generator=generator, dtype=torch.float64) / classes**0.5
     hidden = batch.logits @ torch.linalg.pinv(weight).T
     bias = 0.3 * torch.randn(classes, generator=generator, dtype=torch.float64)
