@@ -38,7 +38,7 @@ def test_lightning(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
     assert saved["state_dict"]["criterion.average_joint"].dtype == torch.float64
     assert saved["state_dict"]["criterion.average_steps"] > 0
-    assert next(iter(saved["callbacks"].values()))["best_model_score"] > -8
+    assert next(iter(saved["callbacks"].values()))["best_model_score"] > -9  # -8.5 is perfect
 
 
 def test_trainer(tmp_path: Path) -> None:
