@@ -7,18 +7,26 @@
 from __future__ import annotations
 
 from ._version import __version__
-from .diagnostics import JointReport, diagnose
+from .diagnostics import AverageReport, JointReport, diagnose
 from .engines.choose import Plan, explain
 from .functional import dmi_loss, joint_matrix
+from .joint_state import JointSolution, JointState, RNGReplay, dmi_score
+from .linear import linear_dmi_loss
 from .modules import DMILoss
 
 __all__ = [
+    "AverageReport",
     "DMILoss",
     "JointReport",
+    "JointSolution",
+    "JointState",
     "Plan",
+    "RNGReplay",
     "__version__",
     "diagnose",
     "dmi_loss",
+    "dmi_score",
     "explain",
     "joint_matrix",
+    "linear_dmi_loss",
 ]

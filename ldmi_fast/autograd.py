@@ -34,7 +34,7 @@ def _gradients_with_graph(
     return d_logits, d_target, None, None, None
 
 
-def _target_grad(
+def target_grad(
     logits: Tensor,
     target: Tensor,
     sample_weight: Tensor | None,
@@ -127,7 +127,7 @@ class _Loss(torch.autograd.Function):
                 logits, target, sample_weight, lse, V, scale, ce_scale, options.ignore_index, options.input
             )
         if ctx.needs_input_grad[1]:
-            d_target = _target_grad(logits, target, sample_weight, V, scale, ce_scale, options)
+            d_target = target_grad(logits, target, sample_weight, V, scale, ce_scale, options)
         return d_logits, d_target, None, None, None
 
 
@@ -165,7 +165,7 @@ class _Joint(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_logits = ctx.engine.logits_grad(logits, target, sample_weight, lse, V, scale, zero, options.ignore_index, options.input)
         if ctx.needs_input_grad[1]:
-            d_target = _target_grad(logits, target, sample_weight, V, scale, zero, options)
+            d_target = target_grad(logits, target, sample_weight, V, scale, zero, options)
         return d_logits, d_target, None, None, None
 
 

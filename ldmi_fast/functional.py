@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, stages
+from .average import MovingAverage
 from .checks import check_tensors, flatten, raise_for_values
-from .engines import native
+from .engines import composite, native
 from .engines.choose import choose
 from .options import CHECK_VARIABLE, ENGINE_VARIABLE, OPTION_NAMES, Options, explain_keywords, make_options
+from .stages import Sums
 
 
 def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -32,9 +35,9 @@ def _may_look(value: Tensor) -> bool:
     return os.environ.get(CHECK_VARIABLE) == "1" and not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
+def check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
     """A NaN result is worth a look at the labels and weights: they may be out of range."""
-    if math.isnan(value.item()):
+    if _may_look(value) and math.isnan(value.item()):
         raise_for_values(target, sample_weight, classes, ignore_index)
 
 
@@ -57,6 +60,8 @@ def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
 
 def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
     """The loss for checked options: what ``dmi_loss`` and ``DMILoss`` share."""
+    if options.group is not None:
+        return evaluate_in_stages(logits, target, sample_weight, options)
     if sample_weight is None and _is_small_step(logits, target, options):
         # The checks below would cost as much as the loss. The op makes those that memory needs, and if it refuses, they say why.
         try:
@@ -64,14 +69,36 @@ def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, optio
         except RuntimeError:
             check_tensors(logits, target, None, options)
             raise
-        if loss.is_cpu or _may_look(loss):
-            _check_values(loss, target, None, logits.shape[1], options.ignore_index)
+        check_values(loss, target, None, logits.shape[1], options.ignore_index)
         return loss
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
     engine = choose(logits, options)
     loss = autograd.loss(logits, target, sample_weight, options, engine)
-    if _may_look(loss):
-        _check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
+    check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
+    return loss
+
+
+def conclude(sums: Sums, options: Options, engine: ModuleType, dtype: torch.dtype, average: MovingAverage | None = None) -> Tensor:
+    """From the sums of a batch to its loss: over the ranks, through the average, then the determinant. ``dtype``: of the logits."""
+    if options.group is not None:
+        from . import distributed  # imports torch.distributed, which most programs do without
+
+        sums = distributed.all_reduce(sums, options, None if average is None else average.momentum)
+    if average is not None:
+        sums = average(sums)
+    value = stages.finish(sums, options, engine)
+    return value.to(composite.compute_dtype(dtype))
+
+
+def evaluate_in_stages(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, average: MovingAverage | None = None
+) -> Tensor:
+    """The loss where something stands between the joint and its determinant: other ranks, or an average."""
+    logits, target, sample_weight = prepare(logits, target, sample_weight, options)
+    engine = choose(logits, options)
+    sums = stages.joint_sums(logits, target, sample_weight, options, engine)
+    loss = conclude(sums, options, engine, logits.dtype, average)
+    check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
     return loss
 
 
@@ -86,6 +113,7 @@ def dmi_loss(
     normalize: bool = True,
     cross_entropy_weight: float = 0.0,
     input: str = "logits",
+    group: Any = None,
     engine: str | None = None,
     **unknown: Any,
 ) -> Tensor:
@@ -112,6 +140,10 @@ def dmi_loss(
         normalize: False: the determinant of the weighted counts instead of their mean (a constant apart).
         cross_entropy_weight: this much of the weighted mean cross entropy is added, from the same pass.
         input: ``"probs"`` if the first argument holds probabilities, rows that sum to 1.
+        group: a torch.distributed ProcessGroup, a 1-D DeviceMesh or ``"world"`` (the default group): the loss is that of all ranks'
+            samples together, the same on every rank, from one all-reduce; the gradient is world_size times that of the local
+            samples, so that the averaging of DDP and FSDP gives what one process would. Every rank has to call, with the same options
+            and classes; local batches may be of any size, or empty.
         engine: ``"cpu"``, ``"cuda"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable LDMI_FAST_ENGINE
             forces one for the whole process. Under torch.func transforms, and for derivatives of the gradient, the composite
             engine computes, whichever is named: only there PyTorch can differentiate any number of times.
@@ -126,7 +158,8 @@ def dmi_loss(
             also for sample weights that are negative or not finite (elsewhere the loss is NaN).
         IndexError: a label out of range, on the CPU in eager mode. Elsewhere the loss is NaN; on other devices the environment
             variable LDMI_FAST_CHECK=1 raises these, too, and waits for the device at every step to do so.
-        RuntimeError: the forced engine cannot run here, and why.
+        RuntimeError: the forced engine cannot run here, and why; or another rank did not come to the all-reduce within the time limit
+            of the group.
 
     Example:
         >>> loss = dmi_loss(model(images), noisy_labels)
@@ -134,7 +167,7 @@ def dmi_loss(
     """
     if unknown:
         explain_keywords("dmi_loss", unknown, ("sample_weight", *OPTION_NAMES))
-    options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
+    options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine, group)
     return evaluate(logits, target, sample_weight, options)
 
 
@@ -166,6 +199,6 @@ def joint_matrix(
     options = make_options(ignore_index, "present", 0.0, normalize, 0.0, input, engine)
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
     joint = autograd.joint_matrix(logits, target, sample_weight, options, choose(logits, options))
-    if _may_look(joint):
-        _check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], options.ignore_index)
+    if _may_look(joint):  # else the sum would cost a launch
+        check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], options.ignore_index)
     return joint

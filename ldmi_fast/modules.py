@@ -2,59 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .functional import evaluate
+from . import autograd
+from .average import MovingAverage, new_state
+from .checks import check_tensors
+from .diagnostics import JointReport, report_on
+from .engines import composite
+from .functional import evaluate, evaluate_in_stages
+from .joint_state import JointState, check_num_classes
 from .options import OPTION_NAMES, Options, explain_keywords
 
 
 class DMILoss(nn.Module):
     """:func:`ldmi_fast.dmi_loss` as a module, its options fixed at construction.
 
+    With ``momentum=m`` the determinant is not that of the batch but of B, a bias-corrected moving average of the batches' joint
+    matrices that includes the batch at hand:
+
+        B_t = A_t / (1 - m^t),    A_t = m A_{t-1} + (1 - m) U_t,    loss = -log|det(B + U - stop_gradient(U))|
+
+    The value is that of B, the gradient what it would be if the batch's joint were B. So noise in single determinants averages out,
+    and batches with fewer samples than classes work. Which classes are present is decided by B as well.
+
+    The average is kept in buffers (fp64, whatever dtype the module is converted to) and so in the state dict. Only a forward in
+    training mode enters it: in eval mode the loss is that of the batch alone, and a forward that activation checkpointing
+    repeats uses the average as it is. A batch in which nothing counts, or with NaN, does not enter. The buffers have to be on
+    the device of the logits: ``criterion.to(device)``.
+
     Args:
-        num_classes: C, if it is to be checked against the logits; None takes any.
-        ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine: as for :func:`ldmi_fast.dmi_loss`.
+        num_classes: C, if it is to be checked against the logits; None takes any. ``momentum`` needs it.
+        momentum: m, 0 <= m < 1; None: each batch by itself. About 1 / (1 - m) batches are averaged.
+        ignore_index, absent, eps, normalize, cross_entropy_weight, input, group, engine: as for :func:`ldmi_fast.dmi_loss`.
 
     Raises:
         TypeError, ValueError: an option that cannot work.
 
     Example:
-        >>> criterion = DMILoss(14)
+        >>> criterion = DMILoss(14, momentum=0.9).to(device)
         >>> criterion(model(images), noisy_labels).backward()
     """
+
+    # 2: with momentum there are buffers
+    _version = 2
 
     def __init__(
         self,
         num_classes: int | None = None,
         *,
+        momentum: float | None = None,
         ignore_index: int = -100,
         absent: str = "present",
         eps: float = 0.0,
         normalize: bool = True,
         cross_entropy_weight: float = 0.0,
         input: str = "logits",
+        group: Any = None,
         engine: str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
         if unknown:
-            explain_keywords("DMILoss", unknown, OPTION_NAMES)
-        if num_classes is not None:
-            if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-                raise TypeError(f"num_classes must be an int or None, got {type(num_classes).__name__}: {num_classes!r}")
-            if num_classes < 1:
-                raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.num_classes = num_classes
-        self.options = Options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
+            explain_keywords("DMILoss", unknown, ("momentum", *OPTION_NAMES))
+        self.num_classes = None if num_classes is None else check_num_classes(num_classes)
+        self.momentum = _check_momentum(momentum)
+        self.options = Options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine, group)
+        if momentum is not None:
+            if num_classes is None:
+                raise ValueError("momentum needs num_classes: the average is a num_classes x num_classes buffer")
+            for name, tensor in new_state(num_classes).items():
+                self.register_buffer(name, tensor)
+
+    @property
+    def average(self) -> MovingAverage | None:
+        """The moving average, over this module's buffers; None without momentum."""
+        if self.momentum is None:
+            return None
+        return MovingAverage(self.average_joint, self.average_counts, self.average_weight, self.average_steps, self.momentum)
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of a batch, a scalar; see :func:`ldmi_fast.dmi_loss` for shapes and errors.
 
         Raises:
-            ValueError: the logits do not have ``num_classes`` classes.
+            ValueError: the logits do not have ``num_classes`` classes, or are not where the average is.
+            RuntimeError: an average would have to be updated inside a ``torch.func`` transform.
         """
         known = self.num_classes is not None and isinstance(logits, Tensor) and logits.dim() >= 2
         if known and logits.shape[1] != self.num_classes:
@@ -62,13 +98,112 @@ class DMILoss(nn.Module):
                 f"this DMILoss is for {self.num_classes} classes, got logits of shape {tuple(logits.shape)} "
                 f"with {logits.shape[1]} in dimension 1"
             )
-        return evaluate(logits, target, sample_weight, self.options)
+        if self.momentum is None or not self.training:
+            return evaluate(logits, target, sample_weight, self.options)
+        if autograd.transformed():
+            raise RuntimeError(
+                "DMILoss with momentum cannot update its average inside a torch.func transform (grad, vmap, ...); "
+                "use torch.autograd, or criterion.eval() for the loss of the batch alone"
+            )
+        if isinstance(logits, Tensor) and logits.device != self.average_joint.device:
+            raise ValueError(
+                f"the average of this DMILoss is on {self.average_joint.device}, the logits on {logits.device}: "
+                f"call criterion.to({str(logits.device)!r})"
+            )
+        return evaluate_in_stages(logits, target, sample_weight, self.options, self.average)
+
+    def reset(self) -> None:
+        """Forget every batch that the average has seen.
+
+        Raises:
+            RuntimeError: there is no momentum.
+        """
+        self._with_momentum("reset").reset()
+
+    def calibrate(self, loader: Iterable[Any], model: nn.Module | Callable[[Any], Tensor]) -> None:
+        """Set the average to the joint of a pass over data, with the weight of an average that has run for ever.
+
+        Without it the average starts from the first batch alone, whose determinant is as noisy as that of any batch. With ``group``
+        each rank passes over its own part.
+
+        Args:
+            loader: batches ``(input, target)`` or ``(input, target, sample_weight)``; some thousand samples do.
+            model: input -> logits. A module runs in eval mode, without gradients; modes are put back.
+
+        Raises:
+            RuntimeError: there is no momentum. ValueError: nothing in the data counts, or the model's outputs are not finite.
+        """
+        average = self._with_momentum("calibrate")
+        names = [name for name in OPTION_NAMES if name != "group"]
+        state = JointState(self.num_classes, **{name: getattr(self.options, name) for name in names})
+        state.device = self.average_joint.device
+        state.update_from(loader, model)
+        if self.options.group is not None:
+            state.all_reduce(self.options.group)
+        total = state.sums.total.item()
+        if total == 0:
+            raise ValueError("calibrate() found no sample that counts: an empty loader, or every label ignored, or every weight 0")
+        if not bool(torch.isfinite(state.sums.S).all()):
+            raise ValueError("calibrate() met logits that are NaN or infinite, and leaves the average as it was")
+        average.set(state.sums)
+
+    def diagnose(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> JointReport:
+        """Look into a batch as :func:`ldmi_fast.diagnose` does, with this module's options; with momentum, also into how it stands
+        to the average (``report.average``), which it does not enter.
+
+        Args:
+            logits, target, sample_weight: as for the loss.
+        """
+        check_tensors(logits, target, sample_weight, self.options)
+        return report_on(logits, target, sample_weight, self.options, self.average)
+
+    def _with_momentum(self, what: str) -> MovingAverage:
+        if self.average is None:
+            raise RuntimeError(f"{what}() is about the moving average, and this DMILoss has none: pass momentum, such as 0.9")
+        return self.average
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DMILoss:
+        # .half() and .to(dtype) must not touch the average: rounded to half precision its determinant is noise. Only devices change.
+        kept = dict(self._buffers)
+        for name in kept:
+            self._buffers[name] = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(kept)
+        for name, buffer in kept.items():
+            device = fn(torch.empty(0, device=buffer.device)).device
+            dtype = composite.accumulator(device) if buffer.is_floating_point() else buffer.dtype
+            if buffer.is_meta and device.type != "meta":
+                self._buffers[name] = torch.zeros(buffer.shape, dtype=dtype, device=device)
+            elif buffer.dtype != dtype or buffer.device != device:
+                self._buffers[name] = buffer.to(dtype).to(device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
+        if local_metadata.get("version", 1) < 2 and self.momentum is not None:
+            # written before there was an average: it stays what it is
+            for name, buffer in self._buffers.items():
+                state_dict.setdefault(prefix + name, buffer)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:
         defaults = Options()
         parts = [] if self.num_classes is None else [str(self.num_classes)]
+        if self.momentum is not None:
+            parts.append(f"momentum={self.momentum!r}")
         for field in fields(Options):
             value = getattr(self.options, field.name)
             if value != getattr(defaults, field.name):
                 parts.append(f"{field.name}={value!r}")
         return ", ".join(parts)
+
+
+def _check_momentum(momentum: Any) -> float | None:
+    if momentum is None:
+        return None
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(f"momentum must be a float, 0 <= momentum < 1, or None, got {type(momentum).__name__}: {momentum!r}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be >= 0 and < 1 (0.9 averages about 10 batches, 0.99 about 100), got {momentum!r}")
+    return float(momentum)

@@ -73,6 +73,7 @@ class Options:
         cross_entropy_weight: a float >= 0; that much of the weighted mean cross entropy is added.
         input: ``"logits"`` or ``"probs"``.
         engine: the name of an engine, or None for the best one that can run.
+        group: a torch.distributed group over whose ranks the batch is spread, or None.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -86,6 +87,7 @@ class Options:
     cross_entropy_weight: float = 0.0
     input: str = "logits"
     engine: str | None = None
+    group: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
@@ -100,6 +102,13 @@ class Options:
             raise TypeError(f"normalize must be a bool, got {type(self.normalize).__name__}: {self.normalize!r}")
         if self.engine is not None:
             _one_of("engine", self.engine, ENGINES)
+        if self.group is not None:
+            from .distributed import check_group  # imports torch.distributed, which most programs do without
+
+            check_group(self.group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Options:
+        return self  # nothing in it changes, and a process group cannot be copied
 
     @property
     def of_loss(self) -> tuple[int, str, float, bool, float, str]:
@@ -118,6 +127,8 @@ def _cached(*values: Any) -> Options:
 def make_options(*values: Any) -> Options:
     """``Options(*values)``, in the order of its fields, without paying for the checks at every step of a training loop."""
     if torch.compiler.is_compiling():  # Dynamo cannot look into lru_cache
+        return Options(*values)
+    if len(values) == len(OPTION_NAMES) and values[-1] is not None:  # a cache would keep a process group from being destroyed
         return Options(*values)
     try:
         return _cached(*values)

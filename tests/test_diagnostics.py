@@ -283,3 +283,94 @@ def test_explain_reads_no_values() -> None:
 def test_the_package_exports_what_it_documents() -> None:
     assert {"DMILoss", "JointReport", "Plan", "diagnose", "dmi_loss", "explain", "joint_matrix"} <= set(ldmi_fast.__all__)
     assert all(hasattr(ldmi_fast, name) for name in ldmi_fast.__all__)
+
+
+def test_spread_is_the_scatter_of_batches(engine: str, device: torch.device) -> None:
+    """Against the standard deviation of log|det| over many batches from one population."""
+    generator = torch.Generator().manual_seed(0)
+    n, classes, batches = 200, 3, 400
+    target = torch.randint(classes, (batches, n), generator=generator)
+    logits = torch.randn(batches, n, classes, generator=generator) + 2 * torch.eye(classes)[target]
+    weight = 0.5 + torch.rand(batches, n, generator=generator)
+    for mass in (None, weight):
+        reports = [
+            diagnose(
+                logits[b].to(device), target[b].to(device), sample_weight=None if mass is None else mass[b].to(device), engine=engine
+            )
+            for b in range(batches if mass is None else batches // 2)
+        ]
+        scatter = torch.tensor([report.log_abs_det for report in reports]).std().item()
+        predicted = torch.tensor([report.spread for report in reports]).mean().item()
+        assert predicted == pytest.approx(scatter, rel=0.12)
+
+
+def test_advice_on_noisy_batches(device: torch.device) -> None:
+    batch = problem(24, 8, signal=1.0).to(device=device)
+    report = diagnose(batch.logits, batch.target)
+    assert report.spread > 0.5
+    words = "\n".join(report.advice)
+    assert "scatters by about" in words
+    assert "momentum=0.9" in words
+    assert f"+- {report.spread:.2g}" in str(report)
+
+
+def test_rank_and_the_classes_that_are_alike(device: torch.device) -> None:
+    batch = problem(300, 6, dtype=torch.float64)
+    logits = batch.logits.clone()
+    pair = (batch.target == 1) | (batch.target == 4)
+    logits[pair] = logits[pair][0]
+    report = diagnose(logits.to(device), batch.target.to(device))
+    assert report.rank == 5
+    assert report.singular
+    assert math.isnan(report.spread)
+    words = "\n".join(report.advice)
+    assert "rank 5 of 6" in words
+    assert "classes 1 and 4 are predicted most alike" in words
+    assert diagnose(batch.logits.to(device), batch.target.to(device)).rank == 6
+
+
+def test_advice_on_a_permuted_solution(device: torch.device) -> None:
+    """An even permutation: the sign says nothing."""
+    batch = problem(400, 4, absent=(3,)).to(device=device)
+    report = diagnose(batch.logits[:, [1, 2, 0, 3]], batch.target)
+    assert report.sign == 1
+    assert report.permutation == [2, 0, 1, -1]
+    words = "\n".join(report.advice)
+    assert "permutation of the labels (label 0 as 2, 1 as 0, 2 as 1)" in words
+    assert diagnose(batch.logits, batch.target).permutation is None
+    collapsed = batch.logits.clone()
+    collapsed[:, 0] += 20
+    assert diagnose(collapsed, batch.target).permutation is None
+
+
+def test_a_batch_and_the_average(device: torch.device) -> None:
+    criterion = ldmi_fast.DMILoss(5, momentum=0.9).to(device)
+    population = problem(200 * 60, 5, seed=1, dtype=torch.float64).to(device=device)
+    batches = list(zip(population.logits.split(200), population.target.split(200), strict=True))
+    empty = criterion.diagnose(*batches[0])
+    assert "the average is empty" in "\n".join(empty.advice)
+    for batch in batches[:50]:
+        criterion(*batch)
+    before = criterion.average_joint.clone()
+    reports = [criterion.diagnose(*batch) for batch in batches[50:]]
+    assert torch.equal(criterion.average_joint, before)
+    B = criterion.average.mean()[0]
+    for report in reports:
+        assert report.average is not None
+        assert report.average.steps == 50
+        assert report.average.kept == 5
+        assert report.average.log_abs_det == pytest.approx(torch.linalg.slogdet(B)[1].item(), rel=1e-10)
+        assert report.average.spread == pytest.approx(report.spread * math.sqrt(0.1 / 1.9))
+    drifts = [report.average.drift for report in reports if report.average is not None]
+    # this batch's noise and B's own: the root of 1 + 0.1 / 1.9
+    assert sum(drifts) / len(drifts) == pytest.approx(1.03, abs=0.15)
+    logits, target = batches[50]
+    moved = criterion.diagnose(logits.roll(2, 1), target)
+    assert moved.average is not None
+    assert moved.average.drift > 3
+    assert "lags behind" in "\n".join(moved.advice)
+    swapped = criterion.diagnose(logits[:, [1, 0, 2, 3, 4]], target)
+    assert swapped.sign == -1
+    assert "keeps this batch from pulling the wrong way" in "\n".join(swapped.advice)
+    assert ldmi_fast.DMILoss(5).to(device).diagnose(logits, target).average is None
+    assert "drift" in str(moved)

@@ -278,14 +278,14 @@ def total_weight(target: Tensor, sample_weight: Tensor | None, n: Tensor) -> Ten
     return sample_weight.sum(dtype=n.dtype)
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Keeps autocast from turning the matrix products into half precision."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
     """The loss [], by operations that PyTorch differentiates itself, as often as asked."""
-    with _full_precision(logits.device):
+    with full_precision(logits.device):
         S, n, _, ce = joint(
             logits,
             target,
@@ -303,7 +303,7 @@ def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: 
 
 def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
     """U = S / W [C, C] (S itself with ``normalize=False``; zeros when nothing has weight), differentiable like the loss."""
-    with _full_precision(logits.device):
+    with full_precision(logits.device):
         S, n, _, _ = joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input, need_ce=False)
         if options.normalize:
             total = total_weight(target, sample_weight, n.detach())

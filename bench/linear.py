@@ -1,0 +1,175 @@
+"""``python -m bench.linear``: linear_dmi_loss against dmi_loss of the materialised logits: time and peak memory.
+
+Forward and backward with gradients of hidden, weight and bias, fp32. Times are interleaved in one process; peak memory is
+measured as in ``bench.memory``, in a fresh process for each measurement. Ends with a table, and writes JSON and markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ldmi_fast
+from bench.kernels.cases import Shape, parse_shapes
+from bench.kernels.interleave import interleave
+from bench.kernels.results import RESULTS_DIR, environment, write_atomic
+from bench.markdown import markdown_table
+from bench.memory import MIB, PR_SET_THP_DISABLE, status_bytes, warm_up_lapack
+
+LINEAR_JSON = RESULTS_DIR / "linear-cpu.json"
+SHAPES = (Shape(8192, 100), Shape(65536, 100), Shape(8192, 1000), Shape(65536, 1000), Shape(8192, 10000), Shape(65536, 10000))
+WIDTH = 256
+SECONDS = 60.0
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "fused": lambda hidden, weight, bias, target: ldmi_fast.linear_dmi_loss(hidden, weight, target, bias),
+    "materialised": lambda hidden, weight, bias, target: ldmi_fast.dmi_loss(F.linear(hidden, weight, bias), target),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape: seconds and peak extra bytes of both ways; ratio: median of fused / materialised within rounds."""
+
+    rows: int
+    classes: int
+    width: int
+    seconds: dict[str, float]
+    ratio: float | None
+    peak_bytes: dict[str, int]
+
+
+def make(shape: Shape, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden [N, D], weight [C, D], bias [C], target [N]; with a class signal, as in training."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape.classes, width, generator=generator) / width**0.5
+    target = torch.randint(shape.classes, (shape.rows,), generator=generator)
+    hidden = torch.randn(shape.rows, width, generator=generator).add_(weight[target], alpha=4 * width**0.5)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.zeros(shape.classes, requires_grad=True), target
+
+
+def step(way: str, data: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    return torch.autograd.grad(WAYS[way](*data), data[:3])
+
+
+def measure_here(way: str, shape: Shape, width: int) -> int:
+    """Peak extra bytes in this process, which should be a fresh one."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    step(way, make(Shape(300, 60), width))
+    warm_up_lapack(min(shape.classes, 1000))
+    data = make(shape, width)
+    gc.collect()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = status_bytes("VmRSS")
+    result = step(way, data)
+    peak = status_bytes("VmHWM")
+    del result
+    return peak - before
+
+
+def measure_in_subprocess(way: str, shape: Shape, width: int) -> int:
+    """``measure_here`` in a fresh process with large allocations mapped one by one."""
+    done = subprocess.run(
+        (sys.executable, "-m", "bench.linear", "--measure", way, str(shape), "--width", str(width)),
+        cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring {way} at {shape} failed with exit status {done.returncode}:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def measure(shape: Shape, width: int, seconds: float) -> Row:
+    """Time and memory at one shape. ``seconds`` 0: memory only."""
+    times: dict[str, float] = {}
+    ratio = None
+    if seconds > 0:
+        data = make(shape, width)
+        timings = interleave({way: lambda way=way: step(way, data) for way in WAYS}, reference="fused", time_cap=seconds, min_rounds=3)
+        times = {way: timings.seconds(way).p50 for way in WAYS}
+        ratio = timings.reference_over("materialised").p50
+    peaks = {way: measure_in_subprocess(way, shape, width) for way in WAYS}
+    return Row(shape.rows, shape.classes, width, times, ratio, peaks)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table."""
+    rows = []
+    for row in result["rows"]:
+        gradients = 4 * (row["rows"] * row["width"] + row["classes"] * (row["width"] + 1))
+        seconds = row["seconds"]
+        rows.append(
+            (
+                f"{row['rows']}x{row['classes']}",
+                *(f"{seconds[way]:.3g}" if way in seconds else "-" for way in WAYS),
+                "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
+                *(f"{row['peak_bytes'][way] / MIB:.0f}" for way in WAYS),
+                f"{gradients / MIB:.0f}",
+                f"{4 * row['rows'] * row['classes'] / MIB:.0f}",
+            )
+        )
+    header = ("N x C", "fused, s", "materialised, s", "ratio", "fused, MiB", "materialised, MiB", "the gradients", "the logits")
+    env = result["environment"]
+    return (
+        "# The head fused in, and not\n\n"
+        f"Measured on {result['date'][:10]}: {env['cpu']}, {env['threads']} threads, torch {env['torch']}, D = {result['rows'][0]['width']}, "
+        "fp32, forward and backward with gradients of hidden, weight and bias. Times: medians, interleaved in one process; ratio: the "
+        "median of fused / materialised within a round. Memory: peak beyond the inputs, the gradients that come back included.\n\n"
+        f"{markdown_table(header, rows)}\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.linear", description="linear_dmi_loss against the materialised logits.")
+    parser.add_argument("--shapes", type=parse_shapes, help="ROWSxCLASSES, comma-separated (default: all)")
+    parser.add_argument("--width", type=int, default=WIDTH, help="D (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="time a shape at most so long; 0: memory only (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help=f"JSON file (default for all shapes: {LINEAR_JSON.name}); the table goes beside it")
+    parser.add_argument("--measure", nargs=2, metavar=("WAY", "SHAPE"), help="one memory measurement in this process, in bytes")
+    options = parser.parse_args(arguments)
+    if options.measure is not None:
+        way, shape = options.measure
+        print(measure_here(way, Shape.parse(shape), options.width))
+        return 0
+    if not Path("/proc/self/clear_refs").exists():
+        parser.error("peak memory is measured through /proc/self/clear_refs, which this system does not have")
+    rows = []
+    for shape in options.shapes or SHAPES:
+        rows.append(measure(shape, options.width, options.seconds))
+        print(rows[-1], flush=True)
+    result = {
+        "environment": environment(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rows": [asdict(row) for row in rows],
+    }
+    print(markdown(result))
+    out = options.out if options.out is not None else LINEAR_JSON if options.shapes is None else None
+    if out is not None:
+        write_atomic(out, json.dumps(result, indent=1) + "\n")
+        write_atomic(out.with_suffix(".md"), markdown(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Hugging Face Trainer: the loss as its compute_loss_func.
+
+With gradient_accumulation_steps > 1 each micro-batch is a batch of its own to the loss; momentum is what joins them.
+
+python -m examples.hf_trainer
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from examples.synthetic import CLASSES, accuracy, network, noisy_data
+from ldmi_fast import DMILoss
+
+
+class Classifier(nn.Module):
+    """A model that answers as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = network()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.model(x))
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Samples as the Trainer wants them."""
+
+    def __init__(self, x: Tensor, labels: Tensor) -> None:
+        self.x, self.labels = x, labels
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "labels": self.labels[index]}
+
+
+def train(model: nn.Module, loss: Any, data: Rows, folder: str, epochs: int) -> Trainer:
+    """One stage."""
+
+    def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return loss(outputs["logits"], labels)  # of the whole batch: never divided by num_items_in_batch
+
+    arguments = TrainingArguments(
+        folder,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=100,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    trainer = Trainer(model, arguments, train_dataset=data, compute_loss_func=compute_loss)
+    trainer.train()
+    return trainer
+
+
+def main(folder: str = "trainer-results", epochs: int = 12) -> tuple[DMILoss, float]:
+    """Train with cross entropy, then with L_DMI; returns the criterion and the accuracy on true labels."""
+    x, noisy, _ = noisy_data(2000)
+    x_test, _, truth = noisy_data(1000, seed=1)
+    model, criterion = Classifier(), DMILoss(CLASSES, momentum=0.9)
+    train(model, F.cross_entropy, Rows(x, noisy), folder, epochs // 3)
+    criterion.to(next(model.parameters()).device)
+    train(model, criterion, Rows(x, noisy), folder, epochs - epochs // 3)
+    with torch.no_grad():
+        return criterion, accuracy(model(x_test).logits, truth)
+
+
+if __name__ == "__main__":
+    print(f"right on {main()[1]:.1%} of the true labels")

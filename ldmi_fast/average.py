@@ -1,0 +1,104 @@
+"""The moving average of the joint matrix, for ``DMILoss(momentum=m)``.
+
+    A_t = m A_{t-1} + (1 - m) U_t,    c_t = m c_{t-1} + (1 - m),    B_t = A_t / c_t       (A_0 = 0, c_0 = 0, so c_t = 1 - m^t)
+
+B_t includes the batch at hand. The loss is -log|det(B + U - stop_gradient(U))|: its value is that of B, its gradient what it would
+be if the joint of the batch were B. The class counts are averaged as well, and decide which classes are present.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .engines import composite
+from .stages import Sums
+
+_LIBRARY = torch.library.Library("ldmi_fast", "FRAGMENT")
+_LIBRARY.define("in_backward(Tensor like) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass is running. A forward inside of one repeats a forward that was: activation checkpointing does that,
+    reentrant (its backward calls the function again) or not (a hook that unpacks a saved tensor does)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+# A compiled forward is also what an outer checkpoint repeats, so a graph has to ask when it runs, not when it is traced.
+@torch.library.impl(_LIBRARY, "in_backward", "CompositeExplicitAutograd")
+def _in_backward_tensor(like: Tensor) -> Tensor:
+    return torch.full((), _in_backward(), dtype=torch.bool, device=like.device)
+
+
+@torch.library.register_fake("ldmi_fast::in_backward", lib=_LIBRARY)
+def _in_backward_fake(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.bool, device=like.device)
+
+
+class MovingAverage:
+    """The state of an average, in tensors that belong to a module, and what a batch does to it.
+
+    Args:
+        joint: [C, C], A. counts: [C], the same average of n / W. weight: [], c. steps: [] int64, how many batches have entered.
+        momentum: m, 0 <= m < 1.
+    """
+
+    def __init__(self, joint: Tensor, counts: Tensor, weight: Tensor, steps: Tensor, momentum: float) -> None:
+        self.joint, self.counts, self.weight, self.steps, self.momentum = joint, counts, weight, steps, momentum
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """B [C, C] and the averaged class shares [C]; zeros before the first batch."""
+        safe = torch.where(self.weight > 0, self.weight, 1)
+        return self.joint / safe, self.counts / safe
+
+    def __call__(self, sums: Sums) -> Sums:
+        """Enter a batch, and return sums whose determinant is that of the average, and whose gradient flows to the batch.
+
+        A batch in which nothing counts, or that is not finite, leaves the average as it is; so does one inside a backward pass.
+        """
+        empty = sums.total == 0
+        safe = torch.where(empty, 1, sums.total)
+        U = sums.S / safe
+        with torch.no_grad():
+            U_now, shares = U.detach(), sums.n / safe
+            enters = ~empty & torch.isfinite(U_now).all() & torch.isfinite(shares).all()
+            if torch.compiler.is_compiling():
+                enters = enters & ~torch.ops.ldmi_fast.in_backward(U_now)
+            elif _in_backward():
+                enters = torch.zeros_like(enters)
+            m = self.momentum
+            for state, new in ((self.joint, U_now), (self.counts, shares), (self.weight, 1.0)):
+                state.copy_(torch.where(enters, m * state + (1 - m) * new, state))
+            self.steps.add_(enters)
+            started = self.weight > 0
+            B, counts = self.mean()
+            B, counts = torch.where(started, B, U_now), torch.where(started, counts, shares)
+        # U - U is exactly 0, and NaN where U is
+        return Sums((B + (U - U_now)) * sums.total, counts * sums.total, sums.total, sums.ce)
+
+    def set(self, sums: Sums) -> None:
+        """Start again from the sums of a pass over data, with the weight of an average that has run for ever."""
+        total = torch.where(sums.total == 0, 1, sums.total)
+        with torch.no_grad():
+            self.joint.copy_(sums.S / total)
+            self.counts.copy_(sums.n / total)
+            self.weight.copy_(sums.total > 0)
+            self.steps.zero_()
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        with torch.no_grad():
+            for state in (self.joint, self.counts, self.weight, self.steps):
+                state.zero_()
+
+
+def new_state(classes: int, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """The tensors of an average that has seen nothing, by the names of a module's buffers."""
+    device = torch.empty(0, device=device).device
+    dtype = composite.accumulator(device)
+    return {
+        "average_joint": torch.zeros(classes, classes, dtype=dtype, device=device),
+        "average_counts": torch.zeros(classes, dtype=dtype, device=device),
+        "average_weight": torch.zeros((), dtype=dtype, device=device),
+        "average_steps": torch.zeros((), dtype=torch.int64, device=device),
+    }

@@ -1,0 +1,181 @@
+"""One batch over the ranks of a torch.distributed group: its sums are added up before the determinant.
+
+S, n, W and the cross entropy travel in one buffer, so a step has one all-reduce of C^2 + C + 4 numbers, and its backward none: with
+the joint of the whole batch on every rank, each has V, and its own rows need nothing else. The local gradient is
+world_size * dloss/dz, so that the averaging of DDP and FSDP gives what one process on the whole batch would.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.distributed.device_mesh import DeviceMesh
+
+from .options import ABSENT, INPUT, Options
+from .stages import Sums
+
+# The name for the default group. Unlike the object, it may be pickled, and written down before init_process_group.
+WORLD = "world"
+
+# Settings on which the ranks of a group have agreed, so that they are compared once and not at every step.
+_agreed: WeakKeyDictionary[dist.ProcessGroup, set[tuple[float, ...]]] = WeakKeyDictionary()
+
+
+def check_group(group: Any) -> None:
+    """Raise if this can never be a group. What it is now is found out when it is used.
+
+    Raises:
+        TypeError: not a ProcessGroup, a DeviceMesh or ``"world"``.
+        ValueError: a group without this process, or another word.
+    """
+    if isinstance(group, str):
+        if group != WORLD:
+            raise ValueError(f"group must be a ProcessGroup, a 1-D DeviceMesh, {WORLD!r} (the default group) or None, got {group!r}")
+    elif isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group must be a 1-D DeviceMesh, got one of {group.ndim} dimensions; pick one: mesh['dp']")
+    elif dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not a member of the group: new_group() gave it GroupMember.NON_GROUP_MEMBER")
+    elif not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"group must be a torch.distributed ProcessGroup, a 1-D DeviceMesh, {WORLD!r} (the default group) or None, "
+            f"got {type(group).__name__}: {group!r}"
+        )
+
+
+def resolve(group: Any) -> dist.ProcessGroup:
+    """The process group that is meant.
+
+    Raises:
+        RuntimeError: torch.distributed is not set up.
+    """
+    if isinstance(group, DeviceMesh):
+        return group.get_group()
+    if group == WORLD:
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(f"group={WORLD!r} needs a process group: call torch.distributed.init_process_group first")
+        return dist.group.WORLD
+    return group
+
+
+@contextmanager
+def _explained(group: dist.ProcessGroup) -> Iterator[None]:
+    """Says what it usually means when a collective fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"a rank of the group did not come to the loss's all-reduce (this is rank {group.rank()} of {group.size()}): it raised an "
+            "error, ended, or has no such step, and the group's time limit is over. Every rank has to call the loss equally often; "
+            f"the limit is the timeout of init_process_group or new_group. torch says: {error}"
+        ) from error
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum of a tensor over the ranks.
+
+    All of them go on to compute the same from it, so the sum over the ranks of what comes back is world_size times what comes back
+    here, and needs no communication. That fails for derivatives of a gradient: from the moment that one is asked for, the
+    backward communicates too.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor, group: dist.ProcessGroup, world_size: int, alike: bool) -> Tensor:
+        ctx.group = group
+        ctx.world_size = world_size
+        ctx.alike = alike
+        if torch.compiler.is_compiling():
+            return functional_collectives.wait_tensor(functional_collectives.all_reduce(tensor, "sum", group))
+        with _explained(group):
+            return functional_collectives.wait_tensor(functional_collectives.all_reduce(tensor, "sum", group))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            ctx.alike = False
+        if ctx.alike:
+            return grad * ctx.world_size, None, None, None
+        return _AllReduce.apply(grad.contiguous(), ctx.group, ctx.world_size, False), None, None, None
+
+
+_NAMES = ("ignore_index", "absent", "eps", "normalize", "cross_entropy_weight", "input", "momentum")
+
+
+def _settings(options: Options, momentum: float | None) -> tuple[float, ...]:
+    """The settings that ranks must share besides the number of classes, as numbers, in the order of ``_NAMES``."""
+    return (
+        float(options.ignore_index),
+        float(ABSENT.index(options.absent)),
+        float(options.eps),
+        float(options.normalize),
+        float(options.cross_entropy_weight),
+        float(INPUT.index(options.input)),
+        -1.0 if momentum is None else momentum,
+    )
+
+
+def _describe(name: str, value: float) -> str:
+    if name == "momentum" and value < 0:
+        return "no momentum"
+    words = {"absent": ABSENT, "input": INPUT, "normalize": (False, True)}.get(name)
+    return f"{name}={value:g}" if words is None else f"{name}={words[int(value)]!r}"
+
+
+def agree(classes: int, options: Options, device: torch.device, momentum: float | None = None) -> None:
+    """See to it that all ranks want the same loss. Communicates the first time that a group meets these settings.
+
+    Raises:
+        ValueError: on every rank, if they differ, with who has what.
+    """
+    group = resolve(options.group)
+    mine = (float(classes), *_settings(options, momentum))
+    known = _agreed.setdefault(group, set())
+    if mine in known:
+        return
+    # as bytes, so that no device has to know fp64
+    local = torch.frombuffer(bytearray(struct.pack(f"<{len(mine)}d", *mine)), dtype=torch.uint8).to(device)
+    gathered = [torch.empty_like(local) for _ in range(group.size())]
+    with _explained(group):
+        dist.all_gather(gathered, local, group=group)
+    everyone = [struct.unpack(f"<{len(mine)}d", bytes(row.cpu().tolist())) for row in gathered]
+    for position, name in enumerate(("the number of classes", *_NAMES)):
+        values = [row[position] for row in everyone]
+        if len(set(values)) > 1:
+            words = [_describe(name, value) if position else f"{value:g} classes" for value in values[:8]]
+            listed = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(words))
+            raise ValueError(
+                f"the ranks of the group do not want the same loss, {name} differs: {listed}"
+                f"{', ...' if len(values) > 8 else ''} (this is rank {group.rank()} of the group)"
+            )
+    known.add(mine)
+
+
+def all_reduce(sums: Sums, options: Options, momentum: float | None = None) -> Sums:
+    """The sums over all ranks of ``options.group``; gradients come back multiplied by the number of ranks.
+
+    The buffer carries a checksum of the settings along: ranks that got out of step make the result NaN instead of wrong.
+    """
+    group = resolve(options.group)
+    classes = sums.S.shape[-1]
+    if not torch.compiler.is_compiling():
+        agree(classes, options, sums.S.device, momentum)
+    checksum = 1.0
+    for number in _settings(options, momentum):  # below 4093: sums and squares over thousands of ranks are exact in fp64
+        checksum = float(int((31 * checksum + 1e12 * number + number) % 4093))
+    world_size = group.size()
+    tail = torch.stack((sums.total, sums.ce, sums.total.new_full((), checksum), sums.total.new_full((), checksum**2)))
+    buffer = torch.cat((sums.S.flatten(), sums.n, tail))
+    buffer = _AllReduce.apply(buffer, group, world_size, True)
+    S, n, tail = buffer.split((classes * classes, classes, 4))
+    total, ce, first, second = tail.unbind()
+    nan = torch.where(first * first == second * world_size, 0.0, torch.nan).detach().to(S.dtype)
+    return Sums(S.view(classes, classes) + nan, n.detach() + nan, total.detach(), ce)

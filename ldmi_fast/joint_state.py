@@ -1,0 +1,435 @@
+"""The exact loss of a batch too large to hold, in two passes over its micro-batches; and of a whole data set."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import stages
+from .checks import raise_for_values
+from .engines import composite
+from .engines.choose import choose
+from .engines.combine import combine
+from .functional import prepare
+from .options import OPTION_NAMES, Options, explain_keywords, make_options
+from .stages import Sums
+
+_FORMAT = "ldmi_fast.JointState"
+_VERSION = 1
+
+
+def check_num_classes(num_classes: Any) -> int:
+    """Raise TypeError or ValueError unless this is a number of classes."""
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}: {num_classes!r}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    return num_classes
+
+
+@dataclass(frozen=True)
+class JointSolution:
+    """What :meth:`JointState.solve` found. All tensors without gradient.
+
+    Attributes:
+        loss: [], the loss of everything that was accumulated, as :func:`ldmi_fast.dmi_loss` of one batch of it.
+        log_abs_det: [], log|det U| of the classes kept (of S with ``normalize=False``); -inf if singular. The larger, the better
+            the predictions, also where the labels are noisy.
+        sign: [], of that determinant; 0 if singular.
+        kept: [] int64, k, how many classes it is of.
+        V: [C, C], S^-T.
+        scale, ce_scale: [], the factors of the two parts of the gradient.
+    """
+
+    loss: Tensor
+    log_abs_det: Tensor
+    sign: Tensor
+    kept: Tensor
+    V: Tensor
+    scale: Tensor
+    ce_scale: Tensor
+
+
+class JointState:
+    """Exact L_DMI over micro-batches, ranks, or a data set: sums first, the determinant once, then the gradient of each micro-batch.
+
+    The first pass, without gradients, adds up S. :meth:`solve` takes the determinant and V = S^-T. In the second pass
+    :meth:`loss` of each micro-batch is -<V, S_micro>, which is linear in the probabilities; the gradients add up to exactly that of
+    one big batch, and the values to -k (k: the number of classes kept), whatever the loss is: that is ``solve().loss``.
+
+    Both passes have to see the same model outputs. :class:`RNGReplay` repeats dropout; batch norm in training mode sees
+    each micro-batch twice, and by itself.
+
+    Args:
+        num_classes: C.
+        ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine: as for :func:`ldmi_fast.dmi_loss`. With
+            ``eps > 0`` values add up to -k times eps's factor of the gradient; a cross entropy term adds up to itself.
+        device: where the sums live; None: where the first batch is.
+
+    Raises:
+        TypeError, ValueError: an option that cannot work.
+
+    Example:
+        >>> state = JointState(num_classes)
+        >>> with torch.no_grad():
+        ...     for x, y in micro_batches:
+        ...         state.update(model(x), y)
+        >>> state.solve()
+        >>> for x, y in micro_batches:
+        ...     state.loss(model(x), y).backward()
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ignore_index: int = -100,
+        absent: str = "present",
+        eps: float = 0.0,
+        normalize: bool = True,
+        cross_entropy_weight: float = 0.0,
+        input: str = "logits",
+        engine: str | None = None,
+        device: torch.device | str | None = None,
+        **unknown: Any,
+    ) -> None:
+        if "group" in unknown:
+            raise TypeError("JointState() takes no group: accumulate on every rank, then call all_reduce(group) once, before solve()")
+        if unknown:
+            explain_keywords("JointState", unknown, [name for name in OPTION_NAMES if name != "group"])
+        self.num_classes = check_num_classes(num_classes)
+        self.options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
+        self.device = None if device is None else torch.device(device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sums: Sums | None = None
+        self._solution: JointSolution | None = None
+        self._world_size: int | None = None
+
+    def __repr__(self) -> str:
+        state = "empty" if self._sums is None else "solved" if self._solution is not None else "accumulating"
+        over = "" if self._world_size is None else f", over {self._world_size} ranks"
+        return f"JointState({self.num_classes}, {state}{over})"
+
+    @property
+    def sums(self) -> Sums:
+        """S [C, C], n [C], W [] and the summed cross entropy [] so far; zeros before the first batch."""
+        if self._sums is None:
+            acc = composite.accumulator(self.device or torch.device("cpu"))
+            zero = torch.zeros((), dtype=acc, device=self.device)
+            shape = (self.num_classes, self.num_classes)
+            return Sums(zero.new_zeros(shape), zero.new_zeros(self.num_classes), zero.clone(), zero.clone())
+        return self._sums
+
+    def _prepare(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits, target, sample_weight = prepare(logits, target, sample_weight, self.options)
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(f"this JointState is for {self.num_classes} classes, got logits with {logits.shape[1]} in dimension 1")
+        return logits, target, sample_weight
+
+    def _open(self, what: str) -> None:
+        if self._world_size is not None:
+            raise RuntimeError(f"{what} after all_reduce() would count ranks twice: reset() first, or all_reduce() last")
+
+    def _add(self, sums: Sums) -> None:
+        if self._sums is None:
+            self._sums = Sums(*(part.detach().to(self.device or part.device, copy=True) for part in sums))
+            self.device = self._sums.S.device
+        else:
+            for mine, other in zip(self._sums, sums, strict=True):
+                mine.add_(other.detach().to(mine.device))
+        self._solution = None
+
+    def update(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> None:
+        """Add a micro-batch: the first pass. No gradient is kept.
+
+        Args:
+            logits, target, sample_weight: as for :func:`ldmi_fast.dmi_loss`.
+
+        Raises:
+            TypeError, ValueError, IndexError: as :func:`ldmi_fast.dmi_loss`; nothing is added then. RuntimeError: after
+                :meth:`all_reduce`.
+        """
+        self._open("update()")
+        logits, target, sample_weight = self._prepare(logits.detach(), target.detach(), sample_weight)
+        with torch.no_grad():
+            sums = stages.joint_sums(logits, target, sample_weight, self.options, choose(logits, self.options))
+        # A wrong label must not poison what other batches have added up; what is NaN for another reason stays, and shows.
+        if sums.S.is_cpu and sums.S.sum().isnan():
+            raise_for_values(target, sample_weight, self.num_classes, self.options.ignore_index)
+        self._add(sums)
+
+    def update_from(self, loader: Iterable[Any], model: nn.Module | Callable[[Any], Tensor]) -> JointState:
+        """Add a pass over data: ``update(model(input), target)`` for each batch of the loader, without gradients and, for a
+        module, in eval mode (the mode of each submodule is put back).
+
+        Args:
+            loader: batches ``(input, target)`` or ``(input, target, sample_weight)``. Tensors are moved to the device of the
+                model's first parameter.
+            model: input -> logits.
+
+        Returns:
+            This state.
+
+        Raises:
+            ValueError: a batch that is not such a tuple.
+        """
+        device = next((parameter.device for parameter in model.parameters()), None) if isinstance(model, nn.Module) else None
+        with torch.no_grad(), _eval_mode(model):
+            for batch in loader:
+                if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+                    what = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
+                    raise ValueError(f"each batch of the loader must be (input, target) or (input, target, sample_weight), got {what}")
+                x, target, *weight = (part.to(device) if isinstance(part, Tensor) and device is not None else part for part in batch)
+                self.update(model(x), target, *weight)
+        return self
+
+    def merge(self, other: JointState) -> JointState:
+        """Add what another state has accumulated.
+
+        Returns:
+            This state.
+
+        Raises:
+            TypeError, ValueError: no JointState, or one with other classes or options. RuntimeError: either was reduced over ranks.
+        """
+        if not isinstance(other, JointState):
+            raise TypeError(f"merge() takes a JointState, got {type(other).__name__}")
+        self._open("merge()")
+        other._open("merge() of a state")
+        if self.num_classes != other.num_classes:
+            raise ValueError(f"cannot merge a state of {other.num_classes} classes into one of {self.num_classes}")
+        mine, theirs = (_shared(state.options) for state in (self, other))
+        for name, value in mine.items():
+            if theirs[name] != value:
+                raise ValueError(f"cannot merge states with different options: {name}={value!r} here, {theirs[name]!r} there")
+        if other._sums is not None:
+            self._add(other._sums)
+        return self
+
+    def all_reduce(self, group: Any = "world") -> JointState:
+        """Add up the sums of all ranks; every rank has to call, also one that has seen nothing. Then :meth:`solve` gives all of them
+        the same, and :meth:`loss` is multiplied by world_size, so that the averaging of DDP and FSDP gives what one process would.
+
+        Args:
+            group: a torch.distributed ProcessGroup, a 1-D DeviceMesh or ``"world"``.
+
+        Returns:
+            This state.
+
+        Raises:
+            RuntimeError: called a second time; or no process group is set up. ValueError: ranks with other classes or options.
+        """
+        from . import distributed  # imports torch.distributed, which most programs do without
+
+        self._open("all_reduce()")
+        options = Options(**_shared(self.options), engine=self.options.engine, group=group)
+        with torch.no_grad():
+            self._sums = distributed.all_reduce(self.sums, options)
+        self.device = self._sums.S.device
+        self._world_size = distributed.resolve(group).size()
+        self._solution = None
+        return self
+
+    def solve(self) -> JointSolution:
+        """The determinant of everything so far, and what the second pass needs.
+
+        Returns:
+            A :class:`JointSolution`.
+        """
+        sums, options = self.sums, self.options
+        with torch.no_grad():
+            log_abs_det, sign, kept, V = choose(sums.S, options).logdet_inverse(sums.S, sums.n, options.absent)
+            loss, scale, ce_scale = combine(
+                log_abs_det, kept, sums.total, sums.ce, options.eps, options.normalize, options.cross_entropy_weight
+            )
+            if options.normalize:
+                log_abs_det = log_abs_det - kept * torch.where(sums.total == 0, 1, sums.total).log()
+        self._solution = JointSolution(loss, log_abs_det, sign, kept, V, scale, ce_scale)
+        return self._solution
+
+    def loss(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The part of one micro-batch: the second pass. Linear in the probabilities; its gradient is that of the loss of everything.
+
+        Args:
+            logits, target, sample_weight: as in the first pass.
+
+        Returns:
+            A scalar, fp32 (fp64 for fp64 logits). Over all micro-batches of all ranks it adds up to -k (times world_size after
+            :meth:`all_reduce`).
+
+        Raises:
+            RuntimeError: :meth:`solve` has not been called since the last change. TypeError, ValueError, IndexError: as
+                :func:`ldmi_fast.dmi_loss`.
+        """
+        if self._solution is None:
+            raise RuntimeError("call solve() after the first pass, before loss()")
+        solution, options = self._solution, self.options
+        logits, target, sample_weight = self._prepare(logits, target, sample_weight)
+        sums = stages.joint_sums(logits, target, sample_weight, options, choose(logits, options))
+        value = -solution.scale * (solution.V.to(sums.S.device) * sums.S).sum()
+        if options.cross_entropy_weight != 0:
+            value = value + solution.ce_scale * sums.ce
+        if self._world_size is not None:
+            value = value * self._world_size
+        if not torch.compiler.is_compiling() and value.is_cpu and value.isnan():
+            raise_for_values(target, sample_weight, self.num_classes, options.ignore_index)
+        return value.to(composite.compute_dtype(logits.dtype))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the sums and options to a file, complete or not at all."""
+        path = Path(path)
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "num_classes": self.num_classes,
+            "options": _shared(self.options),
+            "world_size": self._world_size,
+            **{name: part.cpu() for name, part in self.sums._asdict().items()},
+        }
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                torch.save(content, file)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, engine: str | None = None, device: torch.device | str | None = None) -> JointState:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: no such file, one of a later version, or a damaged one.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is not a file that JointState.save wrote: {error}") from None
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a file that JointState.save wrote")
+        if content["version"] > _VERSION:
+            raise ValueError(f"{path} has format version {content['version']}, and this ldmi_fast reads up to {_VERSION}")
+        state = cls(content["num_classes"], engine=engine, device=device, **content["options"])
+        state._add(Sums(*(content[name] for name in Sums._fields)))
+        state._world_size = content["world_size"]
+        return state
+
+
+def _shared(options: Options) -> dict[str, Any]:
+    """The options that decide what the sums mean and what is made of them."""
+    return {name: getattr(options, name) for name in OPTION_NAMES if name not in ("engine", "group")}
+
+
+@contextmanager
+def _eval_mode(model: object) -> Iterator[None]:
+    """A module in eval mode, and afterwards every submodule in the mode that it had."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def dmi_score(
+    model: nn.Module | Callable[[Any], Tensor], loader: Iterable[Any], num_classes: int, *, group: Any = None, **options: Any
+) -> JointSolution:
+    """L_DMI of a whole data set, in one pass: a validation score that needs no clean labels.
+
+    ``log_abs_det`` of the result is the score, the larger the better. For noise that depends on the class alone it is that of the
+    clean labels plus a constant, log|det T|, so it ranks models as clean labels would, up to a permutation of the classes.
+
+    Args:
+        model: input -> logits; a module runs in eval mode.
+        loader: batches ``(input, target)`` or ``(input, target, sample_weight)``.
+        num_classes: C.
+        group: a torch.distributed group whose ranks each have a part of the data, none of it twice.
+        options: as for :class:`JointState`.
+
+    Returns:
+        A :class:`JointSolution`.
+
+    Example:
+        >>> score = dmi_score(model, noisy_validation_loader, 14).log_abs_det.item()
+    """
+    state = JointState(num_classes, **options).update_from(loader, model)
+    if group is not None:
+        state.all_reduce(group)
+    return state.solve()
+
+
+class RNGReplay:
+    """Repeats in a second pass the random numbers of a first, so that dropout drops the same again.
+
+    Example:
+        >>> replay = RNGReplay()
+        >>> for x, y in micro_batches:
+        ...     with torch.no_grad(), replay.record():
+        ...         state.update(model(x), y)
+        >>> state.solve()
+        >>> for x, y in micro_batches:
+        ...     with replay.play():
+        ...         loss = state.loss(model(x), y)
+        ...     loss.backward()
+
+    Args:
+        devices: the CUDA devices whose generators are recorded besides the CPU's; None: the current one, if CUDA is in use.
+    """
+
+    def __init__(self, devices: Iterable[torch.device | str | int] | None = None) -> None:
+        if devices is None:
+            devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        self._devices = list(devices)
+        self._recorded: list[tuple[Tensor, list[Tensor]]] = []
+        self._next = 0
+
+    def _state(self) -> tuple[Tensor, list[Tensor]]:
+        return torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._devices]
+
+    def _set(self, state: tuple[Tensor, list[Tensor]]) -> None:
+        torch.set_rng_state(state[0])
+        for device, its in zip(self._devices, state[1], strict=True):
+            torch.cuda.set_rng_state(its, device)
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Remember where the generators are. Recording after playing starts a new sequence."""
+        if self._next:
+            self._recorded, self._next = [], 0
+        self._recorded.append(self._state())
+        yield
+
+    @contextmanager
+    def play(self) -> Iterator[None]:
+        """Go through the next of the recorded forwards; the generators are then where they were before.
+
+        Raises:
+            RuntimeError: there are no more.
+        """
+        if self._next >= len(self._recorded):
+            raise RuntimeError(f"play() a {self._next + 1}. time, and record() was called {len(self._recorded)} times")
+        before = self._state()
+        self._set(self._recorded[self._next])
+        self._next += 1
+        try:
+            yield
+        finally:
+            self._set(before)

@@ -1,0 +1,140 @@
+"""The loss in stages, each differentiable: what stands between two of them changes S, and the gradient follows by the chain rule.
+
+    joint_sums -> [sum over processes] -> [moving average] -> log_abs_det -> finish
+
+``joint_sums`` runs an engine's ``joint``, its backward ``logits_grad`` with the gradient of S in the place of -V. ``log_abs_det``
+runs ``logdet_inverse``; it has V as an output of its own, so that derivatives of any order follow from
+
+    d log|det S| = <V, dS>,    dV = -V dS^T V
+
+without keeping S. The one-call path of :mod:`ldmi_fast.autograd` is faster for a batch that stands alone.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from . import autograd
+from .engines import composite
+from .engines.combine import combine
+from .options import Options
+
+
+class Sums(NamedTuple):
+    """What a batch leaves behind; batches add up.
+
+    Attributes:
+        S: [C, C], the joint sums of labels (rows) and predictions; carries the gradient.
+        n: [C], the weight of each class; no gradient (the loss does not depend on it, given S).
+        total: [], W, the weight of all rows that count; no gradient.
+        ce: [], the weighted sum of cross entropies; carries the gradient.
+    """
+
+    S: Tensor
+    n: Tensor
+    total: Tensor
+    ce: Tensor
+
+
+def _differentiable(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums by operations that PyTorch differentiates itself, as often as asked."""
+    with composite.full_precision(logits.device):
+        need_ce = options.cross_entropy_weight != 0
+        return composite.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input, need_ce)
+
+
+class _JointSums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        options: Options,
+        engine: ModuleType,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        S, n, lse, ce = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
+        ctx.options = options
+        ctx.engine = engine
+        ctx.save_for_backward(logits, target, sample_weight, lse)
+        ctx.mark_non_differentiable(n)
+        return S, n, ce
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, S_grad: Tensor, n_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
+        options = ctx.options
+        logits, target, sample_weight, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            wanted = [tensor for tensor, needed in zip((logits, target), ctx.needs_input_grad[:2], strict=True) if needed]
+            with torch.enable_grad():
+                S, _, _, ce = _differentiable(logits, target, sample_weight, options)
+            outputs, upstream = [S], [S_grad]
+            if options.cross_entropy_weight != 0:
+                outputs, upstream = [S, ce], [S_grad, ce_grad]
+            found = list(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
+            d_logits = found.pop(0) if ctx.needs_input_grad[0] else None
+            d_target = found.pop(0) if ctx.needs_input_grad[1] else None
+            return d_logits, d_target, None, None, None
+        S_grad = S_grad.contiguous()
+        minus = S_grad.new_full((), -1.0)
+        d_logits = d_target = None
+        if ctx.needs_input_grad[0]:
+            d_logits = ctx.engine.logits_grad(
+                logits, target, sample_weight, lse, S_grad, minus, ce_grad, options.ignore_index, options.input
+            )
+        if ctx.needs_input_grad[1]:
+            d_target = autograd.target_grad(logits, target, sample_weight, S_grad, minus, ce_grad, options)
+        return d_logits, d_target, None, None, None
+
+
+def joint_sums(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Sums:
+    """The sums of flattened, checked arguments, by ``engine``."""
+    if engine is composite or autograd.transformed():
+        S, n, _, ce = _differentiable(logits, target, sample_weight, options)
+    else:
+        S, n, ce = _JointSums.apply(logits, target, sample_weight, options, engine)
+    n = n.detach()
+    return Sums(S, n, composite.total_weight(target, sample_weight, n), ce)
+
+
+class _LogAbsDet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, S: Tensor, n: Tensor, absent: str, engine: ModuleType) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        log_abs_det, sign, kept, V = engine.logdet_inverse(S, n, absent)
+        ctx.save_for_backward(V)
+        ctx.mark_non_differentiable(sign, kept)
+        ctx.set_materialize_grads(False)  # else a first derivative would multiply matrices of zeros
+        return log_abs_det, sign, kept, V
+
+    @staticmethod
+    def backward(
+        ctx: FunctionCtx, grad: Tensor | None, sign_grad: None, kept_grad: None, V_grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        (V,) = ctx.saved_tensors
+        d_S = None if grad is None else V * grad
+        if V_grad is not None:
+            through_V = -(V @ V_grad.mT @ V)
+            d_S = through_V if d_S is None else d_S + through_V
+        return d_S, None, None, None
+
+
+def log_abs_det(S: Tensor, n: Tensor, absent: str, engine: ModuleType) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log|det S| [], its sign, the number of classes kept and V = S^-T [C, C], as ``logdet_inverse`` gives them, differentiable."""
+    if engine is composite or autograd.transformed():
+        with composite.full_precision(S.device):
+            return composite.logdet_inverse(S, n, absent)
+    return _LogAbsDet.apply(S, n, absent, engine)
+
+
+def finish(sums: Sums, options: Options, engine: ModuleType) -> Tensor:
+    """The loss [] of the sums, in their dtype."""
+    level, _, kept, _ = log_abs_det(sums.S, sums.n, options.absent, engine)
+    value, _, _ = combine(level, kept, sums.total, sums.ce, options.eps, options.normalize, options.cross_entropy_weight)
+    return value
