@@ -14,7 +14,7 @@ import torch
 
 ABSENT = ("present", "strict")
 INPUT = ("logits", "probs")
-ENGINES = ("cpu", "composite")
+ENGINES = ("cpu", "triton", "composite")
 ENGINE_VARIABLE = "LDMI_FAST_ENGINE"
 
 # Keywords that users of F.cross_entropy try, and what to do instead.

@@ -14,6 +14,7 @@ from .. import ops
 from ..checks import check_tensors
 from ..options import ENGINE_VARIABLE, ENGINES, OPTION_NAMES, Options, explain_keywords, forced_engine, make_options
 from . import composite, native
+from .triton import engine as triton
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,13 @@ class Plan:
 
 
 # The module that holds the rooms of each engine.
-_MODULES: dict[str, ModuleType] = {"cpu": native, "composite": composite}
+_MODULES: dict[str, ModuleType] = {"cpu": native, "triton": triton, "composite": composite}
+
+# Which engines to try for a kind of device, the fastest first; composite, which runs everywhere, after them.
+_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton",)}
+
+# What the reason says of an engine that was chosen.
+_WHAT = {"cpu": "compiled kernels for the CPU", "triton": "kernels in Triton for GPUs that have no compiled ones"}
 
 
 def why_not(name: str, device: torch.device) -> str:
@@ -70,7 +77,7 @@ def choose_name(device: torch.device, options: Options) -> str:
     """The name of the engine for tensors on ``device``: the forced one, else the first that can run."""
     forced = forced_engine(options)
     if forced is None:
-        return "cpu" if device.type == "cpu" and not why_not("cpu", device) else "composite"
+        return next((name for name in _PREFERRED.get(device.type, ()) if not why_not(name, device)), "composite")
     reason = why_not(forced, device)
     if reason:
         raise RuntimeError(f"engine {forced!r} was asked for and cannot run: {reason}")
@@ -112,13 +119,17 @@ def explain(
     if forced_engine(options) is not None:
         why = "forced by engine=" if options.engine is not None else "forced by LDMI_FAST_ENGINE"
     elif name == "composite":
-        why = f"the compiled engine cannot run: {why_not('cpu', logits.device)}"
+        tried = _PREFERRED.get(logits.device.type, ("cpu",))
+        why = "; ".join(f"the {engine} engine cannot run: {why_not(engine, logits.device)}" for engine in tried)
     else:
-        why = "compiled kernels for the CPU"
+        why = _WHAT[name]
     if name == "composite":
         acc = composite.accumulator(logits.device).itemsize
         compute = composite.compute_dtype(logits.dtype).itemsize
         workspace = rows * classes * (2 * compute + acc) + 6 * classes * classes * acc
         return Plan(name, ("joint", "logdet_inverse", "combine", "autograd"), "plain PyTorch", workspace, why)
+    if name == "triton":
+        found = triton.explanation(rows, classes, soft, logits.dtype)
+        return Plan(name, found.kernels, found.regime, found.workspace_bytes, f"{why}; {found.reason}")
     plan = ops.compiled.plan(rows, classes, classes, soft, logits.dtype.itemsize, input == "probs")
     return Plan(name, tuple(plan["kernels"]), plan["regime"], plan["workspace_bytes"], f"{why}; {plan['reason']}")

@@ -1,0 +1,52 @@
+"""Between torch and the kernels: how a kernel is launched, on which device, and what its arguments must look like."""
+
+from __future__ import annotations
+
+import math
+import struct
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.library
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from triton.runtime.jit import JITFunction
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """``torch.library.wrap_triton``, which lets torch.compile see the launch; as it is where the interpreter runs the kernel."""
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it that of the tensor. Traced code has its own guard."""
+    if tensor.is_cuda and not isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def plain_labels(target: Tensor, num_labels: int) -> Tensor:
+    """Labels in a dtype that kernels read: the rare unsigned ones as int64, with what does not fit there out of range."""
+    if target.dtype == torch.uint64:
+        signed = target.view(torch.int64)
+        return torch.where(signed < 0, num_labels, signed)
+    return target.to(torch.int64) if target.dtype in (torch.uint16, torch.uint32) else target
+
+
+def bits(value: float) -> int:
+    """A double as the integer of the same bits: Triton would round a float argument to fp32."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def row_alignment(stride: int) -> int:
+    """The power of two, at most 16, that divides the distance of rows: how wide a load may be is a multiple of it.
+
+    Triton itself only notices multiples of 16, so that rows of 1000 or 14 would be read an element at a time.
+    """
+    return math.gcd(int(stride), 16)
+
+
+def strides(tensor: Tensor) -> tuple[int, int]:
+    """The strides of a matrix; (stride, 0) for a vector."""
+    return (tensor.stride(0), tensor.stride(1)) if tensor.dim() == 2 else (tensor.stride(0), 0)
