@@ -13,7 +13,7 @@ from . import autograd
 from .checks import check_tensors, flatten, raise_for_values
 from .engines import native
 from .engines.choose import choose
-from .options import ENGINE_VARIABLE, OPTION_NAMES, Options, explain_keywords, make_options
+from .options import CHECK_VARIABLE, ENGINE_VARIABLE, OPTION_NAMES, Options, explain_keywords, make_options
 
 
 def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -23,9 +23,19 @@ def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, option
 
 
 def _check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
-    """On the CPU in eager, a NaN result is worth a look at the labels and weights: they may be out of range."""
-    if type(value) is Tensor and value.is_cpu and not autograd.transformed() and math.isnan(value.item()):
+    """On the CPU in eager, a NaN result is worth a look at the labels and weights: they may be out of range.
+
+    Elsewhere the look would make the host wait for the device, so it takes LDMI_FAST_CHECK=1.
+    """
+    if type(value) is not Tensor or autograd.transformed() or not (value.is_cpu or _asked_to_check(value)):
+        return
+    if math.isnan(value.item()):
         raise_for_values(target, sample_weight, classes, ignore_index)
+
+
+def _asked_to_check(value: Tensor) -> bool:
+    """Whether LDMI_FAST_CHECK=1 asks to check labels and weights on a GPU, and nothing forbids to wait for it."""
+    return value.is_cuda and os.environ.get(CHECK_VARIABLE) == "1" and not torch.cuda.is_current_stream_capturing()
 
 
 def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
@@ -101,7 +111,7 @@ def dmi_loss(
         normalize: False: the determinant of the weighted counts instead of their mean (a constant apart).
         cross_entropy_weight: this much of the weighted mean cross entropy is added, from the same pass.
         input: ``"probs"`` if the first argument holds probabilities, rows that sum to 1.
-        engine: ``"cpu"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable LDMI_FAST_ENGINE
+        engine: ``"cpu"``, ``"triton"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable LDMI_FAST_ENGINE
             forces one for the whole process. Under torch.func transforms, and for derivatives of the gradient, the composite
             engine computes, whichever is named: only there PyTorch can differentiate any number of times.
 
@@ -113,7 +123,8 @@ def dmi_loss(
     Raises:
         TypeError, ValueError: arguments that cannot work, with what was given and what is expected. On the CPU in eager mode
             also for sample weights that are negative or not finite (elsewhere the loss is NaN).
-        IndexError: a label out of range, on the CPU in eager mode (elsewhere the loss is NaN).
+        IndexError: a label out of range, on the CPU in eager mode (elsewhere the loss is NaN, and the environment variable
+            LDMI_FAST_CHECK=1 has it raised, at the price of a synchronisation).
         RuntimeError: the forced engine cannot run here, and why.
 
     Example:
@@ -154,6 +165,6 @@ def joint_matrix(
     options = make_options(ignore_index, "present", 0.0, normalize, 0.0, input, engine)
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
     joint = autograd.joint_matrix(logits, target, sample_weight, options, choose(logits, options))
-    if not torch.compiler.is_compiling() and joint.is_cpu:
+    if not torch.compiler.is_compiling() and (joint.is_cpu or _asked_to_check(joint)):
         _check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], options.ignore_index)
     return joint

@@ -16,6 +16,7 @@ ABSENT = ("present", "strict")
 INPUT = ("logits", "probs")
 ENGINES = ("cpu", "triton", "composite")
 ENGINE_VARIABLE = "LDMI_FAST_ENGINE"
+CHECK_VARIABLE = "LDMI_FAST_CHECK"
 
 # Keywords that users of F.cross_entropy try, and what to do instead.
 _EXPLAINED = {

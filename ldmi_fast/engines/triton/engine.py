@@ -16,10 +16,13 @@ from . import plan, tuning
 
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
 
+#: Whether triton is installed; asked once, without importing it, because torch.compile cannot trace the question.
+INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def can_run(device: torch.device) -> str:
     """Why this engine cannot run on ``device``; empty if it can. On CPU tensors it does with Triton's interpreter (for tests)."""
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         return "triton is not installed"
     if device.type == "cpu":
         if os.environ.get(INTERPRET_VARIABLE) == "1":
@@ -27,13 +30,18 @@ def can_run(device: torch.device) -> str:
         return f"it has kernels for GPUs, and the logits are on the CPU ({INTERPRET_VARIABLE}=1 interprets them, very slowly)"
     if device.type != "cuda":
         return f"it has kernels for CUDA and ROCm GPUs, and the logits are on {device}"
-    if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (7, 0):
-        return f"Triton needs compute capability 7.0 or later, and {torch.cuda.get_device_name(device)} is older"
+    if not torch.compiler.is_compiling() and _is_old(device):
+        return f"it is for compute capability 8.0 and later (products in fp64 on tensor cores), and {torch.cuda.get_device_name(device)} is older"
     return ""
 
 
+def _is_old(device: torch.device) -> bool:
+    """Whether this is an NVIDIA GPU that the kernels are not for."""
+    return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def is_fused(logits: Tensor, target: Tensor) -> bool:
-    """Whether the loss and its gradient come from one launch: small problems with hard labels, not in half precision."""
+    """Whether the loss and its gradient come from one launch: small problems with hard labels in fp32."""
     return plan.is_fused(logits.shape[0], logits.shape[1], target.is_floating_point(), logits.dtype.itemsize)
 
 

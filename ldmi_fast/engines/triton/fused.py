@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import composite
 from . import plan
 from .joint import tile_sums
-from .launch import bits, on_device_of, plain_labels, row_alignment, wrap_triton
-from .logdet_inverse import combined, equilibrated, gauss_jordan, log_abs_det_and_sign
-from .logits_grad import finished, scaled_rows
-from .rows import facts, softmax, to_double
+from .launch import bits, on_device_of, plain_labels, row_alignment, wide_enough, wrap_triton
+from .logdet_inverse import along_columns, combined, equilibrated, gauss_jordan, log_abs_det_and_sign
+from .logits_grad import finished
+from .rows import facts, predictions, to_double
 
 
 @triton.jit(do_not_specialize=["total", "ignore_index", "log_eps", "cross_entropy_weight"])
@@ -40,7 +38,6 @@ def _fused_kernel(
     cross_entropy_weight,
     WEIGHTED: tl.constexpr,
     PROBS: tl.constexpr,
-    WIDE: tl.constexpr,
     STRICT: tl.constexpr,
     EPS: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -49,7 +46,6 @@ def _fused_kernel(
     BLOCK_N: tl.constexpr,
     B: tl.constexpr,
 ):
-    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     S, n, ce = tile_sums(
         logits,
         x_row,
@@ -68,8 +64,7 @@ def _fused_kernel(
         False,
         WEIGHTED,
         PROBS,
-        WIDE,
-        WIDE,
+        False,
         CE,
         False,
         ALIGN,
@@ -91,28 +86,33 @@ def _fused_kernel(
         value, kept, tl.sum(n, axis=0), ce, to_double(log_eps), to_double(cross_entropy_weight), EPS, NORMALIZE, CE
     )
     tl.store(loss, result)
-    # R^{-T} in its natural order: products with the two permutations, which are exact
-    rows_to = (r[:, None] == perm[None, :]).to(tl.float64)
-    columns_to = (column_of[:, None] == c[None, :]).to(tl.float64)
-    V = tl.dot(tl.dot(rows_to, tl.trans(M), out_dtype=tl.float64), columns_to, out_dtype=tl.float64) / n_safe[:, None]
-    present_c = tl.sum(tl.where(r[:, None] == c[None, :], present.to(tl.int32)[:, None], 0), axis=0) > 0
-    V = tl.where(present[:, None] & present_c[None, :] & (singular == 0), V, 0.0) + tl.where(finite, 0.0, float("nan")).to(tl.float64)
-    rounded, largest = scaled_rows(V, PROBS, B, B, dtype)
+    # V = R^{-T} / n has M[i, c] in row perm[c] and column column_of[i]. It is left in that order: the gradient of a row does not mind
+    # in which order its columns come, so logits are read, and gradients written, through column_of.
+    n_to = tl.sum(tl.where(r[:, None] == perm[None, :], n_safe[:, None], 0.0), axis=0)
+    present_to = tl.sum(tl.where(r[:, None] == perm[None, :], present.to(tl.int32)[:, None], 0), axis=0) > 0
+    cols = along_columns(column_of, B)
+    present_from = tl.sum(tl.where(column_of[:, None] == c[None, :], along_columns(present.to(tl.int32), B)[None, :], 0), axis=1) > 0
+    V = tl.where(present_from[:, None] & present_to[None, :] & (singular == 0), M / n_to[None, :], 0.0)
+    V += tl.where(finite, 0.0, float("nan")).to(tl.float64)
+    if not PROBS:  # relative to the class's own entry, as everywhere (see logits_grad)
+        V -= tl.sum(tl.where(column_of[:, None] == perm[None, :], V, 0.0), axis=0)[None, :]
+    largest = tl.max(tl.max(tl.abs(V), axis=1), axis=0)
+    largest = tl.where(largest > 0.0, largest, 1.0)
+    rounded = tl.trans((V / largest).to(tl.float32))
     for first in range(0, total, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N).to(tl.int64)
         inside = rows < total
         used, label, w, bad = facts(target, t_row, weight, w_row, rows, inside, classes, ignore_index, False, WEIGHTED)
-        at = (rows * (x_row * ALIGN))[:, None] + (c.to(tl.int64) * x_col)[None, :]
-        where = used[:, None] & (c < classes)[None, :]
-        x = tl.load(logits + at, mask=where, other=0.0 if PROBS else -float("inf")).to(dtype)
-        p = x
-        if not PROBS:
-            p, _, _, _ = softmax(x, False)
-        onehot = c[None, :] == label[:, None]
-        picked = tl.dot(onehot.to(dtype), rounded, input_precision="ieee", out_dtype=dtype)  # V[y_i]: exact, one term a sum
-        t = picked * (-w * scale * largest).to(dtype)[:, None]
-        g = finished(t, p, x, (w * ce_scale).to(dtype), onehot, p, used, bad, False, PROBS)
-        tl.store(out + rows[:, None] * classes + c[None, :], g.to(out.dtype.element_ty), mask=inside[:, None] & (c < classes)[None, :])
+        at = (rows * (x_row * ALIGN))[:, None] + (cols.to(tl.int64) * x_col)[None, :]
+        where = used[:, None] & (cols < classes)[None, :]
+        x = tl.load(logits + at, mask=where, other=0.0 if PROBS else -float("inf"))
+        p = predictions(x, PROBS)
+        # V[y_i]: exact, one term a sum
+        picked = tl.dot((perm[None, :] == label[:, None]).to(tl.float32), rounded, input_precision="ieee")
+        t = picked * (-w * scale * largest).to(tl.float32)[:, None]
+        own = cols[None, :] == label[:, None]
+        g = finished(t, p, x, (w * ce_scale).to(tl.float32), own, p, used, bad, False, PROBS)
+        tl.store(out + rows[:, None] * classes + cols[None, :], g, mask=inside[:, None] & (cols < classes)[None, :])
 
 
 def loss_and_gradient(
@@ -126,11 +126,11 @@ def loss_and_gradient(
     cross_entropy_weight: float,
     input: str,
 ) -> tuple[Tensor, Tensor]:
-    """The loss [] and its gradient [N, C] of hard labels, in one program."""
+    """The loss [] and its gradient [N, C] of fp32 logits and hard labels, in one program."""
     rows, classes = logits.shape[0], int(logits.shape[1])
     target = plain_labels(target, classes)
-    weight = logits if sample_weight is None else sample_weight
-    loss = logits.new_empty((), dtype=composite.compute_dtype(logits.dtype))
+    weight = logits if sample_weight is None else wide_enough(sample_weight)
+    loss = logits.new_empty(())
     out = logits.new_empty(logits.shape)
     align = row_alignment(logits.stride(0))
     block = plan.tile_width(classes)
@@ -152,14 +152,14 @@ def loss_and_gradient(
             bits(cross_entropy_weight),
             WEIGHTED=sample_weight is not None,
             PROBS=input == "probs",
-            WIDE=logits.dtype == torch.float64,
             STRICT=absent == "strict",
             EPS=eps > 0,
             NORMALIZE=normalize,
             CE=cross_entropy_weight != 0,
             ALIGN=align,
-            BLOCK_N=2048 // block,
+            BLOCK_N=512 // block,
             B=block,
             num_warps=4,
+            num_stages=1,  # as in joint
         )
     return loss, out

@@ -7,10 +7,10 @@ time. Which regime runs is for ``plan`` to say:
     label   rows are visited in the order of their labels, so that one row of S at a time is summed, in fp64 registers
     soft    soft targets of many classes: the composite engine, a block of rows at a time
 
-Error of ``tile``. A tile's product is in fp32, rounded to nearest (never tf32), over at most 256 rows; tiles are added in fp64. A sum of
-t terms >= 0 is off by at most t 2^-24 of itself, and by about sqrt(t) 2^-25 for the roundings are unbiased; t is the number of rows
-of one label in one tile (about 9 for 14 classes, 64 for two), and the errors of different tiles average out. That is no more than the
-rounding of the softmax's own terms. fp64 logits use an fp64 product.
+Products and sums are in fp64 everywhere. ``tile`` uses an fp64 matrix product, which data-centre GPUs since sm_80 and gfx90a have in their
+tensor cores: a product of two or three fp32 numbers is then exact or off by 2^-53, and two classes that are predicted alike give a
+matrix that is singular to 2^-52, as the contract has it. An fp32 product, even one rounded to nearest, would leave 2^-24 there: a finite
+loss of a collapsed model, and a huge gradient in a random direction.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .. import composite
 from . import plan, tuning
-from .launch import on_device_of, plain_labels, row_alignment, strides, wrap_triton
-from .rows import cross_entropy, exponential, facts, inverse, online, softmax
+from .launch import on_device_of, plain_labels, row_alignment, strides, wide_enough, wrap_triton
+from .rows import exponential, facts, hard_cross_entropy, inverse, online, soft_cross_entropy, softmax
 
 
 @triton.jit
@@ -46,7 +46,6 @@ def tile_sums(
     WEIGHTED: tl.constexpr,
     PROBS: tl.constexpr,
     WIDE: tl.constexpr,
-    WIDE_DOT: tl.constexpr,
     CE: tl.constexpr,
     LSE: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -56,45 +55,52 @@ def tile_sums(
 ):
     """S [BLOCK_K, BLOCK_C], n [BLOCK_K] and the cross entropy of the rows start..stop, in fp64; NaN if one is out of range."""
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
-    product: tl.constexpr = tl.float64 if WIDE_DOT else tl.float32
     cols, ks = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     S = tl.zeros([BLOCK_K, BLOCK_C], tl.float64)
-    n = tl.zeros([BLOCK_K], tl.float64)
+    n = tl.zeros([BLOCK_K, 16], tl.float64)  # in its first column: a product, too
     ce = tl.zeros([BLOCK_N], tl.float64)
     wrong = tl.zeros([BLOCK_N], tl.int32)
+    # A tile is loaded one round ahead. For logits in half precision that is no option: Triton (seen in 3.6 and 3.8) lays out the operand
+    # of an fp64 product for the narrowest load that it is computed from, and then fails; it does not look beyond the loop's variables.
+    column_at = (cols.to(tl.int64) * x_col)[None, :]
+    inside_columns = (cols < classes)[None, :]
+    nothing: tl.constexpr = 0.0 if PROBS else -float("inf")
+    rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
+    ahead = tl.load(logits + (rows * (x_row * ALIGN))[:, None] + column_at, mask=(rows < stop)[:, None] & inside_columns, other=nothing)
     for first in range(start, stop, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N).to(tl.int64)
         used, label, w, bad = facts(target, t_row, weight, w_row, rows, rows < stop, num_labels, ignore_index, SOFT, WEIGHTED)
         wrong = tl.maximum(wrong, bad.to(tl.int32))
-        where = used[:, None] & (cols < classes)[None, :]
-        at = (rows * (x_row * ALIGN))[:, None] + (cols.to(tl.int64) * x_col)[None, :]
-        x = tl.load(logits + at, mask=where, other=0.0 if PROBS else -float("inf")).to(dtype)
+        where = used[:, None] & inside_columns
+        x = ahead.to(dtype)
+        later = rows + BLOCK_N
+        later_at = (later * (x_row * ALIGN))[:, None] + column_at
+        ahead = tl.load(logits + later_at, mask=(later < stop)[:, None] & inside_columns, other=nothing)
         p, shifted, m, s = softmax(x, PROBS)
         p = tl.where(where, p, 0.0)
+        q = p.to(tl.float64)
+        if WEIGHTED:
+            q = q * w[:, None]
         if SOFT:
             t_at = (rows * t_row)[:, None] + (ks.to(tl.int64) * t_col)[None, :]
-            A = tl.load(target + t_at, mask=used[:, None] & (ks < num_labels)[None, :], other=0.0).to(product)
-            n += tl.sum(A.to(tl.float64) * w[:, None], axis=0)
+            A = tl.load(target + t_at, mask=used[:, None] & (ks < num_labels)[None, :], other=0.0).to(tl.float64)
         else:
-            onehot = (label[:, None] == ks[None, :]) & used[:, None]
-            A = onehot.to(product)
-            n += tl.sum(tl.where(onehot, w[:, None], 0.0), axis=0) if WEIGHTED else tl.sum(onehot.to(tl.int32), axis=0).to(tl.float64)
-        if WEIGHTED:
-            # relative to the largest: weights of 1e-40 must not vanish in fp32
-            largest = tl.max(w, axis=0)
-            largest = tl.where(largest > 0.0, largest, 1.0)
-            B = p.to(product) * (w / largest).to(product)[:, None]
-            S += tl.dot(tl.trans(A), B, input_precision="ieee", out_dtype=product).to(tl.float64) * largest
-        else:
-            S += tl.dot(tl.trans(A), p.to(product), input_precision="ieee", out_dtype=product).to(tl.float64)
+            A = ((label[:, None] == ks[None, :]) & used[:, None]).to(tl.float64)
+        S = tl.dot(tl.trans(A), q, S, input_precision="ieee", out_dtype=tl.float64)
+        first_column = (tl.arange(0, 16) == 0).to(tl.float64)[None, :]
+        n = tl.dot(tl.trans(A), w[:, None] * first_column, n, input_precision="ieee", out_dtype=tl.float64)
         if LSE:
             tl.store(lse + rows, tl.where(used, 0.0 if PROBS else m + tl.log(s), 0.0).to(dtype), mask=rows < stop)
         if CE:
-            picked = cols[None, :] == (label % classes)[:, None]
-            each = cross_entropy(p, shifted, s, picked, A.to(dtype) if SOFT else p, SOFT, PROBS)
+            if SOFT:
+                each = soft_cross_entropy(p, shifted, s, A.to(dtype), PROBS)
+            else:
+                own_at = rows * (x_row * ALIGN) + (label % classes).to(tl.int64) * x_col
+                own = tl.load(logits + own_at, mask=used, other=0.0).to(dtype)  # was read a moment ago
+                each = hard_cross_entropy(own, m, s, PROBS)
             ce += tl.where(used, w * each.to(tl.float64), 0.0)
     poison = tl.where(tl.max(wrong, axis=0) > 0, float("nan"), 0.0).to(tl.float64)
-    return S + poison, n + poison, tl.sum(ce, axis=0) + poison
+    return S + poison, tl.sum(n, axis=1) + poison, tl.sum(ce, axis=0) + poison
 
 
 @triton.jit(do_not_specialize=["total", "per_program", "ignore_index"])
@@ -118,7 +124,6 @@ def _tile_kernel(
     WEIGHTED: tl.constexpr,
     PROBS: tl.constexpr,
     WIDE: tl.constexpr,
-    WIDE_DOT: tl.constexpr,
     CE: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -148,7 +153,6 @@ def _tile_kernel(
         WEIGHTED,
         PROBS,
         WIDE,
-        WIDE_DOT,
         CE,
         True,
         ALIGN,
@@ -262,6 +266,7 @@ def _label_kernel(
     mine = side + program * (classes + 2)
     ce = tl.zeros([BLOCK_N], tl.float64)
     label = tl.load(keys + position, mask=position < stop, other=num_labels).to(tl.int64)
+    following = label
     before = tl.load(keys + position - 1, mask=(position > 0) & (position < stop), other=-1).to(tl.int64)
     while label < num_labels:
         acc = tl.zeros([BLOCK_C], tl.float64)
@@ -296,7 +301,7 @@ def _label_kernel(
             if first_block:
                 tl.store(lse + rows, 0.0 * m if PROBS else m + tl.log(s), mask=same)
             if CE:
-                each = -tl.log(own) if PROBS else tl.log(s) - (own - m)
+                each = hard_cross_entropy(own, m, s, PROBS)
                 ce += tl.where(same, w * each.to(tl.float64), 0.0)
             position += tl.sum(same.to(tl.int32), axis=0)
             following = tl.load(keys + position, mask=position < stop, other=num_labels).to(tl.int64)
@@ -341,9 +346,9 @@ def _add_sides_kernel(
         tl.store(n + label, acc_n + poison)
         if label == 0:
             sums = tl.zeros([ROWS], tl.float64)
-            for first in range(0, programs, ROWS):
-                p = (first + lanes).to(tl.int64)
-                sums += tl.load(side + p * (classes + 2) + classes + 1, mask=p < programs, other=0.0)
+            for program in range(0, programs, ROWS):
+                q = (program + lanes).to(tl.int64)
+                sums += tl.load(side + q * (classes + 2) + classes + 1, mask=q < programs, other=0.0)
             tl.store(ce, tl.sum(sums, axis=0) + poison)
 
 
@@ -409,7 +414,8 @@ def _joint_by_tiles(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, classes = logits.shape[0], int(logits.shape[1])
     soft = target.is_floating_point()
-    target = target if soft else plain_labels(target, num_labels)
+    target = wide_enough(target) if soft else plain_labels(target, num_labels)
+    sample_weight = None if sample_weight is None else wide_enough(sample_weight)
     block_k, block_c = plan.tile_width(num_labels), plan.tile_width(classes)
     if soft:
         block_k = block_c = max(block_k, block_c)
@@ -445,13 +451,13 @@ def _joint_by_tiles(
                 WEIGHTED=sample_weight is not None,
                 PROBS=input == "probs",
                 WIDE=wide,
-                WIDE_DOT=wide or config.wide,
                 CE=need_ce,
                 ALIGN=align,
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 BLOCK_C=block_c,
                 num_warps=config.warps,
+                num_stages=1,  # the kernel loads ahead itself; Triton's own pipeline on top of it spills registers
             )
             block = 128
             wrap_triton(_add_kernel)[(plan.ceil_div(size, block),)](
@@ -482,7 +488,8 @@ def _joint_by_label(
     align = row_alignment(logits.stride(0))
     at = (logits, logits.stride(0) // align, logits.stride(1))
     maxima = sums = lse
-    block_c = min(plan.power_of_two(classes), plan.ROW_CLASSES)
+    longest = plan.row_classes(logits.dtype.itemsize)
+    block_c = min(plan.power_of_two(classes), longest)
     with on_device_of(logits):
         if how.long and not probs:
             maxima, sums = torch.empty_like(lse), torch.empty_like(lse)
@@ -516,7 +523,7 @@ def _joint_by_label(
                 ALIGN=align,
                 BLOCK_N=config.rows(block_c),
                 BLOCK_C=block_c,
-                num_warps=config.warps if block_c < plan.ROW_CLASSES else 8,
+                num_warps=config.warps if block_c < longest else 8,
             )
 
         run(tuning.choose("joint-label", logits, run))

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.library
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
 
@@ -19,19 +18,27 @@ def wrap_triton(kernel: Any) -> Any:
     return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
+def has_data(tensor: Tensor) -> bool:
+    """Whether this is a tensor to compute with, and not one of the many kinds that only stand for one while a graph is traced."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it that of the tensor. Traced code has its own guard."""
-    if tensor.is_cuda and not isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
+    return torch.cuda.device(tensor.device) if tensor.is_cuda and has_data(tensor) else nullcontext()
 
 
 def plain_labels(target: Tensor, num_labels: int) -> Tensor:
-    """Labels in a dtype that kernels read: the rare unsigned ones as int64, with what does not fit there out of range."""
+    """Labels as int32 or int64; unsigned ones that do not fit there are out of range. (Narrow ones: see ``wide_enough``.)"""
     if target.dtype == torch.uint64:
         signed = target.view(torch.int64)
         return torch.where(signed < 0, num_labels, signed)
-    return target.to(torch.int64) if target.dtype in (torch.uint16, torch.uint32) else target
+    return target if target.dtype in (torch.int32, torch.int64) else target.to(torch.int64)
+
+
+def wide_enough(tensor: Tensor) -> Tensor:
+    """Weights and soft targets as fp32 or fp64: no operand of an fp64 product may come from narrower loads (see ``joint.tile_sums``)."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def bits(value: float) -> int:

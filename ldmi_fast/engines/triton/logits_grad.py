@@ -19,7 +19,7 @@ from .. import composite
 from . import plan, tuning
 from .joint import sort_by_label
 from .launch import on_device_of, plain_labels, row_alignment, strides, wrap_triton
-from .rows import exponential, facts, inverse, online, softmax
+from .rows import exponential, facts, inverse, online, predictions
 
 
 @triton.jit
@@ -99,9 +99,7 @@ def _rows_kernel(
     where = used[:, None] & (cols < classes)[None, :]
     at = (rows * (x_row * ALIGN))[:, None] + (cols.to(tl.int64) * x_col)[None, :]
     x = tl.load(logits + at, mask=where, other=0.0 if PROBS else -float("inf")).to(dtype)
-    p = x
-    if not PROBS:
-        p, _, _, _ = softmax(x, False)
+    p = predictions(x, PROBS)
     alpha = -w * tl.load(scale)
     gamma = (w * tl.load(ce_scale)).to(dtype)
     A = p
@@ -116,12 +114,13 @@ def _rows_kernel(
         A = tl.load(target + t_at, mask=used[:, None] & (ks < num_labels)[None, :], other=0.0).to(dtype)
         t = tl.dot(A, rounded, input_precision="ieee", out_dtype=dtype) * (alpha * largest).to(dtype)[:, None]
     else:
-        v = tl.load(V + (label * classes)[:, None] + cols[None, :], mask=where, other=0.0)
+        V_row = label.to(tl.int64) * classes
+        v = tl.load(V + V_row[:, None] + cols[None, :], mask=where, other=0.0)
         if TABLE:
             t = v * (alpha * tl.load(V_scale + label, mask=used, other=0.0)).to(dtype)[:, None]
         else:
             if not PROBS:
-                v = v - tl.load(V + label * classes + column, mask=used, other=0.0)[:, None]
+                v = v - tl.load(V + V_row + column, mask=used, other=0.0)[:, None]
             t = (v * alpha[:, None]).to(dtype)
     g = finished(t, p, x, gamma, cols[None, :] == column[:, None], A, used, bad, SOFT, PROBS)
     to = (rows * (classes // OUT_ALIGN * OUT_ALIGN))[:, None] + cols[None, :]
@@ -164,7 +163,7 @@ def _long_kernel(
     row = tl.sum(rows, axis=0)
     count = tl.sum(used.to(tl.int32), axis=0) > 0
     wrong = tl.sum(bad.to(tl.int32), axis=0) > 0
-    y = tl.sum(label, axis=0)
+    y = tl.sum(label, axis=0).to(tl.int64)
     w_y = tl.sum(w, axis=0)
     column = y % classes
     alpha = (-w_y * tl.load(scale) * tl.load(V_scale + y)).to(dtype)
@@ -186,7 +185,7 @@ def _long_kernel(
         t = tl.load(V + y * classes + cols, mask=where, other=0.0)
         own = cols == column
         if PROBS:
-            g = alpha * t - tl.where(own & (gamma != 0), gamma / x, 0.0)
+            g = alpha * t - tl.where(gamma != 0, tl.where(own, gamma / x, 0.0), 0.0)
         else:
             p = exponential(x - m) * inverse(s)
             g = p * (alpha * (t - d * inverse(s)))
@@ -241,7 +240,8 @@ def gradient(
     weight = logits if sample_weight is None else sample_weight
     align = row_alignment(logits.stride(0))
     order, table, V_scale = V, V, V
-    block_c = min(plan.power_of_two(classes), plan.ROW_CLASSES)
+    longest = plan.row_classes(logits.dtype.itemsize)
+    block_c = min(plan.power_of_two(classes), longest)
     with on_device_of(logits):
         if how.table:
             table = torch.empty_like(V, dtype=composite.compute_dtype(logits.dtype))
@@ -312,10 +312,11 @@ def gradient(
                 BLOCK_N=block_n,
                 BLOCK_K=block_k,
                 BLOCK_C=block_c,
-                num_warps=config.warps if block_c < plan.ROW_CLASSES else 8,
+                num_warps=config.warps if block_c < longest else 8,
             )
 
-        run(tuning.choose("grad-narrow" if block_c <= plan.TILE_CLASSES else "grad-broad", logits, run))
+        regime = "grad-soft" if soft else "grad-narrow" if block_c <= plan.TILE_CLASSES else "grad-broad"
+        run(tuning.choose(regime, logits, run))
     return out
 
 

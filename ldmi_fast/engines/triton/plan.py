@@ -20,8 +20,8 @@ GAUSS_JORDAN_CLASSES = 64
 FUSED_ELEMENTS = 16384  # N * C
 FUSED_CLASSES = 32
 
-# A row is one block of registers up to here, and goes block by block (online softmax) above.
-ROW_CLASSES = 4096
+# A row is one block of registers up to here, and goes block by block (online softmax) above: 16 KB in the precision of the softmax.
+ROW_BYTES = 16384
 
 # V is read as fp64 as long as it stays in the first-level cache (128 KiB); above, a table in the precision of the logits halves the
 # traffic to the second-level cache.
@@ -54,12 +54,18 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def is_fused(rows: int, classes: int, soft: bool, value_bytes: int) -> bool:
-    """Whether one program computes everything: small, hard labels, and not half precision.
+def row_classes(value_bytes: int) -> int:
+    """The longest row that is one block of registers."""
+    return ROW_BYTES // max(value_bytes, 4)
 
-    In half precision the upstream gradient (a loss scale of 65536, say) must come in before the gradient is rounded.
+
+def is_fused(rows: int, classes: int, soft: bool, value_bytes: int) -> bool:
+    """Whether one program computes everything: small, hard labels, and fp32.
+
+    In half precision the upstream gradient (a loss scale of 65536, say) must come in before the gradient is rounded. fp64 would need
+    twice the registers, and nobody trains in it.
     """
-    return not soft and value_bytes >= 4 and classes <= FUSED_CLASSES and rows * classes <= FUSED_ELEMENTS
+    return not soft and value_bytes == 4 and classes <= FUSED_CLASSES and rows * classes <= FUSED_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def joint(rows: int, classes: int, labels: int, soft: bool, value_bytes: int, bl
     if soft:
         block = soft_rows(classes, labels)
         return Joint("soft", 1, block, False, min(block, max(rows, 1)) * (classes + labels) * 8 + labels * classes * 8)
-    long = classes > ROW_CLASSES
+    long = classes > row_classes(value_bytes)
     # a side row a program, for the label that the program before began
     most = max(PARTIAL_BYTES, rows * classes * value_bytes // 25) // (8 * (classes + 2))
     programs = max(1, min(ceil_div(rows, 8), PROGRAMS, most))
@@ -139,7 +145,7 @@ def logits_grad(rows: int, classes: int, labels: int, soft: bool, value_bytes: i
         block = min(soft_rows(classes, labels), max(rows, 1))
         return LogitsGrad("soft", False, False, 3 * block * (classes + labels) * 8)
     compute_bytes = 8 if value_bytes == 8 else 4
-    long = classes > ROW_CLASSES
+    long = classes > row_classes(value_bytes)
     table = not soft and (labels * classes > DIRECT_ENTRIES or long)
     table_bytes = labels * classes * compute_bytes
     ordered = table and table_bytes > ORDERED_TABLE_BYTES and rows > 2 * labels
@@ -183,6 +189,6 @@ def explain(rows: int, classes: int, soft: bool, value_bytes: int, block_rows: i
         regime = f"staged, {first.programs} programs of {first.rows} rows in the order of their labels"
         reason = f"C > {TILE_CLASSES}: rows are sorted by label, so that each program sums one row of S at a time in registers"
         if first.long:
-            reason += f"; C > {ROW_CLASSES}: rows go block by block"
+            reason += f"; C > {row_classes(value_bytes)}: rows go block by block"
     workspace = max(first.workspace_bytes, second.workspace_bytes, 0 if own else factor_bytes)
     return Explanation((f"joint ({how})", factor, f"logits_grad ({back})"), regime, workspace, reason)

@@ -39,26 +39,27 @@ def facts(
     SOFT: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """Of rows [BLOCK_N] int64: which count, their labels (0 elsewhere), weights (fp64; 0 elsewhere), and which are out of range.
+    """Of rows [BLOCK_N] int64: which count, their labels (int32; 0 elsewhere), weights (fp64; 0 elsewhere), and which are out of range.
 
     A label that is out of range becomes 0, so that no address is ever made of it.
     """
     used = inside
-    bad = inside & False
-    if WEIGHTED:
-        w = tl.load(weight + rows * weight_stride, mask=inside, other=0.0).to(tl.float64)
-        used = inside & (w != 0.0)  # NaN counts, and is bad
-        bad = used & ((w >= 0.0) == 0)
+    label = (rows * 0).to(tl.int32)
+    if SOFT:
+        within = inside
     else:
-        w = inside.to(tl.float64)
-    label = rows * 0
-    if not SOFT:
-        label = tl.load(target + rows * target_stride, mask=inside, other=0).to(tl.int64)
-        used = used & (label != ignore_index)
-        outside = (label < 0) | (label >= num_labels)
-        bad = used & (bad | outside)
-        label = tl.where(used & (outside == 0), label, 0)
-    return used, label, tl.where(used, w, 0.0), bad
+        given = tl.load(target + rows * target_stride, mask=inside, other=0).to(tl.int64)
+        used = used & (given != ignore_index)
+        within = (given >= 0) & (given < num_labels)
+        label = (given * within.to(tl.int64)).to(tl.int32)
+    if WEIGHTED:
+        # loaded where a row may count, instead of selected afterwards: Triton 3.6 fails to lay out that select
+        w = tl.load(weight + rows * weight_stride, mask=used, other=0.0).to(tl.float64)
+        used = used & (w != 0.0)  # NaN counts, and is bad
+        within = within & (w >= 0.0)
+    else:
+        w = used.to(tl.float64)
+    return used, label, w, used & (within == 0)
 
 
 @triton.jit
@@ -81,6 +82,16 @@ def softmax(x, PROBS: tl.constexpr):
 
 
 @triton.jit
+def predictions(x, PROBS: tl.constexpr):
+    """p of a tile alone."""
+    if PROBS:
+        return x
+    else:
+        p, _, _, _ = softmax(x, False)
+        return p
+
+
+@triton.jit
 def inverse(s):
     """1 / s, correctly rounded."""
     if s.dtype == tl.float64:
@@ -90,14 +101,22 @@ def inverse(s):
 
 
 @triton.jit
-def cross_entropy(p, shifted, s, picked, soft_target, SOFT: tl.constexpr, PROBS: tl.constexpr):
-    """Cross entropy of each row [BLOCK_N]; ``picked``: where its label's column is. A soft target of 0 where p = 0 adds nothing."""
-    if SOFT:
-        logp = tl.log(p) if PROBS else shifted - tl.log(s)[:, None]
-        return -tl.sum(tl.where((soft_target == 0) & (p == 0), 0.0, soft_target * logp), axis=1)
+def hard_cross_entropy(own, m, s, PROBS: tl.constexpr):
+    """Cross entropy of rows, from the logit (or probability) of their label, max and sum of exponentials."""
+    if PROBS:
+        return -tl.log(own)
     else:
-        own = tl.sum(tl.where(picked, shifted, 0.0), axis=1)
-        return -tl.log(own) if PROBS else tl.log(s) - own
+        return tl.log(s) - (own - m)
+
+
+@triton.jit
+def soft_cross_entropy(p, shifted, s, soft_target, PROBS: tl.constexpr):
+    """Cross entropy of each row [BLOCK_N] with its soft target; a target of 0 where p = 0 contributes nothing."""
+    if PROBS:
+        logp = tl.log(p)
+    else:
+        logp = shifted - tl.log(s)[:, None]
+    return -tl.sum(tl.where((soft_target == 0) & (p == 0), 0.0, soft_target * logp), axis=1)
 
 
 @triton.jit
@@ -112,4 +131,4 @@ def online(m, s, d, x, t):
 @triton.jit
 def to_double(raw):
     """The double whose bits an integer argument holds (see launch.bits)."""
-    return raw.to(tl.int64).to(tl.float64, bitcast=True)
+    return (tl.zeros([], tl.int64) + raw).to(tl.float64, bitcast=True)  # also of a constant, which torch.compile may make of it

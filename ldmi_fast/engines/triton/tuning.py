@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..._version import __version__
 from .plan import TILE_CLASSES, tile_width
@@ -35,29 +34,24 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Config:
-    """How many logits a tile holds, in how many warps, and whether its matrix product runs in fp64 whatever the logits are."""
+    """How many logits a tile holds, and in how many warps."""
 
     elements: int
     warps: int
-    wide: bool = False
 
     def rows(self, width: int) -> int:
-        """Rows of a tile of padded width; matrix products want 16 or more where they are used."""
+        """Rows of a tile of padded width."""
         return max(1, self.elements // width)
 
 
 #: Kernel and padded width -> its configurations by name, the default first.
 TABLE: dict[str, dict[str, Config]] = {
-    "joint-tile-16": {
-        "128-rows": Config(2048, 4),
-        "64-rows": Config(1024, 4),
-        "64-rows-wide": Config(1024, 4, True),
-        "256-rows": Config(4096, 8),
-    },
-    "joint-tile-32": {"64-rows": Config(2048, 4), "32-rows": Config(1024, 4), "64-rows-wide": Config(2048, 8, True)},
-    "joint-tile-64": {"32-rows": Config(2048, 8), "16-rows": Config(1024, 8), "32-rows-wide": Config(2048, 8, True)},
-    "joint-label": {"2k": Config(2048, 4), "1k": Config(1024, 4), "4k": Config(4096, 8)},
+    "joint-tile-16": {"32-rows": Config(512, 2), "64-rows": Config(1024, 4), "32-rows-4-warps": Config(512, 4)},
+    "joint-tile-32": {"32-rows": Config(1024, 4), "16-rows": Config(512, 2), "32-rows-8-warps": Config(1024, 8)},
+    "joint-tile-64": {"32-rows": Config(2048, 8), "16-rows": Config(1024, 4), "16-rows-8-warps": Config(1024, 8)},
+    "joint-label": {"2k": Config(2048, 8), "1k": Config(1024, 4), "4k": Config(4096, 8)},
     "grad-narrow": {"2k": Config(2048, 4), "1k": Config(1024, 4), "4k": Config(4096, 8)},
+    "grad-soft": {"1k": Config(1024, 8), "2k": Config(2048, 8)},
     "grad-broad": {"2k": Config(2048, 4), "4k": Config(4096, 8), "1k": Config(1024, 2)},
 }
 
@@ -121,7 +115,9 @@ def choose(regime: str, logits: Tensor, run: Callable[[Config], Any]) -> Config:
 
 
 def _may_measure(logits: Tensor) -> bool:
-    return not (isinstance(logits, FakeTensor) or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+    from .launch import has_data  # not above: this module must load without triton
+
+    return has_data(logits) and not torch.cuda.is_current_stream_capturing()
 
 
 def measure(run: Callable[[], Any]) -> float:
