@@ -144,8 +144,8 @@ def dmi_loss(
             samples together, the same on every rank, from one all-reduce; the gradient is world_size times that of the local
             samples, so that the averaging of DDP and FSDP gives what one process would. Every rank has to call, with the same options
             and classes; local batches may be of any size, or empty.
-        engine: ``"cpu"``, ``"cuda"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable LDMI_FAST_ENGINE
-            forces one for the whole process. Under torch.func transforms, and for derivatives of the gradient, the composite
+        engine: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable
+            LDMI_FAST_ENGINE forces one for the whole process. Under torch.func transforms, and for derivatives of the gradient, the composite
             engine computes, whichever is named: only there PyTorch can differentiate any number of times.
 
     Returns:

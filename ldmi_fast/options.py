@@ -14,7 +14,7 @@ import torch
 
 ABSENT = ("present", "strict")
 INPUT = ("logits", "probs")
-ENGINES = ("cpu", "cuda", "composite")
+ENGINES = ("cpu", "cuda", "triton", "composite")
 ENGINE_VARIABLE = "LDMI_FAST_ENGINE"
 CHECK_VARIABLE = "LDMI_FAST_CHECK"
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from ldmi_fast.engines.choose import available
+from ldmi_fast.engines.triton.engine import INTERPRET_VARIABLE
 
 # cuBLAS reads it once; without it torch refuses matrix products where deterministic algorithms are asked for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 PLACES = [(name, device) for device in DEVICES for name, reason in available(device).items() if not reason]
+if os.environ.get(INTERPRET_VARIABLE) == "1":
+    PLACES = [("triton", "cpu")]  # a run of its own (tests/engines/triton): the other engines have theirs
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))

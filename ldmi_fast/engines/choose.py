@@ -14,6 +14,7 @@ from .. import ops
 from ..checks import check_tensors
 from ..options import ENGINE_VARIABLE, ENGINES, OPTION_NAMES, Options, explain_keywords, forced_engine, make_options
 from . import composite, native
+from .triton import engine as triton
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,17 @@ class Plan:
 
 
 # The module that holds the rooms of each engine.
-_MODULES: dict[str, ModuleType] = {"cpu": native, "cuda": native, "composite": composite}
+_MODULES: dict[str, ModuleType] = {"cpu": native, "cuda": native, "triton": triton, "composite": composite}
 
 # Which engines to try for a kind of device, the fastest first; composite, which runs everywhere, after them.
-_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",)}
+_PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 # What each compiled engine has kernels for.
 _COMPILED = {"cpu": "the CPU", "cuda": "NVIDIA GPUs"}
 
 # What the reason says of an engine that was chosen.
 _WHAT = {name: f"compiled kernels for {what}" for name, what in _COMPILED.items()}
+_WHAT["triton"] = "kernels in Triton for GPUs that have no compiled ones"
 
 
 def why_not(name: str, device: torch.device) -> str:
@@ -132,6 +134,9 @@ def explain(
         compute = composite.compute_dtype(logits.dtype).itemsize
         workspace = rows * classes * (2 * compute + acc) + 6 * classes * classes * acc
         return Plan(name, ("joint", "logdet_inverse", "combine", "autograd"), "plain PyTorch", workspace, why)
+    if name == "triton":
+        found = triton.explanation(rows, classes, soft, logits.dtype)
+        return Plan(name, found.kernels, found.regime, found.workspace_bytes, f"{why}; {found.reason}")
     shape = (rows, classes, classes, soft, logits.dtype.itemsize, input == "probs")
     if name == "cpu":
         plan = ops.compiled.plan(*shape)

@@ -1,0 +1,47 @@
+"""A pytest plugin for runs under TRITON_INTERPRET=1: what Triton's interpreter needs to run here, and in reasonable time."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patched(tensor: Any, *rest: Any) -> None:
+    """Triton 3.6 makes a loop bound an int by ``int(array)``, which numpy 2.5 refuses for an array of one element."""
+    _patch_lang_tensor(tensor, *rest)
+    if rest:
+        rest[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+    else:
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+
+interpreter._patch_lang_tensor = _patched
+
+# At every call of one jit function by another the interpreter lists the members of triton.language anew: a third of its time.
+interpreter.inspect = types.SimpleNamespace(**vars(inspect))
+interpreter.inspect.getmembers = functools.cache(inspect.getmembers)
+
+_convert_float = interpreter._convert_float
+
+
+def _rounded(data: Any, source: Any, to: Any, mode: Any) -> Any:
+    """It truncates fp32 to bf16, where compiled kernels round to nearest."""
+    if source == tl.float32 and to == tl.bfloat16:
+        half = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
+        return half.view(torch.int16).numpy().view(np.uint16)
+    return _convert_float(data, source, to, mode)
+
+
+interpreter._convert_float = _rounded
+
+# It warns of every inf - inf, which is what kernels do with rows of NaN and infinities.
+np.seterr(all="ignore")
