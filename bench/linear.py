@@ -131,7 +131,8 @@ def markdown(result: dict[str, Any]) -> str:
     env = result["environment"]
     return (
         "# The head fused in, and not\n\n"
-        f"Measured on {result['date'][:10]}: {env['cpu']}, {env['threads']} threads, torch {env['torch']}, D = {result['rows'][0]['width']}, "
+        f"Measured on {result['date'][:10]}: {env['cpu']}, {env['threads']} threads, torch {env['torch']}, "
+        f"D = {result['rows'][0]['width']}, "
         "fp32, forward and backward with gradients of hidden, weight and bias. Times: medians, interleaved in one process; ratio: the "
         "median of fused / materialised within a round. Memory: peak beyond the inputs, the gradients that come back included.\n\n"
         f"{markdown_table(header, rows)}\n"

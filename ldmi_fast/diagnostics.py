@@ -308,7 +308,8 @@ def _advice(report: JointReport, options: Options, finite: bool, classes: int, R
         shown = ", ".join(f"{y} as {c}" for y, c in moved[:5]) + (", ..." if len(moved) > 5 else "")
         advice.append(
             f"the predictions look like a permutation of the labels (label {shown}), which this loss cannot tell from the right "
-            "order: it had no cross entropy stage, or one that ended too early; unless the noise moves most samples of those classes. A "
+            "order: it had no cross entropy stage, or one that ended too early; unless the noise moves most samples of those classes. "
+            "A "
             "few clean labels show the order; cross_entropy_weight holds it"
         )
     if report.average is not None:

@@ -145,8 +145,8 @@ def dmi_loss(
             samples, so that the averaging of DDP and FSDP gives what one process would. Every rank has to call, with the same options
             and classes; local batches may be of any size, or empty.
         engine: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"composite"``; None chooses (see :func:`explain`). The environment variable
-            LDMI_FAST_ENGINE forces one for the whole process. Under torch.func transforms, and for derivatives of the gradient, the composite
-            engine computes, whichever is named: only there PyTorch can differentiate any number of times.
+            LDMI_FAST_ENGINE forces one for the whole process. Under torch.func transforms, and for derivatives of the gradient, the
+            composite engine computes, whichever is named: only there PyTorch can differentiate any number of times.
 
     Returns:
         A scalar tensor, fp32 (fp64 for fp64 logits). 0 if no row counts; +inf (-log eps with eps) if the joint matrix is

@@ -31,7 +31,8 @@ def can_run(device: torch.device) -> str:
     if device.type != "cuda":
         return f"it has kernels for CUDA and ROCm GPUs, and the logits are on {device}"
     if not torch.compiler.is_compiling() and _is_old(device):
-        return f"it is for compute capability 8.0 and later (products in fp64 on tensor cores), and {torch.cuda.get_device_name(device)} is older"
+        name = torch.cuda.get_device_name(device)
+        return f"it is for compute capability 8.0 and later (products in fp64 on tensor cores), and {name} is older"
     return ""
 
 
@@ -93,11 +94,13 @@ def loss_forward(
     normalize: bool,
     cross_entropy_weight: float,
     input: str,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``composite.loss_forward``."""
     from . import ops
 
-    return ops.loss_forward(logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input)
+    options = (ignore_index, absent, eps, normalize, cross_entropy_weight, input)
+    return ops.loss_forward(logits, target, sample_weight, *options, gradient)
 
 
 def fused(

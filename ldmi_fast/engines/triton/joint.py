@@ -7,10 +7,10 @@ time. Which regime runs is for ``plan`` to say:
     label   rows are visited in the order of their labels, so that one row of S at a time is summed, in fp64 registers
     soft    soft targets of many classes: the composite engine, a block of rows at a time
 
-Products and sums are in fp64 everywhere. ``tile`` uses an fp64 matrix product, which data-centre GPUs since sm_80 and gfx90a have in their
-tensor cores: a product of two or three fp32 numbers is then exact or off by 2^-53, and two classes that are predicted alike give a
-matrix that is singular to 2^-52, as the contract has it. An fp32 product, even one rounded to nearest, would leave 2^-24 there: a finite
-loss of a collapsed model, and a huge gradient in a random direction.
+Products and sums are in fp64 everywhere. ``tile`` uses an fp64 matrix product, which data-centre GPUs since sm_80 and gfx90a have in
+their tensor cores: a product of two or three fp32 numbers is then exact or off by 2^-53, and two classes that are predicted alike give a
+matrix that is singular to 2^-52, as the contract has it. An fp32 product, even one rounded to nearest, would leave 2^-24 there: a
+finite loss of a collapsed model, and a huge gradient in a random direction.
 """
 
 from __future__ import annotations
@@ -60,13 +60,15 @@ def tile_sums(
     n = tl.zeros([BLOCK_K, 16], tl.float64)  # in its first column: a product, too
     ce = tl.zeros([BLOCK_N], tl.float64)
     wrong = tl.zeros([BLOCK_N], tl.int32)
-    # A tile is loaded one round ahead. For logits in half precision that is no option: Triton (seen in 3.6 and 3.8) lays out the operand
-    # of an fp64 product for the narrowest load that it is computed from, and then fails; it does not look beyond the loop's variables.
+    # A tile is loaded one round ahead. For logits in half precision that is no option: Triton (seen in 3.6 and 3.8) lays out the
+    # operand of an fp64 product for the narrowest load that it is computed from, and then fails; it does not look beyond the loop's variables.
     column_at = (cols.to(tl.int64) * x_col)[None, :]
     inside_columns = (cols < classes)[None, :]
     nothing: tl.constexpr = 0.0 if PROBS else -float("inf")
     rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
-    ahead = tl.load(logits + (rows * (x_row * ALIGN))[:, None] + column_at, mask=(rows < stop)[:, None] & inside_columns, other=nothing)
+    ahead = tl.load(
+        logits + (rows * (x_row * ALIGN))[:, None] + column_at, mask=(rows < stop)[:, None] & inside_columns, other=nothing
+    )
     for first in range(start, stop, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N).to(tl.int64)
         used, label, w, bad = facts(target, t_row, weight, w_row, rows, rows < stop, num_labels, ignore_index, SOFT, WEIGHTED)
@@ -206,7 +208,18 @@ def _keys_kernel(
 
 @triton.jit(do_not_specialize=["total"])
 def _stats_kernel(
-    logits, x_row, x_col, keys, maxima, sums, total, num_labels, classes, WIDE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr
+    logits,
+    x_row,
+    x_col,
+    keys,
+    maxima,
+    sums,
+    total,
+    num_labels,
+    classes,
+    WIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Max and sum of exponentials of the rows that count, block by block; one program a row."""
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32

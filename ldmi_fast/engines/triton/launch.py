@@ -37,7 +37,7 @@ def plain_labels(target: Tensor, num_labels: int) -> Tensor:
 
 
 def wide_enough(tensor: Tensor) -> Tensor:
-    """Weights and soft targets as fp32 or fp64: no operand of an fp64 product may come from narrower loads (see ``joint.tile_sums``)."""
+    """Weights and soft targets as fp32 or fp64: an fp64 product takes no operand from narrower loads (see ``joint.tile_sums``)."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 

@@ -104,7 +104,9 @@ def log_abs_det_and_sign(n_safe, present, pivots, column_of, singular, finite, c
 
 
 @triton.jit
-def combined(log_abs_det, kept, total, ce, log_eps, cross_entropy_weight, EPS: tl.constexpr, NORMALIZE: tl.constexpr, CE: tl.constexpr):
+def combined(
+    log_abs_det, kept, total, ce, log_eps, cross_entropy_weight, EPS: tl.constexpr, NORMALIZE: tl.constexpr, CE: tl.constexpr
+):
     """engines.combine in a kernel: loss, scale, ce_scale."""
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)

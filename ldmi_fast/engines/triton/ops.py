@@ -7,7 +7,6 @@ which engine runs is for ``engines.choose`` to say. No autograd formulas, as the
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.library import triton_op
 
@@ -79,9 +78,13 @@ def loss_forward(
     normalize: bool,
     cross_entropy_weight: float,
     input: str,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``composite.loss_forward``."""
-    return forward(logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input)
+    loss, lse, V, scale, ce_scale = forward(
+        logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input
+    )
+    return loss, lse, V if gradient else V.new_empty((0, 0)), scale, ce_scale
 
 
 @triton_op("ldmi_fast_triton::fused", mutates_args=())

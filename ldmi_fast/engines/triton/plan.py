@@ -175,7 +175,10 @@ def explain(rows: int, classes: int, soft: bool, value_bytes: int, block_rows: i
             0,
             f"N * C <= {FUSED_ELEMENTS} and C <= {FUSED_CLASSES}: several launches would cost more than the work",
         )
-    first, second = joint(rows, classes, classes, soft, value_bytes, block_rows), logits_grad(rows, classes, classes, soft, value_bytes)
+    first, second = (
+        joint(rows, classes, classes, soft, value_bytes, block_rows),
+        logits_grad(rows, classes, classes, soft, value_bytes),
+    )
     names = {"tile": "one-hot product", "label": "label order", "soft": "library product", "rows": "whole rows", "long": "long rows"}
     how = names[first.regime] if not (soft and first.regime == "tile") else "product in registers"
     back = "label order" if second.ordered else names[second.regime]

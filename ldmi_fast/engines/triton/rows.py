@@ -39,7 +39,7 @@ def facts(
     SOFT: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """Of rows [BLOCK_N] int64: which count, their labels (int32; 0 elsewhere), weights (fp64; 0 elsewhere), and which are out of range.
+    """Of rows [BLOCK_N] int64: which count, their labels (int32; 0 elsewhere), weights (fp64; 0 elsewhere), and which are bad.
 
     A label that is out of range becomes 0, so that no address is ever made of it.
     """

@@ -128,7 +128,10 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
         registers, stack, local = map(int, found.groups())
         return {"registers": registers, "stack": stack, "local": local, "shared": kernel.metadata.shared}
     assembly = kernel.asm["amdgcn"]
-    numbers = {name: int(value) for name, value in re.findall(r"\.(vgpr_spill_count|vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly)}
+    numbers = {
+        name: int(value)
+        for name, value in re.findall(r"\.(vgpr_spill_count|vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly)
+    }
     return {
         "registers": numbers["vgpr_count"],
         "stack": numbers["private_segment_fixed_size"],

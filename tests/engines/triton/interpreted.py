@@ -5,9 +5,6 @@ Collected by ``test_contract.py``, which runs this file in a process of its own 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -84,7 +81,7 @@ def test_tiles(rows: int, classes: int, kind: str) -> None:
 def test_label_order(kind: str) -> None:
     """Runs of a label that end within a program, at its border, or span many of them."""
     rows, classes = 83, 65
-    batch = problem(rows, classes, weighted=kind == "weighted", absent=tuple(range(0, 60)) if kind == "absent" else ())
+    batch = problem(rows, classes, weighted=kind == "weighted", absent=tuple(range(60)) if kind == "absent" else ())
     target = batch.target
     if kind == "one-class":
         target = torch.where(torch.arange(rows) == 40, 64, 7)
@@ -207,8 +204,11 @@ def test_weights_of_any_size() -> None:
     batch = problem(40, 5)
     for size in (1e-40, 1e-20, 1e30):
         weight = torch.full((40,), size)
-        assert_close(engine.joint(batch.logits, batch.target, weight, 5, -100, "logits")[:2], composite.joint(
-            batch.logits, batch.target, weight, 5, -100, "logits")[:2], 1e-6)
+        assert_close(
+            engine.joint(batch.logits, batch.target, weight, 5, -100, "logits")[:2],
+            composite.joint(batch.logits, batch.target, weight, 5, -100, "logits")[:2],
+            1e-6,
+        )
         logits = batch.leaf()
         dmi_loss(logits, batch.target, sample_weight=weight, engine="triton").backward()
         plain = batch.leaf()
@@ -230,8 +230,6 @@ def test_logdet_inverse_of_batches_and_of_fp32() -> None:
             assert_close(engine.logdet_inverse(*single), composite.logdet_inverse(*single), 1e-5)
         S[0, 0, 0] = torch.nan
         assert_close(engine.logdet_inverse(S, n, "present"), composite.logdet_inverse(S, n, "present"), 1e-12)
-
-
 
 
 @pytest.mark.parametrize("rows", [1, 31, 65])

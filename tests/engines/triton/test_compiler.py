@@ -1,6 +1,6 @@
 """The real compiler, for GPUs that are not there: every kernel that is launched compiles, and the hot ones keep to their registers.
 
-This finds what the interpreter cannot: types that change within a loop, operands that the compiler fails to lay out, spilled registers.
+This finds what the interpreter cannot: types that change within a loop, operands that the compiler cannot lay out, spilled registers.
 """
 
 from __future__ import annotations

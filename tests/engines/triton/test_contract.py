@@ -35,7 +35,9 @@ CONTRACT = {
         "two_backwards or through_one_tensor or stride_zero or (gradgradcheck and hard) or (activation_checkpointing and stages)"
         " or accumulate or (difference_of_gradients and dtype0)"
     ),
-    "tests/test_properties.py": "(trace_identity and 14 and dtype0) or (theorem and 10 and dtype0) or scale_of_the_weights or repetitions",
+    "tests/test_properties.py": (
+        "(trace_identity and 14 and dtype0) or (theorem and 10 and dtype0) or scale_of_the_weights or repetitions"
+    ),
     "tests/test_diagnostics.py": "joint_matrix_derivatives or joint_matrix_edge or test_plans",
     "tests/test_transforms.py": "(test_grad and hard) or (vmap_and_vmap_of_grad and hard)",
 }
@@ -46,7 +48,9 @@ def run(*arguments: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("LDMI_FAST_ENGINE", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.engines.triton.interpreter", "-p", "no:cacheprovider"]
-    result = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    result = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     assert result.returncode == 0, f"{' '.join(arguments)}\n{result.stdout[-6000:]}\n{result.stderr[-2000:]}"
     assert " passed" in result.stdout
 

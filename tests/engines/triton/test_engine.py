@@ -152,13 +152,13 @@ def test_ops_have_fake_kernels_and_a_graph_that_shows_the_launches(rows: int, cl
         loss, grad = engine.fused(logits, target, None, *options)
         assert (loss.shape, loss.dtype) == ((), torch.float32)
         assert (grad.shape, grad.dtype, grad.device.type) == (logits.shape, dtype, "cuda")
-        loss, lse, V, scale, ce_scale = engine.loss_forward(logits, target, None, *options)
+        loss, lse, V, scale, ce_scale = engine.loss_forward(logits, target, None, *options, True)
         assert (lse.shape, V.shape, V.dtype) == ((rows,), (classes, classes), torch.float64)
         given = engine.logits_grad(logits, target, None, lse, V, scale, ce_scale, -100, "logits")
         assert (given.shape, given.dtype) == (logits.shape, dtype)
 
     def call(x: torch.Tensor, y: torch.Tensor) -> Any:
-        return engine.loss_forward(x, y, None, *options)
+        return engine.loss_forward(x, y, None, *options, True)
 
     with FakeTensorMode():
         arguments = torch.empty(rows, classes, dtype=dtype, device="cuda"), torch.empty(rows, dtype=torch.int64, device="cuda")
