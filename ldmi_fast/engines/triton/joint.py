@@ -8,9 +8,9 @@ time. Which regime runs is for ``plan`` to say:
     soft    soft targets of many classes: the composite engine, a block of rows at a time
 
 Products and sums are in fp64 everywhere. ``tile`` uses an fp64 matrix product, which data-centre GPUs since sm_80 and gfx90a have in
-their tensor cores: a product of two or three fp32 numbers is then exact or off by 2^-53, and two classes that are predicted alike give a
-matrix that is singular to 2^-52, as the contract has it. An fp32 product, even one rounded to nearest, would leave 2^-24 there: a
-finite loss of a collapsed model, and a huge gradient in a random direction.
+their tensor cores: a product of two or three fp32 numbers is then exact or off by 2^-53, and two classes that are predicted alike
+give a matrix that is singular to 2^-52, as the contract has it. An fp32 product, even one rounded to nearest, would leave 2^-24 there:
+a finite loss of a collapsed model, and a huge gradient in a random direction.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def tile_sums(
     ce = tl.zeros([BLOCK_N], tl.float64)
     wrong = tl.zeros([BLOCK_N], tl.int32)
     # A tile is loaded one round ahead. For logits in half precision that is no option: Triton (seen in 3.6 and 3.8) lays out the
-    # operand of an fp64 product for the narrowest load that it is computed from, and then fails; it does not look beyond the loop's variables.
+    # operand of an fp64 product for the narrowest load that it is computed from, and then fails; it does not look
+    # beyond the loop's variables.
     column_at = (cols.to(tl.int64) * x_col)[None, :]
     inside_columns = (cols < classes)[None, :]
     nothing: tl.constexpr = 0.0 if PROBS else -float("inf")
