@@ -20,7 +20,7 @@ def example(name: str, *needs: str) -> Any:
     """An example's module, or a skip that says what is missing."""
     for library in needs:
         pytest.importorskip(library, reason=WHY.format(library))
-    return importlib.import_module(f"examples.{name}")
+    return importlib.import_module(f"docs.examples.{name}")
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_segmentation() -> None:
 
 
 def test_plain_ddp(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "examples.ddp"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "docs.examples.ddp"]
     checkpoint = tmp_path / "model.pt"
     done = subprocess.run(
         [*command, str(checkpoint)],

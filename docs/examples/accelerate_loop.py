@@ -1,6 +1,6 @@
 """Hugging Face Accelerate: prepare the criterion's device, pass group="world" when there are several processes.
 
-accelerate launch -m examples.accelerate_loop
+accelerate launch -m docs.examples.accelerate_loop
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.synthetic import CLASSES, accuracy, network, noisy_data
+from docs.examples.synthetic import CLASSES, accuracy, network, noisy_data
 from ldmi_fast import DMILoss
 
 

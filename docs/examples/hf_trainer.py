@@ -2,7 +2,7 @@
 
 With gradient_accumulation_steps > 1 each micro-batch is a batch of its own to the loss; momentum is what joins them.
 
-python -m examples.hf_trainer
+python -m docs.examples.hf_trainer
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from examples.synthetic import CLASSES, accuracy, network, noisy_data
+from docs.examples.synthetic import CLASSES, accuracy, network, noisy_data
 from ldmi_fast import DMILoss
 
 

@@ -1,6 +1,6 @@
 """timm: its model, optimizer, schedule and scaler round the loss, as in its train.py, where this is ``train_loss_fn``.
 
-python -m examples.timm_loop
+python -m docs.examples.timm_loop
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plain DistributedDataParallel: group="world" makes the loss that of all ranks' samples together.
 
-torchrun --nproc-per-node 2 -m examples.ddp
+torchrun --nproc-per-node 2 -m docs.examples.ddp
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.synthetic import CLASSES, accuracy, network, noisy_data
+from docs.examples.synthetic import CLASSES, accuracy, network, noisy_data
 from ldmi_fast import DMILoss
 
 

@@ -1,6 +1,6 @@
 """PyTorch Lightning: the criterion as a submodule, so that its moving average moves with the model and into the checkpoint.
 
-python -m examples.lightning_module
+python -m docs.examples.lightning_module
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.synthetic import CLASSES, accuracy, network, noisy_data
+from docs.examples.synthetic import CLASSES, accuracy, network, noisy_data
 from ldmi_fast import DMILoss
 from ldmi_fast.metrics import DMI
 

@@ -1,6 +1,6 @@
 """Segmentation: every pixel is a sample; pixels labelled 255 are not looked at.
 
-python -m examples.segmentation
+python -m docs.examples.segmentation
 """
 
 from __future__ import annotations
