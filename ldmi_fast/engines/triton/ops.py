@@ -31,7 +31,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """joint and logdet_inverse with the scalars behind them; three launches for few classes."""
     S, n, lse, ce = joint_sums(logits, target, sample_weight, logits.shape[1], ignore_index, input, cross_entropy_weight != 0)
-    total = composite.total_weight(target, sample_weight, n)
+    if target.is_floating_point() and sample_weight is None:
+        total = n.new_full((), logits.shape[0])  # not float(N), for which torch.compile would compile anew at every batch size
+    else:
+        total = composite.total_weight(target, sample_weight, n)
     dtype = composite.compute_dtype(logits.dtype)
     loss, V, scale, ce_scale = log_det_and_loss(S, n, total, ce, absent, eps, normalize, cross_entropy_weight, dtype)
     return loss, lse, V, scale, ce_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldmi_fast.engines.triton import tuning
 
@@ -38,6 +41,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "_remembered", {})
+    monkeypatch.setattr(importlib.import_module("ldmi_fast.engines.triton.launch"), "has_data", lambda tensor: True)
 
     def measure(run: Any) -> float:
         run()
@@ -115,6 +119,21 @@ def test_nothing_is_measured_during_capture(monkeypatch: pytest.MonkeyPatch, mea
         assert choose(measured) == SLOW
         assert measured == []
     assert choose(measured) == FAST, "and what capture took is not remembered"
+
+
+def test_nothing_is_measured_on_tensors_without_data(monkeypatch: pytest.MonkeyPatch, measured: list[str]) -> None:
+    """As torch.compile passes them."""
+    monkeypatch.undo()
+    launch = pytest.importorskip("ldmi_fast.engines.triton.launch")
+    tensor = torch.zeros(3)
+    assert launch.has_data(tensor)
+    assert launch.has_data(torch.nn.Parameter(tensor))
+    with FakeTensorMode() as mode:
+        assert not launch.has_data(mode.from_tensor(tensor))
+    seen: list[bool] = []
+    torch.func.functionalize(lambda x: (seen.append(launch.has_data(x)), x)[1])(tensor)
+    make_fx(lambda x: (seen.append(launch.has_data(x)), x + 1)[1], tracing_mode="fake")(tensor)
+    assert seen[-1] is False
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, measured: list[str], tmp_path: Path) -> None:
