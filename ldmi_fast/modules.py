@@ -18,6 +18,11 @@ from .functional import evaluate, evaluate_in_stages
 from .joint_state import JointState, check_num_classes
 from .options import OPTION_NAMES, Options, explain_keywords
 
+SAMPLES_PER_CLASS = 250
+"""What :meth:`DMILoss.recommended` wants in the average: with fewer a class the determinant is noise, with more the average lags
+behind the model for nothing (``bench/many_classes.py`` measures both sides)."""
+LEAST_MOMENTUM, MOST_MOMENTUM = 0.9, 0.999
+
 
 class DMILoss(nn.Module):
     """:func:`ldmi_fast.dmi_loss` as a module, its options fixed at construction.
@@ -77,6 +82,40 @@ class DMILoss(nn.Module):
                 raise ValueError("momentum needs num_classes: the average is a num_classes x num_classes buffer")
             for name, tensor in new_state(num_classes).items():
                 self.register_buffer(name, tensor)
+
+    @classmethod
+    def recommended(cls, num_classes: int, batch_size: int, **options: Any) -> DMILoss:
+        """The loss with the momentum that suits these classes and batches, for noisy labels. Call :meth:`calibrate` after the cross
+        entropy stage: with more classes than samples in a batch it matters as much as the momentum.
+
+        The average with momentum m has the variance of (1 + m) / (1 - m) independent batches. The momentum is the one with which
+        these hold 250 samples a class, no less than 0.9 and no more than 0.999:
+
+            m = (n - 1) / (n + 1),    n = 250 num_classes / batch_size
+
+        Args:
+            num_classes: C.
+            batch_size: samples that count in one step; with ``group`` those of all ranks together.
+            options: as for :class:`DMILoss`, without ``momentum``.
+
+        Raises:
+            TypeError, ValueError: a size that is no positive integer; an option that cannot work.
+
+        Example:
+            >>> criterion = DMILoss.recommended(100, 64)
+            >>> criterion.momentum
+            0.9948...
+            >>> criterion.calibrate(loader, model)
+        """
+        if "momentum" in options:
+            raise TypeError("DMILoss.recommended() chooses the momentum: for one of your own call DMILoss(num_classes, momentum=...)")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+            raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}: {batch_size!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        batches = SAMPLES_PER_CLASS * check_num_classes(num_classes) / batch_size
+        momentum = min(max((batches - 1) / (batches + 1), LEAST_MOMENTUM), MOST_MOMENTUM)
+        return cls(num_classes, momentum=momentum, **options)
 
     @property
     def average(self) -> MovingAverage | None:

@@ -419,3 +419,42 @@ def test_bad_use() -> None:
     with pytest.raises(RuntimeError, match=r"reset\(\) is about the moving average, and this DMILoss has none"):
         DMILoss(6).reset()
     assert repr(criterion) == "DMILoss(6, momentum=0.9)"
+
+
+@pytest.mark.parametrize(
+    ("classes", "batch", "momentum"),
+    [
+        (2, 128, 0.9),  # an average of 10 batches has samples enough
+        (14, 256, 0.9),
+        (100, 64, 1 - 2 / (250 * 100 / 64 + 1)),  # 250 samples a class
+        (1000, 256, 1 - 2 / (250 * 1000 / 256 + 1)),
+        (10_000, 32, 0.999),  # more would lag too far behind
+    ],
+)
+def test_recommended(classes: int, batch: int, momentum: float) -> None:
+    criterion = DMILoss.recommended(classes, batch, ignore_index=255, group="world")
+    assert criterion.momentum == pytest.approx(momentum, rel=1e-12)
+    assert (criterion.num_classes, criterion.options.ignore_index, criterion.options.group) == (classes, 255, "world")
+
+
+def test_recommended_is_a_class_method_of_subclasses() -> None:
+    class Mine(DMILoss):
+        pass
+
+    assert type(Mine.recommended(3, 64)) is Mine
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: DMILoss.recommended(10, 0), ValueError, "batch_size must be at least 1, got 0"),
+        (lambda: DMILoss.recommended(10, 64.0), TypeError, "batch_size must be an int, got float: 64.0"),
+        (lambda: DMILoss.recommended(10, True), TypeError, "batch_size must be an int, got bool"),
+        (lambda: DMILoss.recommended(0, 64), ValueError, "num_classes"),
+        (lambda: DMILoss.recommended(10, 64, momentum=0.5), TypeError, "chooses the momentum"),
+        (lambda: DMILoss.recommended(10, 64, reduction="none"), TypeError, "reduction"),
+    ],
+)
+def test_recommended_says_what_is_wrong(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

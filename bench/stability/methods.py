@@ -90,6 +90,7 @@ class Momentum(Method):
     momentum: float
     calibrate: bool = False
     until: float | None = None
+    clip: float | None = None
 
     def start(self, model: nn.Module, loader: Loader, classes: int, steps: int) -> None:
         self.criterion = DMILoss(classes, momentum=self.momentum)
@@ -159,6 +160,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "momentum-0.9": lambda: Momentum(0.9),
     "momentum-0.99": lambda: Momentum(0.99),
     "calibrated-0.9": lambda: Momentum(0.9, calibrate=True),
+    "calibrated-0.9-clip": lambda: Momentum(0.9, calibrate=True, clip=1.0),
     "calibrated-0.99": lambda: Momentum(0.99, calibrate=True),
     "rising": lambda: Momentum(0.8, calibrate=True, until=0.99),
     "lagged-0.9": lambda: Lagged(0.9),
