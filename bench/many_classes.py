@@ -135,7 +135,7 @@ def compare(setting: Setting, seed: int, say: Callable[[str], None]) -> dict[str
 
     def calibrated(criterion: DMILoss) -> DMILoss:
         generator = torch.Generator().manual_seed(seed)
-        criterion.calibrate([draw(1000, generator)[:2] for _ in range(20)], warm)
+        criterion.calibrate([draw(1000, generator)[:2] for _ in range(max(20, setting.classes // 4))], warm)  # 250 samples a class
         return criterion
 
     recommended = DMILoss.recommended(setting.classes, setting.batch)

@@ -166,7 +166,7 @@ class DMILoss(nn.Module):
         each rank passes over its own part.
 
         Args:
-            loader: batches ``(input, target)`` or ``(input, target, sample_weight)``; some thousand samples do.
+            loader: batches ``(input, target)`` or ``(input, target, sample_weight)``; a few hundred samples a class do.
             model: input -> logits. A module runs in eval mode, without gradients; modes are put back.
 
         Raises:
