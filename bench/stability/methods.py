@@ -85,15 +85,17 @@ class SignedEps(Method):
 
 @dataclass
 class Momentum(Method):
-    """The moving average, from nothing or calibrated; ``until``: the momentum at the end, where it rises."""
+    """The moving average, from nothing or calibrated; ``until``: the momentum at the end, where it rises; ``cross_entropy``: how
+    much of it is added."""
 
     momentum: float
     calibrate: bool = False
     until: float | None = None
     clip: float | None = None
+    cross_entropy: float = 0.0
 
     def start(self, model: nn.Module, loader: Loader, classes: int, steps: int) -> None:
-        self.criterion = DMILoss(classes, momentum=self.momentum)
+        self.criterion = DMILoss(classes, momentum=self.momentum, cross_entropy_weight=self.cross_entropy)
         self.steps, self.done = steps, 0
         if self.calibrate:
             self.criterion.calibrate(loader, model)
@@ -161,6 +163,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "momentum-0.99": lambda: Momentum(0.99),
     "calibrated-0.9": lambda: Momentum(0.9, calibrate=True),
     "calibrated-0.9-clip": lambda: Momentum(0.9, calibrate=True, clip=1.0),
+    "calibrated-0.9-ce-1": lambda: Momentum(0.9, calibrate=True, cross_entropy=1.0),
+    "calibrated-0.9-ce-5": lambda: Momentum(0.9, calibrate=True, cross_entropy=5.0),
     "calibrated-0.99": lambda: Momentum(0.99, calibrate=True),
     "rising": lambda: Momentum(0.8, calibrate=True, until=0.99),
     "lagged-0.9": lambda: Lagged(0.9),
