@@ -14,7 +14,8 @@ from bench import linear, many_classes
 from bench.kernels.cases import Shape
 from bench.stability.__main__ import main, read_lines
 from bench.stability.methods import METHODS, Lagged, Momentum, SignedEps, SkipNegative, TwoPass
-from bench.stability.tasks import CLASSES, read_ten
+from bench.stability.report import cell
+from bench.stability.tasks import CLASSES, TASKS, read_ten
 from ldmi_fast import dmi_loss, joint_matrix
 from tests.bench.test_demo import write_fashion
 from tests.problems import problem
@@ -203,3 +204,31 @@ def test_the_head_is_measured(tmp_path: Path) -> None:
     assert row["peak_bytes"]["materialised"] > 1.5 * logits
     assert row["peak_bytes"]["fused"] < row["peak_bytes"]["materialised"]
     assert "| 30000x300 |" in out.with_suffix(".md").read_text()
+
+
+#: The rows of the table in docs/beyond-one-batch.md, by the beginnings of their names.
+EXCERPT = {
+    "cross entropy goes on": "ce",
+    "exact per batch": "exact",
+    "the same, gradient clipped": "exact-clip",
+    "published form": "published",
+    "batches with det < 0": "skip-negative",
+    "softplus of": "signed-eps",
+    "two passes over 4": "two-pass-4",
+    "average without the batch": "lagged-0.9",
+    "average, 0.9 ": "momentum-0.9",
+    "average, 0.9, calibrated": "calibrated-0.9",
+    "the same and `cross_entropy_weight=5`": "calibrated-0.9-ce-5",
+}
+
+
+def test_the_document_quotes_the_results() -> None:
+    root = Path(__file__).resolve().parents[2]
+    lines = read_lines(root / "bench" / "results" / "stability.jsonl")
+    text = (root / "docs" / "beyond-one-batch.md").read_text(encoding="utf-8")
+    for name, method in EXCERPT.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {name}")]
+        for task, quoted in zip(TASKS, row.replace("**", "").split("|")[2:5], strict=True):
+            found = [line for line in lines if (line["task"], line["method"]) == (task, method)]
+            assert len(found) == 3
+            assert quoted.strip().startswith(cell(found, "last")), (name, task)
