@@ -4,13 +4,15 @@
 // one bucket for the rows that do not count). sort_count adds them up, sort_scan turns the counts of the pieces into where each
 // piece's rows of a bucket go, and sort_scatter counts again and puts the rows there. Within a warp the lanes of one bucket are ranked
 // by a match, so the order is that of the rows, whatever the schedule.
+//
+// What one step leaves for the next is read by load(), so that the steps may also be parts of one launch, with grid barriers between.
 #pragma once
 
 #include "rows.cuh"
 
 namespace ldmi::cuda {
 
-inline constexpr int kScanThreads = 1024;
+inline constexpr int kScanThreads = 1024, kScanAhead = 8;
 
 // What the three launches share, in the workspace.
 struct LabelOrder {
@@ -87,7 +89,7 @@ LDMI_DEVICE uint32_t* counters_of(const LabelOrder& sort, int64_t piece, int64_t
 }
 
 template <bool kShared>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_count(Batch batch, LabelOrder sort) {
+LDMI_DEVICE void count_labels(const Batch& batch, const LabelOrder& sort) {
   const int64_t buckets = batch.num_labels + 1, rows = batch.logits.rows;
   const int parts = block_dim() / kWarp;
   for (int64_t piece = block_idx(); piece < sort.pieces; piece += grid_dim()) {
@@ -108,18 +110,24 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_count(Batch batch, LabelOrder sor
   }
 }
 
-// One block
-template <int kBlock>
-LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) sort_scan(int64_t buckets, LabelOrder sort) {
+// One block. A thread adds up a bucket's pieces one after the other, kScanAhead of them on their way from memory at a time.
+LDMI_DEVICE void scan_labels(int64_t buckets, const LabelOrder& sort) {
   Carve carve;
   int64_t* const warp_total = carve.take<int64_t>(kScanThreads / kWarp);
   if (block_idx() != 0) return;
+  const auto of_piece = [&](int64_t piece, int64_t b) { return piece < sort.pieces ? load(sort.offset + piece * buckets + b) : 0; };
   int64_t carry = 0;
   for (int64_t base = 0; base < buckets; base += block_dim()) {
     const int64_t b = base + thread_idx();
     int64_t total = 0;
     if (b < buckets) {
-      for (int64_t piece = 0; piece < sort.pieces; ++piece) total += load(sort.offset + piece * buckets + b);
+      for (int64_t piece = 0; piece < sort.pieces; piece += kScanAhead) {
+        int64_t count[kScanAhead];
+        LDMI_UNROLL
+        for (int j = 0; j < kScanAhead; ++j) count[j] = of_piece(piece + j, b);
+        LDMI_UNROLL
+        for (int j = 0; j < kScanAhead; ++j) total += count[j];
+      }
     }
     int64_t through = total;  // of this warp's buckets up to mine
     LDMI_UNROLL
@@ -137,10 +145,15 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) sort_scan(int64_t buckets, LabelOrder so
     carry += all;
     if (b < buckets) {
       store(sort.start + b, at);
-      for (int64_t piece = 0; piece < sort.pieces; ++piece) {
-        const int64_t count = load(sort.offset + piece * buckets + b);
-        store(sort.offset + piece * buckets + b, at);
-        at += count;
+      for (int64_t piece = 0; piece < sort.pieces; piece += kScanAhead) {
+        int64_t count[kScanAhead];
+        LDMI_UNROLL
+        for (int j = 0; j < kScanAhead; ++j) count[j] = of_piece(piece + j, b);
+        LDMI_UNROLL
+        for (int j = 0; j < kScanAhead; ++j) {
+          if (piece + j < sort.pieces) store(sort.offset + (piece + j) * buckets + b, at);
+          at += count[j];
+        }
       }
     }
     sync_block();
@@ -149,7 +162,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) sort_scan(int64_t buckets, LabelOrder so
 }
 
 template <bool kShared>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_scatter(Batch batch, LabelOrder sort) {
+LDMI_DEVICE void scatter_labels(const Batch& batch, const LabelOrder& sort) {
   const int64_t buckets = batch.num_labels + 1, rows = batch.logits.rows;
   const int parts = block_dim() / kWarp;
   for (int64_t piece = block_idx(); piece < sort.pieces; piece += grid_dim()) {
@@ -171,9 +184,24 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_scatter(Batch batch, LabelOrder s
     sync_block();
     const int64_t* const offset = sort.offset + piece * buckets;
     visit_rows<kShared>(batch, first, last, mine, bad,
-                        [&](int64_t i, int64_t bucket, uint32_t rank) { store(sort.order + load_const(offset + bucket) + rank, i); });
+                        [&](int64_t i, int64_t bucket, uint32_t rank) { store(sort.order + load(offset + bucket) + rank, i); });
     sync_block();
   }
+}
+
+template <bool kShared>
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_count(Batch batch, LabelOrder sort) {
+  count_labels<kShared>(batch, sort);
+}
+
+template <int kBlock>
+LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) sort_scan(int64_t buckets, LabelOrder sort) {
+  scan_labels(buckets, sort);
+}
+
+template <bool kShared>
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_scatter(Batch batch, LabelOrder sort) {
+  scatter_labels<kShared>(batch, sort);
 }
 
 // The launches. `work` has room for what cuda_sort says.
