@@ -22,6 +22,10 @@ test::Case draw(test::Random& random) {
     const int64_t classes = random.one_of<int64_t>({1, 2, 8, 9, 14, 16, 17, 24, 25, 32, 33, 64, 65, 100});
     return test::make_case(seed, {random.one_of<int64_t>({0, 1, 40, 64, 65, 300, 600}), classes, classes, true}, type);
   }
+  if (random.chance(0.3)) {  // rows enough for the labels to be sorted by several blocks
+    const int64_t classes = random.one_of<int64_t>({65, 66, 72});
+    return test::make_case(seed, {random.integer(1024, 2600), classes, classes, false}, type);
+  }
   const int64_t classes = random.one_of<int64_t>({7, 14, 16, 24, 31, 32, 33, 64, 65, 95, 96, 97, 110});
   const int64_t least = classes <= 64 ? plan::kCudaFusedElements / classes + 1 : 0;
   return test::make_case(seed, {least + random.integer(0, 200), classes, classes, false}, type);
