@@ -12,13 +12,13 @@
 
 namespace ldmi::cuda {
 
-inline constexpr int kScanThreads = 1024, kScanAhead = 8;
+inline constexpr int kScanThreads = 1024, kScanPieces = 4;
 
 // What the three launches share, in the workspace.
 struct LabelOrder {
   int64_t* order;    // [N] rows
   int64_t* start;    // [K + 2] where a bucket begins; start[K] is the number of rows that count, start[K + 1] is N
-  int64_t* offset;   // [pieces, K + 1] counts, then where the piece's rows of a bucket go
+  int64_t* offset;   // [pieces, K + 1] counts, then where the piece's rows of a bucket go, from its beginning on
   uint32_t* counts;  // [pieces, parts, K + 1] when they do not fit in shared memory, else null
   uint32_t* bad;     // [pieces] whether a label or a weight is out of range
   int64_t pieces;
@@ -68,6 +68,16 @@ LDMI_DEVICE void visit_rows(const Batch& batch, int64_t begin, int64_t end, uint
   }
 }
 
+// The sum over the lanes up to this one
+LDMI_DEVICE int64_t scan_warp(int64_t value) {
+  LDMI_UNROLL
+  for (int by = 1; by < kWarp; by *= 2) {
+    const int64_t other = shfl_up(value, by);
+    if (lane() >= by) value += other;
+  }
+  return value;
+}
+
 // This warp's counters, zeroed
 template <bool kShared>
 LDMI_DEVICE uint32_t* zeroed_counters(uint32_t* counters, int64_t buckets) {
@@ -110,52 +120,51 @@ LDMI_DEVICE void count_labels(const Batch& batch, const LabelOrder& sort) {
   }
 }
 
-// One block. A thread adds up a bucket's pieces one after the other, kScanAhead of them on their way from memory at a time.
-LDMI_DEVICE void scan_labels(int64_t buckets, const LabelOrder& sort) {
+// The counts of each bucket's pieces to where a piece's rows begin among the bucket's, and start[b] to how many those are. A warp a
+// bucket, kScanPieces pieces a lane on their way from memory at once.
+LDMI_DEVICE void scan_pieces(int64_t buckets, const LabelOrder& sort) {
+  const int64_t warps = grid_dim() * (block_dim() / kWarp);
+  for (int64_t b = block_idx() * (block_dim() / kWarp) + warp(); b < buckets; b += warps) {
+    int64_t carry = 0;
+    for (int64_t base = 0; base < sort.pieces; base += kWarp * kScanPieces) {
+      const int64_t first = base + lane() * kScanPieces;
+      int64_t count[kScanPieces], own = 0;
+      LDMI_UNROLL
+      for (int j = 0; j < kScanPieces; ++j) {
+        count[j] = first + j < sort.pieces ? load(sort.offset + (first + j) * buckets + b) : 0;
+        own += count[j];
+      }
+      const int64_t through = scan_warp(own);
+      int64_t at = carry + through - own;
+      LDMI_UNROLL
+      for (int j = 0; j < kScanPieces; ++j) {
+        if (first + j < sort.pieces) store(sort.offset + (first + j) * buckets + b, at);
+        at += count[j];
+      }
+      carry += shfl(through, kWarp - 1);
+    }
+    if (lane() == 0) store(sort.start + b, carry);
+  }
+}
+
+// How many rows the buckets have to where they begin. One block.
+LDMI_DEVICE void scan_starts(int64_t buckets, const LabelOrder& sort) {
   Carve carve;
   int64_t* const warp_total = carve.take<int64_t>(kScanThreads / kWarp);
   if (block_idx() != 0) return;
-  const auto of_piece = [&](int64_t piece, int64_t b) { return piece < sort.pieces ? load(sort.offset + piece * buckets + b) : 0; };
   int64_t carry = 0;
   for (int64_t base = 0; base < buckets; base += block_dim()) {
     const int64_t b = base + thread_idx();
-    int64_t total = 0;
-    if (b < buckets) {
-      for (int64_t piece = 0; piece < sort.pieces; piece += kScanAhead) {
-        int64_t count[kScanAhead];
-        LDMI_UNROLL
-        for (int j = 0; j < kScanAhead; ++j) count[j] = of_piece(piece + j, b);
-        LDMI_UNROLL
-        for (int j = 0; j < kScanAhead; ++j) total += count[j];
-      }
-    }
-    int64_t through = total;  // of this warp's buckets up to mine
-    LDMI_UNROLL
-    for (int by = 1; by < kWarp; by *= 2) {
-      const int64_t other = shfl_up(through, by);
-      if (lane() >= by) through += other;
-    }
+    const int64_t own = b < buckets ? load(sort.start + b) : 0, through = scan_warp(own);
     if (lane() == kWarp - 1) warp_total[warp()] = through;
     sync_block();
-    int64_t at = carry + through - total, all = 0;
+    int64_t at = carry + through - own, all = 0;
     for (int w = 0; w < block_dim() / kWarp; ++w) {
       if (w < warp()) at += warp_total[w];
       all += warp_total[w];
     }
     carry += all;
-    if (b < buckets) {
-      store(sort.start + b, at);
-      for (int64_t piece = 0; piece < sort.pieces; piece += kScanAhead) {
-        int64_t count[kScanAhead];
-        LDMI_UNROLL
-        for (int j = 0; j < kScanAhead; ++j) count[j] = of_piece(piece + j, b);
-        LDMI_UNROLL
-        for (int j = 0; j < kScanAhead; ++j) {
-          if (piece + j < sort.pieces) store(sort.offset + (piece + j) * buckets + b, at);
-          at += count[j];
-        }
-      }
-    }
+    if (b < buckets) store(sort.start + b, at);
     sync_block();
   }
   if (thread_idx() == 0) store(sort.start + buckets, carry);
@@ -183,8 +192,9 @@ LDMI_DEVICE void scatter_labels(const Batch& batch, const LabelOrder& sort) {
     }
     sync_block();
     const int64_t* const offset = sort.offset + piece * buckets;
-    visit_rows<kShared>(batch, first, last, mine, bad,
-                        [&](int64_t i, int64_t bucket, uint32_t rank) { store(sort.order + load(offset + bucket) + rank, i); });
+    visit_rows<kShared>(batch, first, last, mine, bad, [&](int64_t i, int64_t bucket, uint32_t rank) {
+      store(sort.order + load(sort.start + bucket) + load(offset + bucket) + rank, i);
+    });
     sync_block();
   }
 }
@@ -194,9 +204,12 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_count(Batch batch, LabelOrder sor
   count_labels<kShared>(batch, sort);
 }
 
+// One block
 template <int kBlock>
 LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) sort_scan(int64_t buckets, LabelOrder sort) {
-  scan_labels(buckets, sort);
+  scan_pieces(buckets, sort);
+  sync_block();
+  scan_starts(buckets, sort);
 }
 
 template <bool kShared>

@@ -26,7 +26,7 @@ CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
   const int64_t room = std::min<int64_t>(limits.smem_block, 96 << 10) - 1024;
   out.shared = counters <= room;
   out.warps = static_cast<int>(out.shared ? clamp(room / counters, 1, 8) : 1);
-  // Each piece moves a counter a label a few times: two rows or more for each. The scan adds up the pieces one after the other.
+  // Each piece moves a counter a label a few times: two rows or more for each. The scan has 128 pieces of a label under way at once.
   out.pieces = clamp(rows / std::max<int64_t>(2 * labels, 64 * out.warps), 1, out.shared ? 128 : 8);
   return out;
 }

@@ -130,7 +130,7 @@ CudaFused cuda_fused(int64_t rows, int64_t classes, int64_t value_bytes, bool we
 // ------------------------------------------------------------------------------------------------------------ loss_forward
 
 // As far as a block factors the whole forward is one launch. No GPU has compared its ways yet. What is expected of kWhole against
-// kEnd: on the device the same within a microsecond (2 to 5 grid barriers of 1.1 us for as many launches of 1.24 us; the steps over
+// kEnd: on the device the same within a microsecond (2 to 6 grid barriers of 1.1 us for as many launches of 1.24 us; the steps over
 // the rows of more than 64 classes up to a fifth slower, at half the blocks a multiprocessor); on the host 2 to 6 launches of some 3
 // us less, which is what an eager step waits for while the logits have less than some 20 MB.
 enum class CudaLoss {
