@@ -72,7 +72,9 @@ LDMI_DEVICE void finish_sums(const Partial& partial, int64_t S_entries, int64_t 
   }
 }
 
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1)
+// (A kernel in a header has to be a template: it is in several objects.)
+template <int kBlock>
+LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1)
     joint_finish(Partial partial, int64_t S_entries, int64_t n_entries, double* S, double* n, double* ce) {
   finish_sums(partial, S_entries, n_entries, S, n, ce);
 }
@@ -87,7 +89,7 @@ inline int launch_finish(const Partial& partial, int64_t S_entries, int64_t n_en
   Carve carve;
   carve.take<double>(kThreads / kWarp);
   grid.smem = carve.bytes();
-  return launch(joint_finish, grid, stream, partial, S_entries, n_entries, S, n, ce);
+  return launch(joint_finish<kThreads>, grid, stream, partial, S_entries, n_entries, S, n, ce);
 }
 
 // --------------------------------------------------------------------------------------------------------------- few classes
@@ -824,8 +826,9 @@ LDMI_DEVICE void add_sides(int64_t labels, int64_t C, const LabelOrder& sort, in
   }
 }
 
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) joint_add_sides(int64_t labels, int64_t C, LabelOrder sort, int64_t segments, Sides sides,
-                                                          const double* ce_part, int64_t ce_parts, double* S, double* n, double* ce) {
+template <int kBlock>
+LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) joint_add_sides(int64_t labels, int64_t C, LabelOrder sort, int64_t segments, Sides sides,
+                                                        const double* ce_part, int64_t ce_parts, double* S, double* n, double* ce) {
   add_sides(labels, C, sort, segments, sides, ce_part, ce_parts, S, n, ce);
 }
 
@@ -1073,7 +1076,7 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
   Carve carve;
   carve.take<double>(kThreads / kWarp);
   grid.smem = carve.bytes();
-  return launch(joint_add_sides, grid, stream, K, C, sort, plan.segments, sides, ce_part, ce_parts, S, n, ce);
+  return launch(joint_add_sides<kThreads>, grid, stream, K, C, sort, plan.segments, sides, ce_part, ce_parts, S, n, ce);
 }
 
 template <class E>
