@@ -31,6 +31,7 @@ bench 170 default
 soak 60 default
 triton 120 default
 cpu 120 default
+staged 60 optional
 profile 120 optional
 LIST
     ;;
@@ -97,6 +98,16 @@ print(available('$device').get('triton', 'this version has no engine of that nam
       run_pytest tests/test_validation.py
     else
       run_pytest "${contract[@]}" tests/engines -k 'not cuda'
+    fi
+    ;;
+
+  staged) # the same shapes with the forward step by step, to compare with `bench`: csrc/plan says what is expected
+    export LDMI_FAST_CUDA_STAGED=1
+    if rehearsed; then
+      "$PYTHON" -m bench.gpu --rehearse --out "$OUT/gpu-staged.json"
+    else
+      "$PYTHON" -m bench.gpu --seconds "$((PART_SECONDS - 15))" --logdet --cases 4096x14 65536x14 65536x100 1024x100 65536x32 \
+        --out "$OUT/gpu-staged.json"
     fi
     ;;
 

@@ -1,5 +1,7 @@
 #include <array>
+#include <cstdlib>
 #include <mutex>
+#include <string_view>
 
 #include "device.h"
 #include "simt.cuh"
@@ -25,8 +27,13 @@ const plan::DeviceLimits& limits_of(int device) {
     const DeviceGuard guard(device);
     simt::Device found{};
     if (simt::device(&found) != 0) return;
-    known[static_cast<size_t>(device)] = {found.sms, static_cast<int64_t>(found.smem_block), static_cast<int64_t>(found.smem_sm),
-                                          static_cast<int64_t>(found.l2), found.capability};
+    const char* const staged = std::getenv("LDMI_FAST_CUDA_STAGED");
+    known[static_cast<size_t>(device)] = {found.sms,
+                                          static_cast<int64_t>(found.smem_block),
+                                          static_cast<int64_t>(found.smem_sm),
+                                          static_cast<int64_t>(found.l2),
+                                          found.capability,
+                                          found.cooperative && (staged == nullptr || std::string_view(staged) != "1")};
   });
   return known[static_cast<size_t>(device)];
 }

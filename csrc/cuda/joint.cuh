@@ -11,7 +11,8 @@
 // All but the first sum products of a prediction (fp32, or fp64 for fp64 logits) and a weight in fp64. So an entry of S is off by the
 // softmax's own rounding and N 2^-53 of the sum of its terms; without weights sums of fp32 are exact, up to 2^29 rows of like size.
 // Equal rows give equal rows of R, and a singular joint stays singular to 2^-52, which fp32 sums would hide. joint_rows says why it
-// does as well. What several blocks summed is added in a fixed order by a second launch; nothing depends on the schedule.
+// does as well. What several blocks summed is added in a fixed order by a second launch, or after a grid barrier; nothing depends on
+// the schedule. Each step is a device function, which reads what the step before left by load(), and a kernel of its own.
 #pragma once
 
 #include "rows.cuh"
@@ -21,57 +22,74 @@ namespace ldmi::cuda {
 
 // ------------------------------------------------------------------------------------------------- adding up the partial sums
 
-inline constexpr int kFinishEntries = 32, kFinishThreads = 1024;
+// The partial sums of S and n of several blocks, and of the cross entropy, and whether a label or weight was out of range.
+struct Partial {
+  double* sums;   // [parts, entries]: S [K, C], then n [K]
+  int64_t parts;  // of S and n
+  double* ce;     // [ce_parts]
+  uint32_t* bad;  // [ce_parts]
+  int64_t ce_parts;
+};
 
-// out[entry] = the sum over `parts` of partial[part * stride + entry], for the K * C + K entries of S and n; ce likewise. NaN
-// throughout when a part is bad. 32 entries a block, one a lane; each warp takes the parts warp, warp + 32, ...
-template <int kBlock>
-LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1)
-    joint_finish(const double* partial, int64_t parts, int64_t S_entries, int64_t n_entries, const double* ce_part,
-                 const uint32_t* bad_part, int64_t ce_parts, double* S, double* n, double* ce) {
-  constexpr int kWarps = kBlock / kWarp;
+// S, n and ce from the parts; NaN throughout when a part is bad. A warp takes 1, 2, 4 ... neighbouring entries, so few that all warps
+// of the grid are busy, and spreads the parts over its other lanes, each with kFinishAhead of them on their way from memory at a time.
+// The order of the sum depends on the shape of the grid alone.
+inline constexpr int kFinishAhead = 4;
+LDMI_DEVICE void finish_sums(const Partial& partial, int64_t S_entries, int64_t n_entries, double* S, double* n, double* ce) {
   Carve carve;
-  double* const sums = carve.take<double>(kWarps * (kWarp + 1));
+  double* const scratch = carve.take<double>(kThreads / kWarp);
   bool bad = false;
-  for (int64_t p = thread_idx(); p < ce_parts; p += kBlock) bad |= load_const(bad_part + p) != 0;
+  for (int64_t p = thread_idx(); p < partial.ce_parts; p += block_dim()) bad |= load(partial.bad + p) != 0;
   bad = sync_block_or(bad);
-  const int64_t entries = S_entries + n_entries;
-  for (int64_t base = block_idx() * kWarp; base < entries; base += grid_dim() * kWarp) {
-    const int64_t entry = base + lane();
+  const int64_t entries = S_entries + n_entries, warps = grid_dim() * (block_dim() / kWarp);
+  int across = 1;
+  while (across < kWarp && warps * across < entries) across *= 2;
+  const int down = kWarp / across;
+  for (int64_t base = (block_idx() * (block_dim() / kWarp) + warp()) * across; base < entries; base += warps * across) {
+    const int64_t entry = base + lane() % across;
     double total = 0;
     if (entry < entries && !bad) {
-      for (int64_t p = warp(); p < parts; p += kWarps) total += load_const(partial + p * entries + entry);
+      for (int64_t first = lane() / across; first < partial.parts; first += down * kFinishAhead) {
+        double part[kFinishAhead];
+        LDMI_UNROLL
+        for (int j = 0; j < kFinishAhead; ++j) {
+          const int64_t p = first + j * down;
+          part[j] = p < partial.parts ? load(partial.sums + p * entries + entry) : 0.0;
+        }
+        LDMI_UNROLL
+        for (int j = 0; j < kFinishAhead; ++j) total += part[j];
+      }
     }
-    sums[warp() * (kWarp + 1) + lane()] = total;
-    sync_block();
-    if (warp() == 0 && entry < entries) {
-      total = 0;
-      for (int w = 0; w < kWarps; ++w) total += sums[w * (kWarp + 1) + lane()];
-      if (bad) total = not_a_number<double>();
-      store(entry < S_entries ? S + entry : n + (entry - S_entries), total);
-    }
-    sync_block();
+    for (int by = across; by < kWarp; by *= 2) total += shfl_xor(total, by);
+    if (bad) total = not_a_number<double>();
+    if (lane() < across && entry < entries) store(entry < S_entries ? S + entry : n + (entry - S_entries), total);
   }
   if (block_idx() == 0) {
     double total = 0;
-    for (int64_t p = thread_idx(); p < ce_parts; p += kBlock) total += load_const(ce_part + p);
-    total = block_sum(total, sums);
+    for (int64_t p = thread_idx(); p < partial.ce_parts; p += block_dim()) total += load(partial.ce + p);
+    total = block_sum(total, scratch);
     if (thread_idx() == 0) store(ce, bad ? not_a_number<double>() : total);
   }
 }
 
-inline int launch_finish(const double* partial, int64_t parts, int64_t S_entries, int64_t n_entries, const double* ce_part,
-                         const uint32_t* bad_part, int64_t ce_parts, double* S, double* n, double* ce, const DeviceLimits& limits,
-                         Stream stream) {
+// (A kernel in a header has to be a template: it is in several objects.)
+template <int kBlock>
+LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1)
+    joint_finish(Partial partial, int64_t S_entries, int64_t n_entries, double* S, double* n, double* ce) {
+  finish_sums(partial, S_entries, n_entries, S, n, ce);
+}
+
+inline int launch_finish(const Partial& partial, int64_t S_entries, int64_t n_entries, double* S, double* n, double* ce,
+                         const DeviceLimits& limits, Stream stream) {
   Grid grid;
-  const int64_t wanted = (S_entries + n_entries + kWarp - 1) / kWarp;
-  grid.blocks = wanted < 1 ? 1 : wanted < 2 * limits.sms ? wanted : 2 * limits.sms;
-  grid.threads = kFinishThreads;
+  constexpr int64_t kWarps = kThreads / kWarp;
+  const int64_t wanted = (S_entries + n_entries + kWarps - 1) / kWarps;
+  grid.blocks = wanted < 1 ? 1 : wanted < 4 * limits.sms ? wanted : 4 * limits.sms;
+  grid.threads = kThreads;
   Carve carve;
-  carve.take<double>(kFinishThreads / kWarp * (kWarp + 1));
+  carve.take<double>(kThreads / kWarp);
   grid.smem = carve.bytes();
-  return launch(joint_finish<kFinishThreads>, grid, stream, partial, parts, S_entries, n_entries, ce_part, bad_part, ce_parts, S, n,
-                ce);
+  return launch(joint_finish<kThreads>, grid, stream, partial, S_entries, n_entries, S, n, ce);
 }
 
 // --------------------------------------------------------------------------------------------------------------- few classes
@@ -109,10 +127,9 @@ struct JointTile {
   }
 };
 
-// partial [blocks, K * C + K], ce_part and bad_part [blocks]
+// A part of every sum for each block
 template <class E, int kWidth>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
-    joint_tile(Batch batch, Compute<E>* lse, double* partial, double* ce_part, uint32_t* bad_part) {
+LDMI_DEVICE void tile_sums(const Batch& batch, Compute<E>* lse, const Partial& partial) {
   using Tile = JointTile<E, kWidth>;
   using F = Compute<E>;
   constexpr int R = Tile::kRows, P = Tile::kPitch, L = Tile::kLanes, M = Tile::kTiles;
@@ -264,14 +281,19 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
     }
     sync_block();
   }
-  double* const mine = partial + block_idx() * (static_cast<int64_t>(K) * C + K);
+  double* const mine = partial.sums + block_idx() * (static_cast<int64_t>(K) * C + K);
   for (int at = thread_idx(); at < K * C; at += kThreads) store(mine + at, sums[at / C * kWidth + at % C]);
   for (int k = thread_idx(); k < K; k += kThreads) store(mine + K * C + k, counts[k]);
   ce = block_sum(ce, scratch);
   if (thread_idx() == 0) {
-    store(ce_part + block_idx(), ce);
-    store(bad_part + block_idx(), any_bad ? 1u : 0u);
+    store(partial.ce + block_idx(), ce);
+    store(partial.bad + block_idx(), any_bad ? 1u : 0u);
   }
+}
+
+template <class E, int kWidth>
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2) joint_tile(Batch batch, Compute<E>* lse, Partial partial) {
+  tile_sums<E, kWidth>(batch, lse, partial);
 }
 
 // ------------------------------------------------------------------------------------- few classes, without weights: the fast way
@@ -307,10 +329,9 @@ struct JointRows {
 // is lost is at most 2^-11 of 2^-11 of it, four units of fp32, less than its own rounding by the softmax. Products with 0 and 1 are
 // exact. hi and lo have sums of their own, so rows that are equal add up without any rounding (11 bits each, 128 rows), and a joint of
 // equal rows stays singular. Otherwise a partial sum of fp32 is over 16 steps of the tensor core, 2^-23 of itself at most each (which
-// may truncate), before it is added to fp64. partial [blocks, K * C + K], ce_part and bad_part [blocks]
+// may truncate), before it is added to fp64. A part of every sum for each block
 template <class E, int kWidth>
-LDMI_KERNEL void LDMI_BOUNDS(kRowsThreads, (kWidth == 16 ? 4 : 2))
-    joint_rows(Batch batch, float* lse, double* partial, double* ce_part, uint32_t* bad_part) {
+LDMI_DEVICE void rows_sums(const Batch& batch, float* lse, const Partial& partial) {
   using Rows = JointRows<E, kWidth>;
   constexpr int P = Rows::kPitch, M = kWidth / 16, N = kWidth / 8, kStages = Rows::kStages;
   const int64_t rows = batch.logits.rows, steps = (rows + kWarp - 1) / kWarp;
@@ -477,7 +498,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kRowsThreads, (kWidth == 16 ? 4 : 2))
   flush();
   wait_copies<0>();
   const bool any_bad = sync_block_or(bad);
-  double* const mine = partial + block_idx() * (static_cast<int64_t>(K) * C + K);
+  double* const mine = partial.sums + block_idx() * (static_cast<int64_t>(K) * C + K);
   for (int at = thread_idx(); at < K * C; at += kRowsThreads) {
     double total = 0;
     LDMI_UNROLL
@@ -487,9 +508,17 @@ LDMI_KERNEL void LDMI_BOUNDS(kRowsThreads, (kWidth == 16 ? 4 : 2))
   for (int k = thread_idx(); k < K; k += kRowsThreads) store(mine + K * C + k, static_cast<double>(s.count[k]));
   ce = block_sum(ce, s.scratch);
   if (thread_idx() == 0) {
-    store(ce_part + block_idx(), ce);
-    store(bad_part + block_idx(), any_bad ? 1u : 0u);
+    store(partial.ce + block_idx(), ce);
+    store(partial.bad + block_idx(), any_bad ? 1u : 0u);
   }
+}
+
+// Blocks of it that an SM is to hold
+constexpr int rows_blocks(int width) { return width == 16 ? 4 : 2; }
+
+template <class E, int kWidth>
+LDMI_KERNEL void LDMI_BOUNDS(kRowsThreads, rows_blocks(kWidth)) joint_rows(Batch batch, float* lse, Partial partial) {
+  rows_sums<E, kWidth>(batch, lse, partial);
 }
 
 // ------------------------------------------------------------------------------------------------------------ rows' sums alone
@@ -497,8 +526,8 @@ LDMI_KERNEL void LDMI_BOUNDS(kRowsThreads, (kWidth == 16 ? 4 : 2))
 // A group of threads a row, online: shift (the maximum), inverse = 1 / sum (0 in rows that do not count) and, if K == C, the
 // cross entropy. For soft targets and for rows longer than registers. ce_part and bad_part [blocks]
 template <class E, int kGroup>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
-    joint_row_sums(Batch batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part, uint32_t* bad_part) {
+LDMI_DEVICE void sums_of_rows(const Batch& batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part,
+                              uint32_t* bad_part) {
   using F = Compute<E>;
   constexpr int kGroups = kThreads / kGroup, kBatch = 4;
   Carve carve;
@@ -580,6 +609,12 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
   }
 }
 
+template <class E, int kGroup>
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
+    joint_row_sums(Batch batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part, uint32_t* bad_part) {
+  sums_of_rows<E, kGroup>(batch, lse, shift, inverse, ce_part, bad_part);
+}
+
 // -------------------------------------------------------------------------------------------------------------- many classes
 
 // What a run of rows leaves when its first label began in an earlier run: that label, its row of S and its weight.
@@ -594,17 +629,14 @@ struct Sides {
 // kAccess values. Each label that begins in the run has its row of S and n stored; sort.start says which labels have none. With
 // kGiven, shift and inverse are known: rows longer than a group's registers, by runs of columns.
 template <class E, int kAccess, int kGroup, int kColumns, int kRows, bool kGiven>
-LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == kThreads ? 1
-                                                                     : kGroup == kWarp  ? 2
-                                                                                        : 3))
-    joint_by_label(Batch batch, LabelOrder sort, int64_t segments, const Compute<E>* shift, const Compute<E>* inverse, Compute<E>* lse,
-                   double* S, double* n, Sides sides) {
+LDMI_DEVICE void label_sums(const Batch& batch, const LabelOrder& sort, int64_t segments, const Compute<E>* shift,
+                            const Compute<E>* inverse, Compute<E>* lse, double* S, double* n, const Sides& sides) {
   using F = Compute<E>;
   static_assert(kColumns % kAccess == 0);
   constexpr int kWarps = kGroup / kWarp;
   Carve carve;
   F* const scratch = carve.take<F>(2 * kRows * kWarps);
-  const int64_t C = batch.logits.columns, used = load_const(sort.start + batch.num_labels);
+  const int64_t C = batch.logits.columns, used = load(sort.start + batch.num_labels);
   const int groups = block_dim() / kGroup, t = thread_idx() % kGroup;
   const Columns<kAccess, kGroup> column{t};
   const int64_t segment = block_idx() * groups + thread_idx() / kGroup;
@@ -616,7 +648,7 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == k
     double unused_weight;
     // the label that the run before this one ends with
     const int64_t before =
-        begin > 0 && begin < end ? used_label(batch, load_const(sort.order + begin - 1), unused_weight, ignored) : kUnused;
+        begin > 0 && begin < end ? used_label(batch, load(sort.order + begin - 1), unused_weight, ignored) : kUnused;
     for (int64_t first_column = 0; first_column < C; first_column += kGroup * kColumns) {
       const int left = static_cast<int>(C - first_column < kGroup * kColumns ? C - first_column : kGroup * kColumns);
       double sums[kColumns], run_weight = 0;
@@ -638,7 +670,7 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == k
       for (int64_t at = begin; at < end; at += kRows) {
         F x[kRows][kColumns], maximum[kRows], sum[kRows];
         // lane u of each warp knows about row u
-        const int64_t mine = lane() < kRows && at + lane() < end ? load_const(sort.order + at + lane()) : kUnused;
+        const int64_t mine = lane() < kRows && at + lane() < end ? load(sort.order + at + lane()) : kUnused;
         int64_t row[kRows];
         LDMI_UNROLL
         for (int u = 0; u < kRows; ++u) {
@@ -664,7 +696,7 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == k
             maximum[u] = x[u][0];
             LDMI_UNROLL
             for (int j = 1; j < kColumns; ++j) maximum[u] = fmax(maximum[u], x[u][j]);
-            if constexpr (kGiven) maximum[u] = row[u] >= 0 ? load_const(shift + row[u]) : F{0};
+            if constexpr (kGiven) maximum[u] = row[u] >= 0 ? load(shift + row[u]) : F{0};
           }
           if constexpr (!kGiven) group_reduce<kGroup, true>(maximum, scratch);
           LDMI_UNROLL
@@ -681,7 +713,7 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == k
         F my_inverse = 0;
         if (mine >= 0) {
           if constexpr (kGiven) {
-            my_inverse = load_const(inverse + mine);
+            my_inverse = load(inverse + mine);
           } else {
             F my_maximum = maximum[0], my_sum = sum[0];
             LDMI_UNROLL
@@ -730,24 +762,32 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == k
   if constexpr (!kGiven) {
     const int64_t threads = grid_dim() * block_dim(), all = batch.logits.rows;
     for (int64_t at = used + block_idx() * block_dim() + thread_idx(); at < all; at += threads) {
-      store(lse + load_const(sort.order + at), F{0});
+      store(lse + load(sort.order + at), F{0});
     }
   }
 }
 
+template <class E, int kAccess, int kGroup, int kColumns, int kRows, bool kGiven>
+LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == kThreads ? 1
+                                                                     : kGroup == kWarp  ? 2
+                                                                                        : 3))
+    joint_by_label(Batch batch, LabelOrder sort, int64_t segments, const Compute<E>* shift, const Compute<E>* inverse, Compute<E>* lse,
+                   double* S, double* n, Sides sides) {
+  label_sums<E, kAccess, kGroup, kColumns, kRows, kGiven>(batch, sort, segments, shift, inverse, lse, S, n, sides);
+}
+
 // Adds what labels left in the sides of later runs, zeros for labels that have no rows, NaN throughout when something is bad, and
 // the cross entropy from `ce_part`. A block a label, in the order of the runs.
-template <int kBlock>
-LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) joint_add_sides(int64_t labels, int64_t C, LabelOrder sort, int64_t segments, Sides sides,
-                                                        const double* ce_part, int64_t ce_parts, double* S, double* n, double* ce) {
+LDMI_DEVICE void add_sides(int64_t labels, int64_t C, const LabelOrder& sort, int64_t segments, const Sides& sides,
+                           const double* ce_part, int64_t ce_parts, double* S, double* n, double* ce) {
   Carve carve;
-  double* const scratch = carve.take<double>(kBlock / kWarp);
+  double* const scratch = carve.take<double>(kThreads / kWarp);
   bool bad = false;
-  for (int64_t p = thread_idx(); p < sort.pieces; p += kBlock) bad |= load_const(sort.bad + p) != 0;
+  for (int64_t p = thread_idx(); p < sort.pieces; p += kThreads) bad |= load(sort.bad + p) != 0;
   bad = sync_block_or(bad);
-  const int64_t used = load_const(sort.start + labels);
+  const int64_t used = load(sort.start + labels);
   for (int64_t k = block_idx(); k < labels; k += grid_dim()) {
-    const int64_t begin = load_const(sort.start + k), end = load_const(sort.start + k + 1);
+    const int64_t begin = load(sort.start + k), end = load(sort.start + k + 1);
     // the runs first .. last begin within the label, not with it
     int64_t low = 0, high = segments;
     while (low < high) {
@@ -762,17 +802,17 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) joint_add_sides(int64_t labels, int64_t 
     int64_t last = first;
     while (last < segments && cut(used, segments, last) < end) ++last;
     if (begin == end || bad || first < last) {
-      for (int64_t c = thread_idx(); c < C; c += kBlock) {
+      for (int64_t c = thread_idx(); c < C; c += kThreads) {
         double total = begin == end ? 0.0 : load(S + k * C + c);
         for (int64_t s = first; s < last && !bad; ++s) {
-          if (load_const(sides.label + s) == k) total += load_const(sides.sums + s * C + c);
+          if (load(sides.label + s) == k) total += load(sides.sums + s * C + c);
         }
         store(S + k * C + c, bad ? not_a_number<double>() : total);
       }
       if (thread_idx() == 0) {
         double total = begin == end ? 0.0 : load(n + k);
         for (int64_t s = first; s < last && !bad; ++s) {
-          if (load_const(sides.label + s) == k) total += load_const(sides.weight + s);
+          if (load(sides.label + s) == k) total += load(sides.weight + s);
         }
         store(n + k, bad ? not_a_number<double>() : total);
       }
@@ -780,10 +820,16 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) joint_add_sides(int64_t labels, int64_t 
   }
   if (block_idx() == 0) {
     double total = 0;
-    for (int64_t p = thread_idx(); p < ce_parts; p += kBlock) total += load_const(ce_part + p);
+    for (int64_t p = thread_idx(); p < ce_parts; p += kThreads) total += load(ce_part + p);
     total = block_sum(total, scratch);
     if (thread_idx() == 0) store(ce, bad ? not_a_number<double>() : total);
   }
+}
+
+template <int kBlock>
+LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) joint_add_sides(int64_t labels, int64_t C, LabelOrder sort, int64_t segments, Sides sides,
+                                                        const double* ce_part, int64_t ce_parts, double* S, double* n, double* ce) {
+  add_sides(labels, C, sort, segments, sides, ce_part, ce_parts, S, n, ce);
 }
 
 // -------------------------------------------------------------------------------------------------------------- soft targets
@@ -793,8 +839,7 @@ inline constexpr int kSoftTile = 64, kSoftRows = 32, kSoftPitch = 72;
 // S = T^T diag(w) P, a tile of 64 x 64 of S and a split of the rows a block; 8 warps, 16 x 32 of the tile each.
 // partial [splits, K * C + K]
 template <class E>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
-    joint_soft(Batch batch, const Compute<E>* shift, const Compute<E>* inverse, int64_t splits, double* partial) {
+LDMI_DEVICE void soft_sums(const Batch& batch, const Compute<E>* shift, const Compute<E>* inverse, int64_t splits, double* partial) {
   using F = Compute<E>;
   Carve carve;
   F* const predictions = carve.take<F>(kSoftRows * kSoftPitch);
@@ -831,7 +876,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
             if (batch.probs) {
               if (!isfinite(p)) p = not_a_number<F>();
             } else {
-              p = exp(p - load_const(shift + i)) * load_const(inverse + i);
+              p = exp(p - load(shift + i)) * load(inverse + i);
             }
           }
           if (k0 + j < K) target = value_at<F>(batch.soft, i, k0 + j);
@@ -875,41 +920,100 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
   }
 }
 
+template <class E>
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
+    joint_soft(Batch batch, const Compute<E>* shift, const Compute<E>* inverse, int64_t splits, double* partial) {
+  soft_sums<E>(batch, shift, inverse, splits, partial);
+}
+
 // ------------------------------------------------------------------------------------------------------------------ launchers
+
+// The memory of each way, as csrc/plan counts it, and the shared memory of its steps
+
+inline Partial take_partial(Workspace& work, int64_t parts, int64_t ce_parts, int64_t entries) {
+  Partial out{};
+  out.sums = work.take<double>(parts * entries);
+  out.parts = parts;
+  out.ce = work.take<double>(ce_parts);
+  out.bad = work.take<uint32_t>(ce_parts);
+  out.ce_parts = ce_parts;
+  return out;
+}
+
+inline Sides take_sides(Workspace& work, int64_t segments, int64_t C) {
+  Sides out{};
+  out.label = work.take<int64_t>(segments);
+  out.sums = work.take<double>(segments * C);
+  out.weight = work.take<double>(segments);
+  out.ce = work.take<double>(segments);
+  return out;
+}
+
+// Whether joint_rows takes the batch, and not joint_tile
+template <class E, int kWidth>
+bool by_rows(const Batch& batch) {
+  return kWidth <= 32 && sizeof(E) <= 4 && batch.weights.data == nullptr && !batch.probs && is_flat(batch.logits);
+}
+
+template <class E, int kWidth>
+size_t rows_smem(int64_t C) {
+  Carve carve;
+  const JointRows<E, kWidth> rows(carve, C);
+  static_cast<void>(rows);
+  return carve.bytes();
+}
+
+template <class E, int kWidth>
+size_t tile_smem(int64_t C) {
+  Carve carve;
+  const JointTile<E, kWidth> tile(carve, C);
+  static_cast<void>(tile);
+  Carve again;  // the groups' sums, in the same place
+  again.take<double>(kWidth * kWidth);
+  again.take<double>(kWidth);
+  again.take<double>(kThreads / kWarp);
+  return carve.bytes() > again.bytes() ? carve.bytes() : again.bytes();
+}
+
+template <class F>
+size_t row_sums_smem() {
+  Carve carve;
+  carve.take<F>(2 * kThreads / kWarp);
+  carve.take<double>(kThreads / kWarp);
+  return carve.bytes();
+}
+
+template <class F>
+size_t soft_smem() {
+  Carve carve;
+  carve.take<F>(kSoftRows * kSoftPitch);
+  carve.take<F>(kSoftRows * kSoftPitch);
+  carve.take<double>(kSoftRows);
+  return carve.bytes();
+}
 
 template <class E, int kWidth>
 int launch_joint_tile(const Batch& batch, double* S, double* n, Compute<E>* lse, double* ce, void* workspace,
                       const plan::CudaJoint& plan, const DeviceLimits& limits, Stream stream) {
   const int64_t entries = batch.num_labels * batch.logits.columns;
   Workspace work(workspace);
-  double* const partial = work.take<double>(plan.blocks * (entries + batch.num_labels));
-  double* const ce_part = work.take<double>(plan.blocks);
-  uint32_t* const bad_part = work.take<uint32_t>(plan.blocks);
+  const Partial partial = take_partial(work, plan.blocks, plan.blocks, entries + batch.num_labels);
   Grid grid;
   grid.blocks = plan.blocks;
-  if constexpr (kWidth <= 32 && sizeof(E) <= 4) {
-    if (batch.weights.data == nullptr && !batch.probs && is_flat(batch.logits)) {
+  int error = 0;
+  if (by_rows<E, kWidth>(batch)) {
+    if constexpr (kWidth <= 32 && sizeof(E) <= 4) {
       grid.threads = kRowsThreads;
-      Carve carve;
-      const JointRows<E, kWidth> tile(carve, batch.logits.columns);
-      static_cast<void>(tile);
-      grid.smem = carve.bytes();
-      const int error = launch(joint_rows<E, kWidth>, grid, stream, batch, lse, partial, ce_part, bad_part);
-      if (error != 0) return error;
-      return launch_finish(partial, plan.blocks, entries, batch.num_labels, ce_part, bad_part, plan.blocks, S, n, ce, limits, stream);
+      grid.smem = rows_smem<E, kWidth>(batch.logits.columns);
+      error = launch(joint_rows<E, kWidth>, grid, stream, batch, lse, partial);
     }
+  } else {
+    grid.threads = kThreads;
+    grid.smem = tile_smem<E, kWidth>(batch.logits.columns);
+    error = launch(joint_tile<E, kWidth>, grid, stream, batch, lse, partial);
   }
-  grid.threads = kThreads;
-  Carve carve;
-  const JointTile<E, kWidth> tile(carve, batch.logits.columns);
-  static_cast<void>(tile);
-  Carve again;
-  again.take<double>(kWidth * kWidth);
-  again.take<double>(kWidth);
-  again.take<double>(kThreads / kWarp);
-  grid.smem = carve.bytes() > again.bytes() ? carve.bytes() : again.bytes();
-  if (const int error = launch(joint_tile<E, kWidth>, grid, stream, batch, lse, partial, ce_part, bad_part); error != 0) return error;
-  return launch_finish(partial, plan.blocks, entries, batch.num_labels, ce_part, bad_part, plan.blocks, S, n, ce, limits, stream);
+  if (error != 0) return error;
+  return launch_finish(partial, entries, batch.num_labels, S, n, ce, limits, stream);
 }
 
 template <class E>
@@ -918,10 +1022,7 @@ int launch_row_sums(const Batch& batch, Compute<E>* lse, Compute<E>* shift, Comp
   Grid grid;
   grid.blocks = blocks;
   grid.threads = kThreads;
-  Carve carve;
-  carve.take<Compute<E>>(2 * kThreads / kWarp);
-  carve.take<double>(kThreads / kWarp);
-  grid.smem = carve.bytes();
+  grid.smem = row_sums_smem<Compute<E>>();
   if (batch.logits.columns <= plan::kWarpClasses) {
     return launch(joint_row_sums<E, kWarp>, grid, stream, batch, lse, shift, inverse, ce_part, bad_part);
   }
@@ -935,11 +1036,7 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
   const int64_t rows = batch.logits.rows, C = batch.logits.columns, K = batch.num_labels;
   Workspace work(workspace);
   const LabelOrder sort = take_order(work, plan.sort, rows, K);
-  Sides sides{};
-  sides.label = work.take<int64_t>(plan.segments);
-  sides.sums = work.take<double>(plan.segments * C);
-  sides.weight = work.take<double>(plan.segments);
-  sides.ce = work.take<double>(plan.segments);
+  const Sides sides = take_sides(work, plan.segments, C);
   int error = launch_sort(batch, sort, plan.sort, stream);
   if (error != 0) return error;
   const bool given = C > plan::kBlockClasses;
@@ -990,22 +1087,16 @@ int launch_joint_soft(const Batch& batch, double* S, double* n, Compute<E>* lse,
   Workspace work(workspace);
   F* const shift = work.take<F>(rows);
   F* const inverse = work.take<F>(rows);
-  double* const ce_part = work.take<double>(plan.blocks);
-  uint32_t* const bad_part = work.take<uint32_t>(plan.blocks);
-  double* const partial = work.take<double>(splits * (K * C + K));
-  if (const int error = launch_row_sums<E>(batch, lse, shift, inverse, ce_part, bad_part, plan.blocks, stream); error != 0)
+  const Partial partial = take_partial(work, splits, plan.blocks, K * C + K);
+  if (const int error = launch_row_sums<E>(batch, lse, shift, inverse, partial.ce, partial.bad, plan.blocks, stream); error != 0)
     return error;
   Grid grid;
   const int64_t jobs = (C + kSoftTile - 1) / kSoftTile * ((K + kSoftTile - 1) / kSoftTile) * splits;
   grid.blocks = jobs < 2 * limits.sms ? jobs : 2 * limits.sms;
   grid.threads = kThreads;
-  Carve carve;
-  carve.take<F>(kSoftRows * kSoftPitch);
-  carve.take<F>(kSoftRows * kSoftPitch);
-  carve.take<double>(kSoftRows);
-  grid.smem = carve.bytes();
-  if (const int error = launch(joint_soft<E>, grid, stream, batch, shift, inverse, splits, partial); error != 0) return error;
-  return launch_finish(partial, splits, K * C, K, ce_part, bad_part, plan.blocks, S, n, ce, limits, stream);
+  grid.smem = soft_smem<F>();
+  if (const int error = launch(joint_soft<E>, grid, stream, batch, shift, inverse, splits, partial.sums); error != 0) return error;
+  return launch_finish(partial, K * C, K, S, n, ce, limits, stream);
 }
 
 template <class E>

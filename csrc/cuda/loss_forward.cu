@@ -2,6 +2,7 @@
 
 #include "fused.cuh"
 #include "loss_forward.cuh"
+#include "loss_whole.cuh"
 
 namespace ldmi::cuda {
 
@@ -27,11 +28,17 @@ int loss_forward(const Batch& batch, const LossOptions& options, void* loss, voi
   double* const n = work.take<double>(C);
   double* const ce = work.take<double>(1);
   void* const rest = static_cast<char*>(workspace) + work.bytes();  // of the joint, and then of what follows
-  if (const int error = joint(batch, S, n, lse, ce, rest, limits, stream); error != 0) return error;
-  if (plan.how == plan::CudaLoss::kEnd) {
-    const LossEnd at{S, n, ce, static_cast<int>(C), !soft, static_cast<double>(rows), loss, loss_type, V, scale, ce_scale};
-    return launch_end<kFactorClasses>(at, options, plan::cuda_logdet_inverse(1, C, limits), stream);
+  const LossEnd end{S, n, ce, static_cast<int>(C), !soft, static_cast<double>(rows), nullptr, 0, loss, loss_type, V, scale, ce_scale};
+  const plan::CudaLogdetInverse elimination = plan::cuda_logdet_inverse(1, C, limits);
+  if (plan.how == plan::CudaLoss::kWhole) {
+    return with_type(batch.logits.type, [&](auto type) {
+      using E = decltype(type);
+      return launch_whole<E>(batch, static_cast<Compute<E>*>(lse), {end, options, static_cast<int>(elimination.stride)}, rest,
+                             elimination, limits, stream);
+    });
   }
+  if (const int error = joint(batch, S, n, lse, ce, rest, limits, stream); error != 0) return error;
+  if (plan.how == plan::CudaLoss::kEnd) return launch_end<kFactorClasses>(end, options, elimination, stream);
   double* const log_abs_det = work.take<double>(1);
   double* const sign = work.take<double>(1);
   int64_t* const kept = work.take<int64_t>(1);

@@ -1,4 +1,5 @@
-// The end of a forward whose joint is in memory: log|det S|, V and the scalars, in one launch of one block, as far as a block factors.
+// The end of a forward whose joint is in memory: log|det S|, V and the scalars, by one block, as far as a block factors; as a launch
+// of its own, or as the last step of loss_whole.cuh.
 #pragma once
 
 #include "combine.cuh"
@@ -15,25 +16,33 @@ struct LossEnd {
   const double* n;   // [C]
   const double* ce;  // [1]
   int C;
-  bool sum_n;    // whether the total weight is the sum of n: hard labels
-  double total;  // or else this
+  bool sum_n;             // whether the total weight is the sum of n: hard labels
+  double total;           // or else this, if there are no
+  const double* weights;  // [weight_parts]: sums of weights
+  int64_t weight_parts;
   void* loss;
   Type loss_type;
   double* V;  // [C, C], or null
   double *scale, *ce_scale;
 };
 
-// By a warp up to kFactorWarp classes, else by the block
+// By the first warp up to kFactorWarp classes, else by the whole block, kMost / kWarp rows of a panel a lane. What other blocks summed
+// is read by load().
 template <int kMost>
-LDMI_KERNEL void LDMI_BOUNDS(kEndThreads, 1) loss_end(LossEnd at, LossOptions options, int stride) {
+LDMI_DEVICE void end_of_loss(const LossEnd& at, const LossOptions& options, int stride) {
   const int C = at.C;
-  const auto entry = [&](int i, int j) { return load_const(at.S + i * C + j); };
-  const auto weight = [&](int64_t i) { return load_const(at.n + i); };
+  const auto entry = [&](int i, int j) { return load(at.S + i * C + j); };
+  const auto weight = [&](int64_t i) { return load(at.n + i); };
   const auto emit = [&](int i, int j, double value) { store(at.V + i * C + j, value); };
   const bool inverse = at.V != nullptr;
   const auto scalars = [&](const Determinant& found) {
-    const double total = at.sum_n ? total_weight(C, weight) : at.total;
-    const Loss loss = loss_of(found, total, load_const(at.ce), options);
+    double total = at.total;
+    if (at.sum_n) {
+      total = total_weight(C, weight);
+    } else if (at.weights != nullptr) {
+      total = total_weight(at.weight_parts, [&](int64_t i) { return load(at.weights + i); });
+    }
+    const Loss loss = loss_of(found, total, load(at.ce), options);
     if (lane() != 0) return;
     if (at.loss_type == Type::kFloat64) {
       store(static_cast<double*>(at.loss), loss.loss);
@@ -44,13 +53,18 @@ LDMI_KERNEL void LDMI_BOUNDS(kEndThreads, 1) loss_end(LossEnd at, LossOptions op
     store(at.ce_scale, loss.ce_scale);
   };
   if constexpr (kMost <= kFactorWarp) {
-    scalars(factor::by_warp<kMost>(C, options.strict, inverse, entry, weight, emit));
+    if (warp() == 0) scalars(factor::by_warp<kMost>(C, options.strict, inverse, entry, weight, emit));
   } else {
     Carve carve;
     const FactorSpace space = take_factor_space(carve, C, stride);
     const Determinant found = factor::by_block<kMost / kWarp>(space, C, options.strict, inverse, entry, weight, emit);
     if (warp() == 0) scalars(found);
   }
+}
+
+template <int kMost>
+LDMI_KERNEL void LDMI_BOUNDS(kEndThreads, 1) loss_end(LossEnd at, LossOptions options, int stride) {
+  end_of_loss<kMost>(at, options, stride);
 }
 
 template <int kMost>

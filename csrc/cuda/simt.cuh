@@ -14,6 +14,7 @@
 
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -67,11 +68,12 @@ struct Grid {
 
 // What a launcher may ask of the current device.
 struct Device {
-  int sms = 0;            // multiprocessors
-  size_t smem_block = 0;  // dynamic shared memory that one block can have, in bytes
-  size_t smem_sm = 0;     // shared memory of a multiprocessor, in bytes
-  size_t l2 = 0;          // bytes of level 2 cache
-  int capability = 0;     // 80, 90, ...
+  int sms = 0;              // multiprocessors
+  size_t smem_block = 0;    // dynamic shared memory that one block can have, in bytes
+  size_t smem_sm = 0;       // shared memory of a multiprocessor, in bytes
+  size_t l2 = 0;            // bytes of level 2 cache
+  int capability = 0;       // 80, 90, ...
+  bool cooperative = true;  // whether it takes cooperative grids
 };
 
 // ------------------------------------------------------------------------------------------------------------ bit casts
@@ -585,7 +587,7 @@ using Stream = cudaStream_t;
 
 // The current device
 inline int device(Device* out) {
-  int id = 0, sms = 0, block = 0, sm = 0, l2 = 0, major = 0, minor = 0;
+  int id = 0, sms = 0, block = 0, sm = 0, l2 = 0, major = 0, minor = 0, cooperative = 0;
   cudaError_t error = cudaGetDevice(&id);
   const auto get = [&](int* value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, id);
@@ -596,7 +598,8 @@ inline int device(Device* out) {
   get(&l2, cudaDevAttrL2CacheSize);
   get(&major, cudaDevAttrComputeCapabilityMajor);
   get(&minor, cudaDevAttrComputeCapabilityMinor);
-  *out = {sms, static_cast<size_t>(block), static_cast<size_t>(sm), static_cast<size_t>(l2), major * 10 + minor};
+  get(&cooperative, cudaDevAttrCooperativeLaunch);
+  *out = {sms, static_cast<size_t>(block), static_cast<size_t>(sm), static_cast<size_t>(l2), major * 10 + minor, cooperative != 0};
   return static_cast<int>(error);
 }
 
@@ -625,11 +628,32 @@ inline cudaError_t allow(const void* kernel, size_t smem, int cluster) {
 }
 }  // namespace detail
 
+namespace detail {
+// Asked once for each kernel, device and size: the runtime takes microseconds to answer, and a launcher asks at every call.
+inline cudaError_t resident_blocks(const void* kernel, int threads, size_t smem, int* out) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, size_t>, int> known;
+  int id = 0;
+  if (const cudaError_t error = cudaGetDevice(&id); error != cudaSuccess) return error;
+  const std::lock_guard lock(mutex);
+  const auto [place, unknown] = known.try_emplace({id, kernel, threads, smem}, 0);
+  if (unknown) {
+    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&place->second, kernel, threads, smem);
+    if (error != cudaSuccess) {
+      known.erase(place);
+      return error;
+    }
+  }
+  *out = place->second;
+  return cudaSuccess;
+}
+}  // namespace detail
+
 // How many blocks of the kernel an SM holds at once: a cooperative grid has at most that many times Device::sms.
 template <class... P>
 int blocks_per_sm(void (*kernel)(P...), int threads, size_t smem, int* out) {
   cudaError_t error = detail::allow(reinterpret_cast<const void*>(kernel), smem, 1);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(out, kernel, threads, smem);
+  if (error == cudaSuccess) error = detail::resident_blocks(reinterpret_cast<const void*>(kernel), threads, smem, out);
   return static_cast<int>(error);
 }
 

@@ -4,19 +4,21 @@
 // one bucket for the rows that do not count). sort_count adds them up, sort_scan turns the counts of the pieces into where each
 // piece's rows of a bucket go, and sort_scatter counts again and puts the rows there. Within a warp the lanes of one bucket are ranked
 // by a match, so the order is that of the rows, whatever the schedule.
+//
+// What one step leaves for the next is read by load(), so that the steps may also be parts of one launch, with grid barriers between.
 #pragma once
 
 #include "rows.cuh"
 
 namespace ldmi::cuda {
 
-inline constexpr int kScanThreads = 1024;
+inline constexpr int kScanThreads = 1024, kScanPieces = 4;
 
 // What the three launches share, in the workspace.
 struct LabelOrder {
   int64_t* order;    // [N] rows
   int64_t* start;    // [K + 2] where a bucket begins; start[K] is the number of rows that count, start[K + 1] is N
-  int64_t* offset;   // [pieces, K + 1] counts, then where the piece's rows of a bucket go
+  int64_t* offset;   // [pieces, K + 1] counts, then where the piece's rows of a bucket go, from its beginning on
   uint32_t* counts;  // [pieces, parts, K + 1] when they do not fit in shared memory, else null
   uint32_t* bad;     // [pieces] whether a label or a weight is out of range
   int64_t pieces;
@@ -66,6 +68,16 @@ LDMI_DEVICE void visit_rows(const Batch& batch, int64_t begin, int64_t end, uint
   }
 }
 
+// The sum over the lanes up to this one
+LDMI_DEVICE int64_t scan_warp(int64_t value) {
+  LDMI_UNROLL
+  for (int by = 1; by < kWarp; by *= 2) {
+    const int64_t other = shfl_up(value, by);
+    if (lane() >= by) value += other;
+  }
+  return value;
+}
+
 // This warp's counters, zeroed
 template <bool kShared>
 LDMI_DEVICE uint32_t* zeroed_counters(uint32_t* counters, int64_t buckets) {
@@ -87,7 +99,7 @@ LDMI_DEVICE uint32_t* counters_of(const LabelOrder& sort, int64_t piece, int64_t
 }
 
 template <bool kShared>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_count(Batch batch, LabelOrder sort) {
+LDMI_DEVICE void count_labels(const Batch& batch, const LabelOrder& sort) {
   const int64_t buckets = batch.num_labels + 1, rows = batch.logits.rows;
   const int parts = block_dim() / kWarp;
   for (int64_t piece = block_idx(); piece < sort.pieces; piece += grid_dim()) {
@@ -108,48 +120,58 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_count(Batch batch, LabelOrder sor
   }
 }
 
-// One block
-template <int kBlock>
-LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) sort_scan(int64_t buckets, LabelOrder sort) {
+// The counts of each bucket's pieces to where a piece's rows begin among the bucket's, and start[b] to how many those are. A warp a
+// bucket, kScanPieces pieces a lane on their way from memory at once.
+LDMI_DEVICE void scan_pieces(int64_t buckets, const LabelOrder& sort) {
+  const int64_t warps = grid_dim() * (block_dim() / kWarp);
+  for (int64_t b = block_idx() * (block_dim() / kWarp) + warp(); b < buckets; b += warps) {
+    int64_t carry = 0;
+    for (int64_t base = 0; base < sort.pieces; base += kWarp * kScanPieces) {
+      const int64_t first = base + lane() * kScanPieces;
+      int64_t count[kScanPieces], own = 0;
+      LDMI_UNROLL
+      for (int j = 0; j < kScanPieces; ++j) {
+        count[j] = first + j < sort.pieces ? load(sort.offset + (first + j) * buckets + b) : 0;
+        own += count[j];
+      }
+      const int64_t through = scan_warp(own);
+      int64_t at = carry + through - own;
+      LDMI_UNROLL
+      for (int j = 0; j < kScanPieces; ++j) {
+        if (first + j < sort.pieces) store(sort.offset + (first + j) * buckets + b, at);
+        at += count[j];
+      }
+      carry += shfl(through, kWarp - 1);
+    }
+    if (lane() == 0) store(sort.start + b, carry);
+  }
+}
+
+// How many rows the buckets have to where they begin. One block.
+LDMI_DEVICE void scan_starts(int64_t buckets, const LabelOrder& sort) {
   Carve carve;
   int64_t* const warp_total = carve.take<int64_t>(kScanThreads / kWarp);
   if (block_idx() != 0) return;
   int64_t carry = 0;
   for (int64_t base = 0; base < buckets; base += block_dim()) {
     const int64_t b = base + thread_idx();
-    int64_t total = 0;
-    if (b < buckets) {
-      for (int64_t piece = 0; piece < sort.pieces; ++piece) total += load(sort.offset + piece * buckets + b);
-    }
-    int64_t through = total;  // of this warp's buckets up to mine
-    LDMI_UNROLL
-    for (int by = 1; by < kWarp; by *= 2) {
-      const int64_t other = shfl_up(through, by);
-      if (lane() >= by) through += other;
-    }
+    const int64_t own = b < buckets ? load(sort.start + b) : 0, through = scan_warp(own);
     if (lane() == kWarp - 1) warp_total[warp()] = through;
     sync_block();
-    int64_t at = carry + through - total, all = 0;
+    int64_t at = carry + through - own, all = 0;
     for (int w = 0; w < block_dim() / kWarp; ++w) {
       if (w < warp()) at += warp_total[w];
       all += warp_total[w];
     }
     carry += all;
-    if (b < buckets) {
-      store(sort.start + b, at);
-      for (int64_t piece = 0; piece < sort.pieces; ++piece) {
-        const int64_t count = load(sort.offset + piece * buckets + b);
-        store(sort.offset + piece * buckets + b, at);
-        at += count;
-      }
-    }
+    if (b < buckets) store(sort.start + b, at);
     sync_block();
   }
   if (thread_idx() == 0) store(sort.start + buckets, carry);
 }
 
 template <bool kShared>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_scatter(Batch batch, LabelOrder sort) {
+LDMI_DEVICE void scatter_labels(const Batch& batch, const LabelOrder& sort) {
   const int64_t buckets = batch.num_labels + 1, rows = batch.logits.rows;
   const int parts = block_dim() / kWarp;
   for (int64_t piece = block_idx(); piece < sort.pieces; piece += grid_dim()) {
@@ -170,10 +192,29 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_scatter(Batch batch, LabelOrder s
     }
     sync_block();
     const int64_t* const offset = sort.offset + piece * buckets;
-    visit_rows<kShared>(batch, first, last, mine, bad,
-                        [&](int64_t i, int64_t bucket, uint32_t rank) { store(sort.order + load_const(offset + bucket) + rank, i); });
+    visit_rows<kShared>(batch, first, last, mine, bad, [&](int64_t i, int64_t bucket, uint32_t rank) {
+      store(sort.order + load(sort.start + bucket) + load(offset + bucket) + rank, i);
+    });
     sync_block();
   }
+}
+
+template <bool kShared>
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_count(Batch batch, LabelOrder sort) {
+  count_labels<kShared>(batch, sort);
+}
+
+// One block
+template <int kBlock>
+LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) sort_scan(int64_t buckets, LabelOrder sort) {
+  scan_pieces(buckets, sort);
+  sync_block();
+  scan_starts(buckets, sort);
+}
+
+template <bool kShared>
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_scatter(Batch batch, LabelOrder sort) {
+  scatter_labels<kShared>(batch, sort);
 }
 
 // The launches. `work` has room for what cuda_sort says.

@@ -26,7 +26,7 @@ CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
   const int64_t room = std::min<int64_t>(limits.smem_block, 96 << 10) - 1024;
   out.shared = counters <= room;
   out.warps = static_cast<int>(out.shared ? clamp(room / counters, 1, 8) : 1);
-  // Each piece moves a counter a label a few times: two rows or more for each. The scan adds up the pieces one after the other.
+  // Each piece moves a counter a label a few times: two rows or more for each. The scan has 128 pieces of a label under way at once.
   out.pieces = clamp(rows / std::max<int64_t>(2 * labels, 64 * out.warps), 1, out.shared ? 128 : 8);
   return out;
 }
@@ -182,6 +182,12 @@ CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int6
   }
   out.how = soft && weighted ? CudaLoss::kScalars : CudaLoss::kEnd;
   const int64_t joint = cuda_joint(rows, classes, classes, soft, value_bytes, limits).workspace_bytes;
+  if (limits.cooperative) {
+    out.how = CudaLoss::kWhole;
+    const int64_t sums_of_weights = soft && weighted ? cuda_joint(rows, classes, classes, soft, value_bytes, limits).blocks * 8 : 0;
+    out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) + joint + piece(sums_of_weights);
+    return out;
+  }
   out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) +
                         std::max(joint, 3 * piece(8) + cuda_combine(rows, soft && weighted, limits).workspace_bytes);
   return out;
@@ -225,11 +231,14 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
                                                                         : "logdet_inverse (LU of torch's libraries)";
   out.kernels = {std::string("joint (") + name_of(joint.order) + ")", factor,
                  std::string("logits_grad (") + name_of(grad.order) + ")"};
-  out.regime = "staged, " + std::to_string(joint.blocks) + " + " + std::to_string(grad.blocks) + " blocks on " +
-               std::to_string(limits.sms) + " multiprocessors";
+  const CudaLossForward forward = cuda_loss_forward(rows, classes, soft, value_bytes, false, limits);
+  // with K != C the joint alone is the op that runs
+  const bool whole = labels == classes && (forward.how == CudaLoss::kWhole || forward.how == CudaLoss::kOneBlock);
+  out.regime = std::string(whole ? "forward in one launch, " : "staged, ") + std::to_string(joint.blocks) + " + " +
+               std::to_string(grad.blocks) + " blocks on " + std::to_string(limits.sms) + " multiprocessors";
   const int64_t library = elimination.factor == CudaFactor::kLibrary ? 2 * classes * classes * 8 + elimination.workspace_bytes : 0;
   out.workspace_bytes = std::max({joint.workspace_bytes + library, grad.workspace_bytes,
-                                  cuda_loss_forward(rows, classes, soft, value_bytes, false, limits).workspace_bytes});
+                                  cuda_loss_forward(rows, classes, soft, value_bytes, soft, limits).workspace_bytes});
   out.reason =
       joint.order == CudaOrder::kTile ? "at most " + std::to_string(kTileClasses) + " classes: each block sums a tile of S on chip"
       : joint.order == CudaOrder::kSoft
@@ -238,6 +247,7 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
   if (elimination.factor == CudaFactor::kLibrary) {
     out.reason += "; a block's shared memory holds a matrix of " + std::to_string(factor_classes(limits)) + " classes at most";
   }
+  if (!limits.cooperative) out.reason += "; step by step: no cooperative grids on this device, or LDMI_FAST_CUDA_STAGED is set";
   if (probs) out.reason += "; probabilities are taken as they are";
   return out;
 }

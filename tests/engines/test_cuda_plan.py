@@ -14,14 +14,16 @@ from ldmi_fast.options import Options
 
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
-#: Multiprocessors, bytes of shared memory of a block and of a multiprocessor, bytes of L2 cache, compute capability times 10.
+#: Multiprocessors, bytes of shared memory of a block and of a multiprocessor, bytes of L2 cache, compute capability times 10,
+#: cooperative grids.
 DEVICES = {
-    "sm_80": (108, 163 * 1024, 164 * 1024, 40 << 20, 80),
-    "sm_89": (142, 99 * 1024, 100 * 1024, 96 << 20, 89),
-    "sm_90": (132, 227 * 1024, 228 * 1024, 50 << 20, 90),
+    "sm_80": (108, 163 * 1024, 164 * 1024, 40 << 20, 80, True),
+    "sm_89": (142, 99 * 1024, 100 * 1024, 96 << 20, 89, True),
+    "sm_90": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, True),
+    "staged": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, False),
 }
 #: The most classes that one block factors.
-ONE_BLOCK = {"sm_80": 144, "sm_89": 112, "sm_90": 170}
+ONE_BLOCK = {"sm_80": 144, "sm_89": 112, "sm_90": 170, "staged": 170}
 
 
 def plan(rows: int, classes: int, device: str = "sm_90", *, soft: bool = False, value_bytes: int = 4) -> dict[str, Any]:
@@ -86,6 +88,22 @@ def test_factor() -> None:
         assert last_before(lambda c, f=factor: "one warp" not in f(c), 1, 64) == 32
         assert last_before(lambda c, f=factor: "torch" in f(c), 33, 1000) == most
         assert f"{most} classes at most" in plan(10**6, most + 1, device)["reason"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_forward_is_one_launch_as_far_as_a_block_factors(device: str, soft: bool) -> None:
+    """Where the device has cooperative grids; where not, the reason says so."""
+
+    def one_launch(classes: int) -> bool:
+        return plan(10**6, classes, device, soft=soft)["regime"].startswith("forward in one launch")
+
+    if device == "staged":
+        assert not any(one_launch(classes) for classes in (1, 14, 64, 65, 170, 171))
+        assert "no cooperative grids" in plan(10**6, 14, device)["reason"]
+    else:
+        assert last_before(lambda classes: not one_launch(classes), 1, 1000) == ONE_BLOCK[device]
+        assert "cooperative" not in plan(10**6, 14, device)["reason"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -132,6 +132,11 @@ inline Case draw_batch(Random& random) {
       return make_case(seed, {random.integer(1, 400), classes, classes * problems, false}, type);
     }
     case 3:
+      if (random.chance(0.3)) {  // rows enough for the labels to be sorted by several blocks
+        const int64_t classes = random.one_of<int64_t>({65, 66, 72});
+        return make_case(seed, {random.integer(1024, 2600), classes, random.chance(0.5) ? classes : 2 * classes, false}, type);
+      }
+      [[fallthrough]];
     case 4: {  // by label: a warp a row, a block a row, whole accesses and single values
       const int64_t classes = random.one_of<int64_t>(
           {65, 66, 68, 96, 100, 104, 127, 128, 129, 200, 255, 256, 257, 264, 300, 1000, 1023, 1024, 1025, 1032});

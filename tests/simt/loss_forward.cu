@@ -19,8 +19,12 @@ test::Case draw(test::Random& random) {
     return test::make_case(seed, {std::min(rows, plan::kCudaFusedElements / classes), classes, classes, false}, type);
   }
   if (random.chance(0.4)) {  // soft targets
-    const int64_t classes = random.one_of<int64_t>({1, 2, 8, 9, 14, 16, 17, 24, 25, 32, 33, 64, 65});
-    return test::make_case(seed, {random.one_of<int64_t>({0, 1, 40, 64, 65, 300}), classes, classes, true}, type);
+    const int64_t classes = random.one_of<int64_t>({1, 2, 8, 9, 14, 16, 17, 24, 25, 32, 33, 64, 65, 100});
+    return test::make_case(seed, {random.one_of<int64_t>({0, 1, 40, 64, 65, 300, 600}), classes, classes, true}, type);
+  }
+  if (random.chance(0.3)) {  // rows enough for the labels to be sorted by several blocks
+    const int64_t classes = random.one_of<int64_t>({65, 66, 72});
+    return test::make_case(seed, {random.integer(1024, 2600), classes, classes, false}, type);
   }
   const int64_t classes = random.one_of<int64_t>({7, 14, 16, 24, 31, 32, 33, 64, 65, 95, 96, 97, 110});
   const int64_t least = classes <= 64 ? plan::kCudaFusedElements / classes + 1 : 0;
@@ -72,8 +76,12 @@ void check_forward(const test::Case& from, bool packed, const LossOptions& optio
 void check(test::Random& random) {
   Device device{};
   test::require_success(simt::device(&device), "device");
-  const DeviceLimits limits{device.sms, static_cast<int64_t>(device.smem_block), static_cast<int64_t>(device.smem_sm),
-                            static_cast<int64_t>(device.l2), device.capability};
+  const DeviceLimits limits{device.sms,
+                            static_cast<int64_t>(device.smem_block),
+                            static_cast<int64_t>(device.smem_sm),
+                            static_cast<int64_t>(device.l2),
+                            device.capability,
+                            random.chance(0.7)};  // in one launch, or step by step
   const test::Case from = draw(random);
   const LossOptions options = test::draw_options(random);
   const bool gradient = random.chance(0.8), packed = random.chance(0.6);
