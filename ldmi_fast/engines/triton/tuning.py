@@ -46,7 +46,7 @@ class Config:
 
 #: Kernel and padded width -> its configurations by name, the default first.
 TABLE: dict[str, dict[str, Config]] = {
-    "joint-tile-16": {"32-rows": Config(512, 2), "64-rows": Config(1024, 4), "32-rows-4-warps": Config(512, 4)},
+    "joint-tile-16": {"64-rows": Config(1024, 4), "32-rows": Config(512, 2), "32-rows-4-warps": Config(512, 4)},
     "joint-tile-32": {"32-rows": Config(1024, 4), "16-rows": Config(512, 2), "32-rows-8-warps": Config(1024, 8)},
     "joint-tile-64": {"32-rows": Config(2048, 8), "16-rows": Config(1024, 4), "16-rows-8-warps": Config(1024, 8)},
     "joint-label": {"2k": Config(2048, 8), "1k": Config(1024, 4), "4k": Config(4096, 8)},

@@ -19,8 +19,8 @@ from tests.engines.triton.compiling import TARGETS, Launch, compiled, launches_o
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
-#: ptxas puts a few values on the stack when that lets more programs run at once; a spilled tile is hundreds of bytes.
-STACK_BYTES = 24
+#: Where speed matters less, ptxas may put a few values on the stack; a spilled tile is hundreds of bytes. The hot kernels: none.
+STACK_BYTES = 96
 
 
 def meta(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -84,7 +84,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, case: tuple[Callable[..., Any], Any
 def test_hot_kernels_keep_to_their_registers(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for launch in kernels(monkeypatch, HOT[name]):
         found = resources(compiled(launch, TARGETS[target]))
-        assert found["stack"] <= STACK_BYTES, (launch.name, found)
+        assert found["stack"] == 0, (launch.name, found)
         assert found["local"] == 0, (launch.name, found)
         assert found["shared"] <= 64 * 1024, (launch.name, found)
 
@@ -93,7 +93,7 @@ def test_hot_kernels_keep_to_their_registers(name: str, target: str, monkeypatch
 def test_everything_compiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for launch in kernels(monkeypatch, OTHERS[name]):
         found = resources(compiled(launch, TARGETS["sm_90"]))
-        assert found["stack"] <= 4 * STACK_BYTES, (launch.name, found)
+        assert found["stack"] <= STACK_BYTES, (launch.name, found)
         assert found["shared"] <= 99 * 1024, (launch.name, found)
 
 
