@@ -87,7 +87,7 @@ print(available('$device').get('triton', 'this version has no engine of that nam
     if [ -n "$why" ]; then
       echo "the engine triton does not run here: $why"
     elif rehearsed; then
-      run_pytest tests/test_modules.py -k triton
+      run_pytest -p tests.engines.triton.interpreter tests/test_modules.py -k triton
     else
       run_pytest tests/gpu "${contract[@]}" -k 'triton and (gpu or cuda)'
     fi

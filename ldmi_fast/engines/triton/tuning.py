@@ -46,9 +46,9 @@ class Config:
 
 #: Kernel and padded width -> its configurations by name, the default first.
 TABLE: dict[str, dict[str, Config]] = {
-    "joint-tile-16": {"64-rows": Config(1024, 4), "32-rows": Config(512, 2), "32-rows-4-warps": Config(512, 4)},
+    "joint-tile-16": {"32-rows": Config(512, 4), "64-rows": Config(1024, 8), "64-rows-4-warps": Config(1024, 4)},
     "joint-tile-32": {"32-rows": Config(1024, 4), "16-rows": Config(512, 2), "32-rows-8-warps": Config(1024, 8)},
-    "joint-tile-64": {"32-rows": Config(2048, 8), "16-rows": Config(1024, 4), "16-rows-8-warps": Config(1024, 8)},
+    "joint-tile-64": {"16-rows": Config(1024, 8), "32-rows": Config(2048, 8), "16-rows-4-warps": Config(1024, 4)},
     "joint-label": {"2k": Config(2048, 8), "1k": Config(1024, 4), "4k": Config(4096, 8)},
     "grad-narrow": {"2k": Config(2048, 4), "1k": Config(1024, 4), "4k": Config(4096, 8)},
     "grad-soft": {"1k": Config(1024, 8), "2k": Config(2048, 8)},
