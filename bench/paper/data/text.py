@@ -17,7 +17,7 @@ from bench.paper.data.sources import MOVIE_REVIEWS, VADER, read, read_member
 
 PAD, UNKNOWN = 0, 1
 LENGTH = 64
-"""Tokens a sentence is padded or cut to; MR's longest has 62."""
+"""Tokens a sentence is padded or cut to; MR's longest has 59."""
 MIN_COUNT = 2
 """Occurrences in the training sentences that a word needs for an id of its own: the rare ones are what trains UNKNOWN."""
 
