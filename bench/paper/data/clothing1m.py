@@ -174,14 +174,11 @@ def train_transform(crop: int = 224, resize: int = 256) -> Callable[[Image.Image
     )
 
 
-def test_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
+def eval_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
     """The paper's: resize to a square, ImageNet's mean and std."""
     return transforms.Compose(
         [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     )
-
-
-test_transform.__test__ = False  # pytest takes a function of this name for a test
 
 
 class Images(Dataset[tuple[Tensor, int, int]]):
