@@ -15,7 +15,7 @@ SELECTORS = ("clean", "dmi")
 PRECISIONS = ("bf16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
 STARTS = ("best", "last")
-LAYOUTS = ("auto", "annotations", "key-lists")
+LAYOUTS = ("auto", "annotations", "keys")
 
 STAGES = ("ce", "dmi")
 """The names of the two stages. The second is called so whatever its ``--method``."""
@@ -31,6 +31,9 @@ class Options:
 
     data: str = _option("", "folder of the data set", metavar="FOLDER")
     layout: str = _option("auto", "which lists the folder has", choices=LAYOUTS)
+    cache: str = _option("", "folder that keeps the images once resized; empty: none", metavar="FOLDER")
+    resize: int = _option(256, "side to which training images are resized")
+    crop: int = _option(224, "side of the random crop, and of validation and test images")
     sets: str = _option("", "module:function that makes the sets instead, from these options", metavar="NAME")
     out: str = _option("clothing1m-results", "folder for log, checkpoints and result", metavar="FOLDER")
     resume: str = _option("auto", "auto: from the newest good checkpoint in the output folder; never; or a file", metavar="FILE")
@@ -85,7 +88,7 @@ class Options:
 
 
 FREE = frozenset(
-    ("data", "layout", "sets", "out", "resume", "weights", "device", "workers", "save_every", "log_every", "keep", "timeout")
+    ("data", "layout", "cache", "sets", "out", "resume", "weights", "device", "workers", "save_every", "log_every", "keep", "timeout")
 ) | {"tensorboard"}
 """Options that a resumed run may change: they say where and how fast, not what is computed."""
 
@@ -108,7 +111,7 @@ def check(options: Options, processes: int) -> Options:
 
     for name, kind in _choices().items():
         expect(getattr(options, name) in kind, name, f"one of {', '.join(kind)}")
-    for name in ("batch_size", "drop_at", "save_every", "log_every", "keep"):
+    for name in ("resize", "crop", "batch_size", "drop_at", "save_every", "log_every", "keep"):
         expect(getattr(options, name) >= 1, name, "1 or more")
     for name in ("epochs_ce", "epochs_dmi", "weight_decay", "clip", "per_class", "seed", "workers"):
         expect(getattr(options, name) >= 0, name, "0 or more")
@@ -116,6 +119,7 @@ def check(options: Options, processes: int) -> Options:
         expect(getattr(options, name) > 0, name, "more than 0")
     for name in ("dropout", "sgd_momentum"):
         expect(0 <= getattr(options, name) < 1, name, "0 <= x < 1")
+    expect(options.crop <= options.resize, "crop", f"no more than --resize {options.resize}")
     expect(options.calibrate >= -1, "calibrate", "-1, 0 or a number of samples")
     expect(0 < options.holdout < 1, "holdout", "0 < x < 1")
     expect(options.classes >= 2, "classes", "2 or more")

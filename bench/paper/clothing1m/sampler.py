@@ -115,7 +115,7 @@ class Seeded(Dataset[tuple[Tensor, int]]):
     """A data set whose random transforms depend on where the sample stands in the run, not on the worker that makes it.
 
     Args:
-        source: ``source[index]`` is (image, label).
+        source: ``source[index]`` is (image, label) or more.
     """
 
     def __init__(self, source: Any) -> None:
@@ -128,5 +128,5 @@ class Seeded(Dataset[tuple[Tensor, int]]):
         seed, index = key
         with torch.random.fork_rng(devices=[]):  # without workers this is the training process, whose generator is the model's
             torch.default_generator.manual_seed(seed)
-            image, label = self.source[index]
+            image, label = self.source[index][:2]
         return image, int(label)

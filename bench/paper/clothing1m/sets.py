@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from bench.paper.clothing1m.options import Options
 EXPECTED = """\
 Expected is the folder of Clothing1M, which its authors give on request, in one of two layouts:
   annotations: annotations/noisy_train.txt, clean_val.txt, clean_test.txt with lines `images/0/00/name.jpg 13`
-  key-lists:   noisy_train_key_list.txt, clean_val_key_list.txt, clean_test_key_list.txt with paths,
+  keys:        noisy_train_key_list.txt, clean_val_key_list.txt, clean_test_key_list.txt with paths,
                noisy_label_kv.txt, clean_label_kv.txt with lines `path label`
 and the images in images/ beside them."""
 
@@ -22,13 +22,15 @@ class Sets:
     """Data sets: ``len``, ``[index] -> (image [3, H, W], label)`` and ``labels`` [N] int64.
 
     train: noisy labels, random transforms. valid, test: clean labels. plain: the training images without random transforms, for
-    held-out noisy validation and calibration; None: there is nothing random in ``train``.
+    held-out noisy validation and calibration; None: there is nothing random in ``train``. A label below 0 is that of an image that
+    cannot be read: it counts nowhere. problems: lines of the lists that were left out, by reason.
     """
 
     train: Any
     valid: Any
     test: Any
     plain: Any = None
+    problems: dict[str, int] = field(default_factory=dict)
 
 
 def open_sets(options: Options) -> Sets:
@@ -49,8 +51,26 @@ def open_sets(options: Options) -> Sets:
     folder = Path(options.data)
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: there is no such folder.\n{EXPECTED}")
+    return _from_folder(folder, options)
+
+
+def _from_folder(folder: Path, options: Options) -> Sets:
     try:
-        reader = importlib.import_module("bench.paper.data.clothing1m")
+        from bench.paper.data.clothing1m import Images, eval_transform, read_lists, train_transform
     except ImportError as error:
-        raise ValueError(f"the reader of Clothing1M's lists cannot be imported ({error}); --sets takes another") from None
-    return reader.open_sets(options)
+        raise ValueError(f"reading images needs pip install .[paper] ({error}); --sets takes another source") from None
+    lists = read_lists(folder)
+    if options.layout not in ("auto", lists.layout):
+        raise ValueError(f"--layout {options.layout}: {folder} has the lists of layout {lists.layout}")
+
+    def images(split: str, transform: Any) -> Any:
+        return Images(lists.folder, lists.splits[split], transform, cache=options.cache or None, cache_pixels=options.resize)
+
+    plain = eval_transform(options.crop)
+    return Sets(
+        images("train", train_transform(options.crop, options.resize)),
+        images("valid", plain),
+        images("test", plain),
+        images("train", plain),
+        lists.problems,
+    )

@@ -6,6 +6,7 @@ sample's place in the run, dropout from the generator of the rank, which is in t
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -37,6 +38,7 @@ from bench.paper.clothing1m.show import Display
 from ldmi_fast import DMILoss, JointState
 from ldmi_fast.modules import SAMPLES_PER_CLASS
 
+IGNORE = -100
 CHECKPOINTS, LOG, RESULT = "checkpoints", "log.jsonl", "result.json"
 
 
@@ -59,10 +61,24 @@ def make_fabric(options: Options) -> Fabric:
     return fabric
 
 
+class GlobalCrossEntropy(nn.Module):
+    """Mean cross entropy over all ranks' samples that count: multiplied by the ranks, so that DDP's averaging gives its gradient, and the
+    mean of its values the mean. Ranks that have images that cannot be read would otherwise count their others for more.
+    """
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        count = (labels >= 0).sum().to(logits.dtype)
+        size = 1
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            size = dist.get_world_size()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") * size / count.clamp(min=1)
+
+
 def make_criterion(options: Options, stage: int, group: str | None) -> nn.Module:
     """The loss of a stage: of all ranks' samples together, but for cross entropy, whose mean DDP takes."""
     if STAGES[stage] == "ce" or options.method == "ce":
-        return nn.CrossEntropyLoss()
+        return GlobalCrossEntropy()
     if options.method == "published":  # -log(|det S| + 0.001) of the counts, as its Clothing1M script has it
         return DMILoss(options.classes, eps=1e-3, normalize=False, group=group)
     if options.momentum == "auto":
@@ -165,7 +181,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(0),
         )
-        for x, labels in loader:
+        for x, labels, *_ in loader:
             yield self._to_device(x), labels.to(self.device, non_blocking=True)
 
     def _to_device(self, x: Tensor) -> Tensor:
@@ -203,6 +219,7 @@ class Trainer:
     def _enter(self, stage: int) -> None:
         """The start of a stage: a new optimizer; before the second the best model of the first, and the average of its joint."""
         options = self.options
+        self.fabric.barrier()  # rank 0 has written what is read now
         if stage == 1 and options.epochs_ce and options.start == "best":
             self.net.load_state_dict(checkpoint.read(self.best_path(0))["model"])
         self._wrap(stage)
@@ -284,7 +301,7 @@ class Trainer:
             "options": decisive(self.options),
             "samples": self.order.count,
             "log_size": self.log.sync(),
-            "versions": {"torch": torch.__version__, "ldmi_fast": ldmi_fast.__version__},
+            "versions": {"torch": str(torch.__version__), "ldmi_fast": ldmi_fast.__version__},
         }
         for path in paths:
             checkpoint.write(path, state)
@@ -319,7 +336,7 @@ class Trainer:
                 if state is None:
                     torch.manual_seed(mixed(options.seed, 6, self.rank))
                     random.seed(mixed(options.seed, 6, self.rank))
-                    self.log.write("start", 0, arguments=" ".join(to_arguments(options)), processes=self.size, steps=total)
+                    self.log.write("start", 0, arguments=" ".join(to_arguments(options)), processes=self.size, steps=total, problems=self.sets.problems)
                     self._enter(0)
                 else:
                     self._restore(state)
@@ -345,7 +362,6 @@ class Trainer:
             self._enter(stage + 1)
         else:
             self.place = Place(len(STAGES))
-        self._save_later = True
 
     def _epoch(self) -> None:
         """What is left of an epoch."""
@@ -437,7 +453,7 @@ class Trainer:
         for x, labels in self._share(data):
             logits = self._predict(x)
             state.update(logits, labels)
-            sums += torch.stack(((logits.argmax(1) == labels).sum(), torch.tensor(len(labels), device=self.device))).double()
+            sums += torch.stack(((logits.argmax(1) == labels).sum(), (labels >= 0).sum())).double()
         if self.size > 1:
             state.all_reduce("world")
             dist.all_reduce(sums)
@@ -457,23 +473,34 @@ class Trainer:
         better = best is None or score > best["score"] or math.isnan(best["score"])
         if better:
             self.best[stage] = {"score": score, "epoch": place.epoch, "step": self.steps_done, **values}
-        self.log.write("valid", self.steps_done, stage=STAGES[stage], epoch=place.epoch, best=better, **values)
+        unreadable = self._unreadable()
+        self.log.write("valid", self.steps_done, stage=STAGES[stage], epoch=place.epoch, best=better, unreadable=unreadable, **values)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
         self.display.line(f"{STAGES[stage]} epoch {place.epoch}: {shown}{' (best)' if better else ''}")
+        if unreadable:
+            self.display.line(f"{unreadable} training images could not be read so far, and were left out")
         return better
+
+    def _unreadable(self) -> int:
+        """Training images that some rank could not read since it started."""
+        if not hasattr(self.sets.train, "unreadable"):
+            return 0
+        count = torch.tensor(float(len(self.sets.train.unreadable())), device=self.device)
+        if self.size > 1:
+            dist.all_reduce(count)
+        return round(count.item())
 
     def _finish(self) -> dict[str, Any]:
         """Clean test accuracy of the last model and of each stage's best."""
+        self.fabric.barrier()  # rank 0 has written what is read now
         result: dict[str, Any] = {"test_last": self.measure(self.sets.test)[0], "best": {}}
         for stage, name in enumerate(STAGES):
             if self.best[stage] is not None:
                 self.net.load_state_dict(checkpoint.read(self.best_path(stage))["model"])
                 result["best"][name] = {**self.best[stage], "test": self.measure(self.sets.test)[0]}
         result |= {"options": asdict(self.options), "processes": self.size, "steps": self.steps_done}
-        result["versions"] = {"torch": torch.__version__, "ldmi_fast": ldmi_fast.__version__}
+        result["versions"] = {"torch": str(torch.__version__), "ldmi_fast": ldmi_fast.__version__}
         if self.rank == 0:
-            import json
-
             write_atomic(self.out / RESULT, json.dumps(result, indent=1) + "\n")
             shown = ", ".join(f"best of {name} {entry['test']:.2f}%" for name, entry in result["best"].items())
             self.display.line(f"clean test accuracy: last {result['test_last']:.2f}%{', ' + shown if shown else ''}")
