@@ -38,8 +38,8 @@ class Order:
         labels: [N] int64, the labels given.
         classes: C.
         batch_size: of all processes together.
-        balanced: the order is a chain of random permutations of the classes, each taking the next sample of its class: so every batch
-            holds each class equally often, to one. A class goes through all its samples before it repeats one, across epochs. Otherwise
+        balanced: the classes take turns, in an order of the epoch, each giving the next of its samples: so every batch, and every
+            rank's slice of it, holds each class equally often, to one. A class goes through all its samples before it repeats one, across epochs. Otherwise
             each epoch is a permutation of the samples.
         per_class: balanced: samples of each class an epoch; 0: N / C.
         seed: of everything.
@@ -72,9 +72,8 @@ class Order:
             order = _permutation(self.count, self.seed, 0, epoch)
         else:
             q, classes = self.per_class, len(self.members)
-            block = torch.rand(q, classes, generator=torch.Generator().manual_seed(mixed(self.seed, 1, epoch))).argsort(1)
             mine = torch.stack([self._of_class(c, epoch * q, q) for c in range(classes)], 1)  # [q, C]
-            order = mine.gather(1, block).flatten()
+            order = mine[:, _permutation(classes, self.seed, 1, epoch)].flatten()
         return order[: self.steps * self.batch_size].view(self.steps, self.batch_size)
 
     def _of_class(self, c: int, first: int, count: int) -> Tensor:
