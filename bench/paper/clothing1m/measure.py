@@ -190,7 +190,12 @@ def to_markdown(result: dict[str, Any]) -> str:
     """The result as text: a table of the losses, a sentence about the loader."""
     network, batch = result["network_s"], result["batch_size"]
     rows = [
-        [words, f"{1e6 * result['loss_s'][name]:.0f} us", f"{1e3 * (network + result['loss_s'][name]):.1f} ms", f"{result['loss_share'][name]:.4%}"]
+        [
+            words,
+            f"{1e6 * result['loss_s'][name]:.0f} us",
+            f"{1e3 * (network + result['loss_s'][name]):.1f} ms",
+            f"{result['loss_share'][name]:.4%}",
+        ]
         for name, words in LOSSES.items()
     ]
     scaled = "" if result["model_batch"] == batch else f", timed on {result['model_batch']} and scaled"

@@ -65,7 +65,9 @@ class Options:
 
     sampler: str = _option("balanced", "balanced: each class equally often in every batch; shuffle: as published", choices=SAMPLERS)
     per_class: int = _option(0, "balanced: samples of each class an epoch; 0: the size of the set over the classes")
-    select: str = _option("clean", "the best epoch by clean validation accuracy, or by log|det U| on held-out noisy data", choices=SELECTORS)
+    select: str = _option(
+        "clean", "the best epoch by clean validation accuracy, or by log|det U| on held-out noisy data", choices=SELECTORS
+    )
     holdout: float = _option(0.02, "--select dmi: share of the training data held out for it")
     seed: int = _option(0, "of weights, order, augmentation and dropout")
 

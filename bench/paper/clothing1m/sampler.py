@@ -48,14 +48,20 @@ class Order:
         ValueError: a class without a sample, labels out of range, or not enough for one batch.
     """
 
-    def __init__(self, labels: Tensor, classes: int, batch_size: int, *, balanced: bool = True, per_class: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, labels: Tensor, classes: int, batch_size: int, *, balanced: bool = True, per_class: int = 0, seed: int = 0
+    ) -> None:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())}: expected 0 to {classes - 1}, for {classes} classes")
+            raise ValueError(
+                f"labels from {int(labels.min())} to {int(labels.max())}: expected 0 to {classes - 1}, for {classes} classes"
+            )
         self.batch_size, self.balanced, self.seed, self.count = batch_size, balanced, seed, len(labels)
         self.members = [(labels == c).nonzero().squeeze(1) for c in range(classes)] if balanced else []
         missing = [c for c, members in enumerate(self.members) if not len(members)]
         if missing:
-            raise ValueError(f"no training sample is labelled {', '.join(map(str, missing))}: a class-balanced order needs one of each class")
+            raise ValueError(
+                f"no training sample is labelled {', '.join(map(str, missing))}: a class-balanced order needs one of each class"
+            )
         self.per_class = (per_class or self.count // classes) if balanced else 0
         self.length = self.per_class * classes if balanced else self.count
         if self.length < batch_size:

@@ -194,9 +194,7 @@ class Trainer:
         """Optimizer, schedule and loss of a stage. The network is wrapped once."""
         options = self.options
         rate, later = options.rates[min(stage, len(STAGES) - 1)]
-        optimizer = torch.optim.SGD(
-            self.net.parameters(), lr=rate, momentum=options.sgd_momentum, weight_decay=options.weight_decay
-        )
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=rate, momentum=options.sgd_momentum, weight_decay=options.weight_decay)
         if not hasattr(self, "model"):
             self.model = self.fabric.setup_module(self.net)
         self.optimizer = self.fabric.setup_optimizers(optimizer)
@@ -319,7 +317,9 @@ class Trainer:
         else:  # other batches of dropout, and other sums: equal to rounding, not to the bit
             torch.manual_seed(mixed(self.options.seed, 6, self.rank, self.steps_done))
             if self.rank == 0:
-                Display.warn(f"the checkpoint is of {len(state['rng'])} processes, these are {self.size}: equal to rounding, not to the bit")
+                Display.warn(
+                    f"the checkpoint is of {len(state['rng'])} processes, these are {self.size}: equal to rounding, not to the bit"
+                )
 
     # ---------------------------------------------------------------------------------------------------------- training
 
@@ -336,7 +336,14 @@ class Trainer:
                 if state is None:
                     torch.manual_seed(mixed(options.seed, 6, self.rank))
                     random.seed(mixed(options.seed, 6, self.rank))
-                    self.log.write("start", 0, arguments=" ".join(to_arguments(options)), processes=self.size, steps=total, problems=self.sets.problems)
+                    self.log.write(
+                        "start",
+                        0,
+                        arguments=" ".join(to_arguments(options)),
+                        processes=self.size,
+                        steps=total,
+                        problems=self.sets.problems,
+                    )
                     self._enter(0)
                 else:
                     self._restore(state)
@@ -382,7 +389,9 @@ class Trainer:
             self.optimizer.step()
             value = loss.detach().double()
             finite = value.isfinite()
-            self.meter += torch.stack((torch.where(finite, value, 0.0), finite.double(), value.isinf().double(), value.isnan().double()))
+            self.meter += torch.stack(
+                (torch.where(finite, value, 0.0), finite.double(), value.isinf().double(), value.isnan().double())
+            )
             place.step += 1
             self.waited += arrived - clock
             clock = time.perf_counter()
