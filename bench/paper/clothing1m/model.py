@@ -82,7 +82,8 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     odd = [name for name, value in state.items() if name in mine and value.shape != mine[name].shape and not name.startswith(head)]
     if [name for name in strange if not name.startswith(("fc.", head))] or lacking or odd:
         raise ValueError(
-            f"--weights {path}: of another network: {len(strange)} unknown entries {strange[:3]}, {len(lacking)} missing {lacking[:3]}, "
+            f"--weights {path}: of another network: {len(strange)} unknown entries {strange[:3]}, "
+            f"{len(lacking)} missing {lacking[:3]}, "
             f"{len(odd)} of another shape {odd[:3]}"
         )
     fits: dict[str, Tensor] = {name: value for name, value in state.items() if name in mine and value.shape == mine[name].shape}

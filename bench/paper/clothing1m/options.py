@@ -134,7 +134,8 @@ def check(options: Options, processes: int) -> Options:
         lower = options.batch_size - options.batch_size % processes
         near = f"{lower} or {lower + processes}" if lower else f"{processes}"
         raise ValueError(
-            f"--batch-size {options.batch_size} is that of all processes together and not divisible by {processes} of them: take {near}"
+            f"--batch-size {options.batch_size} is that of all processes together and not divisible by {processes} of them: "
+            f"take {near}"
         )
     if options.sync_batchnorm and options.device == "cpu":
         raise ValueError("--sync-batchnorm: torch has it for GPUs only; on the CPU take a model without batch norm (tiny)")

@@ -62,8 +62,8 @@ def make_fabric(options: Options) -> Fabric:
 
 
 class GlobalCrossEntropy(nn.Module):
-    """Mean cross entropy over all ranks' samples that count: multiplied by the ranks, so that DDP's averaging gives its gradient, and the
-    mean of its values the mean. Ranks that have images that cannot be read would otherwise count their others for more.
+    """Mean cross entropy over all ranks' samples that count: a rank's part is multiplied by the number of ranks, so that DDP's averaging
+    gives its gradient, and the mean of the values its value. Ranks that have images that cannot be read would otherwise count their others for more.
     """
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

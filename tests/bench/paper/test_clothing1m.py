@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_every_number_of_processes_sees_the_same_batches(balanced: bool) -> None
         parts = [Batches(order, rank, size) for rank in range(size)]
         for part in parts:
             part.set(2, 0)
-        assert [sum(batch, []) for batch in zip(*parts, strict=True)] == expected
+        assert [list(chain.from_iterable(batch)) for batch in zip(*parts, strict=True)] == expected
     whole.set(2, 5)
     assert list(whole) == expected[5:]
     assert len(whole) == order.steps - 5
@@ -116,9 +117,9 @@ def test_a_balanced_batch_has_each_class_equally_often() -> None:
         assert counts.max() == 2
     q = order.per_class
     for c, members in enumerate(order.members):  # before any sample comes again, every one of its class has come
-        chain = torch.cat([order._of_class(c, epoch * q, q) for epoch in range(6)])
-        for turn in range(len(chain) // len(members)):
-            assert chain[turn * len(members) : (turn + 1) * len(members)].sort().values.equal(members)
+        taken = torch.cat([order._of_class(c, epoch * q, q) for epoch in range(6)])
+        for turn in range(len(taken) // len(members)):
+            assert taken[turn * len(members) : (turn + 1) * len(members)].sort().values.equal(members)
 
 
 def test_a_shuffled_epoch_has_no_sample_twice() -> None:
@@ -177,7 +178,7 @@ def test_a_bad_checkpoint_is_refused_and_the_one_before_is_used(tmp_path: Path, 
     with pytest.raises(BadCheckpoint, match=f"newest good one beside it: {old}"):
         checkpoint.read_or_name_another(new)
     old.write_bytes(b"nothing")
-    with pytest.raises(BadCheckpoint, match="no checkpoint in .* is good"):
+    with pytest.raises(BadCheckpoint, match=r"no checkpoint in .* is good"):
         checkpoint.newest(tmp_path, told.append)
 
 
@@ -329,3 +330,23 @@ def test_bf16_has_the_loss_in_full_precision(tmp_path: Path, monkeypatch: pytest
         (logits.dtype, torch.is_autocast_enabled("cpu"))) or logits.square().mean())  # fmt: skip
     train(replace(SMALL, out=str(tmp_path), precision="bf16", epochs_ce=0, epochs_dmi=1), make)
     assert set(seen) == {(torch.float32, False)}
+
+
+# -------------------------------------------------------------------------------------------------------------- measure
+
+
+def test_measure_says_what_the_loss_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision", reason="torchvision is not installed: pip install .[demo]")
+    path = tmp_path / "cost.json"
+    sizes = ["--crop=16", "--resize=20", "--batch-size=28", "--workers=0", "--model-batch=14", "--device=cpu"]
+    assert main(["measure", "--model=tiny", "--precision=fp32", *sizes, "--seconds=0.2", f"--json={path}"]) == 0
+    result = json.loads(path.read_text())
+    for name, seconds in result["loss_s"].items():
+        assert result["loss_share"][name] == pytest.approx(seconds / (seconds + result["network_s"]))
+    slower = result["loader_images_per_s"] < result["network_images_per_s"]
+    assert result["bound"] == ("loader" if slower else "network")
+    assert result["network_images_per_s"] == pytest.approx(28 / (result["network_s"] + result["loss_s"]["ours"]))
+    table = path.with_suffix(".md").read_text()
+    assert table.strip() == capsys.readouterr().out.strip()
+    assert table.count("\n| ") == 5
+    assert "timed on 14 and scaled" in table
