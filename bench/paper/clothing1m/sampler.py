@@ -39,8 +39,8 @@ class Order:
         classes: C.
         batch_size: of all processes together.
         balanced: the classes take turns, in an order of the epoch, each giving the next of its samples: so every batch, and every
-            rank's slice of it, holds each class equally often, to one. A class goes through all its samples before it repeats one, across epochs. Otherwise
-            each epoch is a permutation of the samples.
+            rank's slice of it, holds each class equally often, to one. A class goes through all its samples before it repeats one,
+            across epochs. Otherwise each epoch is a permutation of the samples.
         per_class: balanced: samples of each class an epoch; 0: N / C.
         seed: of everything.
 

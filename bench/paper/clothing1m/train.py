@@ -64,8 +64,8 @@ def make_fabric(options: Options) -> Fabric:
 class GlobalCrossEntropy(nn.Module):
     """Mean cross entropy over all ranks' samples that count.
 
-    A rank's part is multiplied by the number of ranks, so that DDP's averaging gives the gradient, and the mean of the values the value.
-    With a mean of its own a rank that has images that cannot be read would count its others for more.
+    A rank's part is multiplied by the number of ranks, so that DDP's averaging gives the gradient, and the mean of the values the
+    value. With a mean of its own a rank that has images that cannot be read would count its others for more.
     """
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
