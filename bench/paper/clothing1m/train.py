@@ -496,10 +496,11 @@ class Trainer:
         """Training images that some rank could not read since it started."""
         if not hasattr(self.sets.train, "unreadable"):
             return 0
-        count = torch.tensor(float(len(self.sets.train.unreadable())), device=self.device)
+        found: list[Any] = [self.sets.train.unreadable()]
         if self.size > 1:
-            dist.all_reduce(count)
-        return round(count.item())
+            mine, found = found[0], [None] * self.size
+            dist.all_gather_object(found, mine)
+        return len(set().union(*found))
 
     def _finish(self) -> dict[str, Any]:
         """Clean test accuracy of the last model and of each stage's best."""
