@@ -49,6 +49,38 @@ def test_torchrun_with_two_processes_learns(tmp_path: Path) -> None:
     assert [line["event"] for line in log if line["event"] in ("start", "stage", "done")] == ["start", "stage", "stage", "done"]
 
 
+@pytest.mark.parametrize("layout", ["annotations", "keys"])
+def test_a_folder_in_the_published_layout(tmp_path: Path, layout: str) -> None:
+    """Two processes on JPEG files, some of them cut short, and on lists with bad lines; the images are kept once resized."""
+    pytest.importorskip("torchvision", reason="torchvision is not installed: pip install .[paper]")
+    from bench.paper.data.clothing1m import write_synthetic
+
+    lists = write_synthetic(tmp_path / "data", layout, 280, 0, broken_lines=2, broken_images=3)
+    options = replace(
+        SMALL,
+        sets="",
+        data=str(tmp_path / "data"),
+        cache=str(tmp_path / "cache"),
+        out=str(tmp_path / "out"),
+        classes=14,
+        batch_size=56,
+        resize=40,
+        crop=32,
+        epochs_dmi=1,
+        lr_dmi=1e-6,
+        lr_dmi_later=5e-7,
+        workers=1,
+    )
+    finish(options, 2)
+    log = read_log(tmp_path / "out" / "log.jsonl")
+    assert log[0]["event"] == "start"
+    assert sum(log[0]["problems"].values()) == sum(lists.problems.values()) == 2
+    valid = [line for line in log if line["event"] == "valid"]
+    assert valid[-1]["unreadable"] == 3
+    assert valid[-1]["valid_accuracy"] > 40  # 7 by chance
+    assert len(list((tmp_path / "cache").rglob("*.jpg"))) == 280 - 3 + 70 + 70
+
+
 def test_one_two_and_four_processes_have_the_same_losses(tmp_path: Path) -> None:
     """To rounding. The network's norm is of single images: batch norm has the statistics of a rank's part of the batch."""
     outs = {size: tmp_path / str(size) for size in (1, 2, 4)}
