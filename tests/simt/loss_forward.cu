@@ -37,7 +37,8 @@ void check_forward(const test::Case& from, bool packed, const LossOptions& optio
   const test::DeviceBatch on_device(from, packed);
   const int64_t N = problem.rows, C = problem.classes;
   const int64_t bytes = test::size_of(from.batch.logits.type);
-  const plan::CudaLossForward plan = plan::cuda_loss_forward(N, C, problem.soft, bytes, from.batch.weights.data != nullptr, limits);
+  const plan::CudaLossForward plan =
+      plan::cuda_loss_forward(N, C, problem.soft, bytes, from.batch.weights.data != nullptr, limits, gradient);
   if (plan.how == plan::CudaLoss::kLibrary) {
     test::require(C > 32, "a library for so few classes");
     return;

@@ -1,0 +1,551 @@
+// log|det S| and V = S^{-T} of one matrix by all multiprocessors: the Gauss-Jordan elimination in place of logdet_inverse.cuh for
+// what no block's shared memory holds, in one launch of a cooperative grid. R stands column after column in the memory of V,
+// which is where its inverse column-major is V row-major.
+//
+// The steps are taken at two widths. A strip is kColumns columns that block 0 eliminates by themselves: its threads hold a few whole
+// rows of the strip in registers, so that a column costs one barrier. A panel J is a few strips. Eliminating a strip or a panel by
+// itself leaves G in its place, and then, with p_J the rows where its pivots were,
+//
+//     R[:, c] <- (R[:, c] with zeros in the rows p_J) + G[:, J] R[p_J, c]          for every column c outside
+//
+// which is done for a strip in the other columns of its panel, and for a whole panel in the columns outside: the matrix is read and
+// written once a panel, not once a strip. Between two barriers of the grid the blocks do, side by side,
+//
+//     strip t of panel k       takes in what came before it (strip t - 1; or panel k - 1, for the first), and is eliminated
+//     the panel's other strips take that in, too
+//     the columns outside      a share of what panel k - 1 does to them, in tiles on the fp64 tensor cores
+//
+// so that the chain of eliminations waits for nothing else. The rows R[p_J, c] of the columns outside are copied beside first: a
+// tile may then overwrite them while another tile still needs them. A barrier stands after every step, and
+// the panel's last strip has a step of its own, which ends its effect on the panel. Whoever takes a strip or a tile, its operations
+// are the same, so the bits do not depend on the number of blocks.
+//
+// Rows never move, as in logdet_inverse.cuh: R^{-1}[k, p_l] = G[p_k, l]. At the end the rows of V, and the numbers in each, are put
+// in their order; that is half the work if p is the identity. So the pivot is the diagonal's entry if that is at least half of the
+// column's largest, which with a class signal it is, or else the largest. (Beside the diagonal's, magnitudes are compared by the
+// exponent and the first 20 bits of the fraction.) A multiplier is at most 2.
+#pragma once
+
+#include "logdet_inverse.cuh"
+
+namespace ldmi::cuda {
+
+inline constexpr int kGridThreads = 256;                       // at most: rows of a strip beside each other
+inline constexpr int kGridTile = 64, kGridDepth = 32;          // rows and columns of a tile; columns of G that are in shared memory
+inline constexpr int kGridGroup = 8, kGridRun = 128;           // rows and columns of S that a block turns over at a time
+inline constexpr int kGridCandidates = kGridThreads / 32 + 1;  // for the pivot: one a warp, and the diagonal
+inline constexpr double kGridDiagonal = 0.5;                   // of the column's largest, at least, for the diagonal's to be the pivot
+
+// Global memory besides R, for one matrix at a time; see plan::grid_workspace
+struct GridSpace {
+  double* matrix;      // [C, C]: R if no V is asked for
+  double* outside;     // [C, panel]: R[p_J, c], a column c after the other
+  double* norms;       // [groups of 8 rows]: their largest row sum; NaN if something there is not finite
+  double* pivots;      // [C]
+  int32_t* row;        // [C]: p
+  int32_t* step;       // [C]: the step whose pivot was in this row; -1: none yet
+  uint32_t* odd;       // [blocks]: inversions of p and negative pivots that the block counted
+  uint32_t* singular;  // [1]: the number of the panel, from 1 on, that has no pivot; 0: none yet
+};
+
+// Shared memory
+struct GridShared {
+  double* pool;        // a tile's share of G and R[p_J, c]; a strip's R[p_J, c]; a group of S
+  double* candidates;  // [2, kGridCandidates, 8]: what stands in the strip in the row of each
+  unsigned* keys;      // [2, kGridCandidates]: its magnitude; 0: none
+  int* rows;           // [2, kGridCandidates]
+};
+
+inline constexpr int kGridPanelStride = kGridDepth + 4, kGridTileStride = kGridTile + 4;  // no bank conflicts between fragments
+
+// Takes it; host code calls the same for Carve::bytes(), which is plan::kGridSmem.
+LDMI_HOST_DEVICE GridShared take_grid_shared(simt::Carve& carve) {
+  GridShared shared;
+  shared.pool = carve.take<double>(kGridTile * kGridPanelStride + kGridDepth * kGridTileStride);
+  shared.candidates = carve.take<double>(2 * kGridCandidates * 8);
+  shared.keys = carve.take<unsigned>(2 * kGridCandidates);
+  shared.rows = carve.take<int>(2 * kGridCandidates);
+  return shared;
+}
+
+namespace factor {
+
+inline constexpr int kGroupStride = kGridRun + 2;  // 8 rows by 2 columns come from different banks
+
+// Rows 8 g.. of R from S, a warp a row; `norm` is what GridSpace::norms says. `tile`: [8, kGroupStride] and [8, 32] after it
+LDMI_DEVICE double equilibrate_group(const double* S, const double* n, int64_t C, int64_t g, double* R, double* tile) {
+  const int warps = block_dim() / kWarp;
+  double* const sums = tile + kGridGroup * kGroupStride;
+  bool finite = true;
+  for (int r = warp(); r < kGridGroup; r += warps) sums[r * kWarp + lane()] = 0.0;
+  for (int64_t j0 = 0; j0 < C; j0 += kGridRun) {
+    for (int r = warp(); r < kGridGroup; r += warps) {
+      const int64_t i = g * kGridGroup + r;
+      const double weight = i < C ? load_const(n + i) : 0.0;
+      const double scale = weight > 0.0 ? 1.0 / weight : 0.0;
+      finite &= isfinite(weight);
+      double sum = 0.0;
+      LDMI_UNROLL
+      for (int u = 0; u < kGridRun / kWarp; ++u) {
+        const int64_t j = j0 + kWarp * u + lane();
+        if (i >= C || j >= C) continue;
+        const double entry = load_const(S + i * C + j);
+        finite &= isfinite(entry);
+        const double value = weight > 0.0 && load_const(n + j) > 0.0 ? entry * scale : (i == j ? 1.0 : 0.0);
+        sum += abs(value);
+        tile[r * kGroupStride + kWarp * u + lane()] = value;
+      }
+      sums[r * kWarp + lane()] += sum;
+    }
+    sync_block();
+    const int row = thread_idx() % kGridGroup;
+    if (g * kGridGroup + row < C) {
+      for (int column = thread_idx() / kGridGroup; column < kGridRun && j0 + column < C; column += block_dim() / kGridGroup) {
+        store(R + (j0 + column) * C + g * kGridGroup + row, tile[row * kGroupStride + column]);
+      }
+    }
+    sync_block();
+  }
+  for (int r = warp(); r < kGridGroup; r += warps) {
+    const double sum = warp_sum(sums[r * kWarp + lane()]);
+    if (lane() == 0) sums[r * kWarp] = sum;
+  }
+  finite = !sync_block_or(!finite);
+  double norm = 0.0;
+  for (int r = 0; r < kGridGroup; ++r) norm = fmax(norm, sums[r * kWarp]);
+  sync_block();
+  return finite ? norm : kNaN;
+}
+
+// One matrix, and what all its steps know
+struct GridProblem {
+  GridSpace space;
+  double* R;
+  int C;
+  int panel;
+  bool inverse;
+
+  LDMI_DEVICE double* at(int row, int column) const { return R + static_cast<int64_t>(column) * C + row; }
+  // Whether the pivot of one of the steps first..first+count-1 was in this row
+  LDMI_DEVICE bool was_pivot(int row, int first, int count) const {
+    const int step = load(space.step + row);
+    return step >= first && step < first + count;
+  }
+};
+
+// A strip: a thread holds the rows thread_idx(), + block_dim(), ...; zeros where there is no such row or column
+template <int kSlots, int kColumns>
+LDMI_DEVICE void load_strip(const GridProblem& problem, int c0, int columns, double (&a)[kSlots][kColumns]) {
+  LDMI_UNROLL
+  for (int s = 0; s < kSlots; ++s) {
+    const int i = thread_idx() + block_dim() * s;
+    LDMI_UNROLL
+    for (int c = 0; c < kColumns; ++c) a[s][c] = i < problem.C && c < columns ? load(problem.at(i, c0 + c)) : 0.0;
+  }
+}
+// from register `lead` of each row on
+template <int kSlots, int kColumns>
+LDMI_DEVICE void store_strip(const GridProblem& problem, int c0, int columns, int lead, const double (&a)[kSlots][kColumns]) {
+  LDMI_UNROLL
+  for (int s = 0; s < kSlots; ++s) {
+    const int i = thread_idx() + block_dim() * s;
+    LDMI_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      if (i < problem.C && c >= lead && c < lead + columns) store(problem.at(i, c0 + c - lead), a[s][c]);
+    }
+  }
+}
+
+// What the elimination of the columns first..first+count-1 does to the strip at c0
+template <int kSlots, int kColumns>
+LDMI_DEVICE void update_strip(const GridProblem& problem, const GridShared& shared, int c0, int columns, int first, int count,
+                              double (&a)[kSlots][kColumns]) {
+  double* const X = shared.pool;  // [count, kColumns]
+  sync_block();
+  for (int e = thread_idx(); e < count * kColumns; e += block_dim()) {
+    const int c = e % kColumns;
+    X[e] = c < columns ? load(problem.at(load(problem.space.row + first + e / kColumns), c0 + c)) : 0.0;
+  }
+  LDMI_UNROLL
+  for (int s = 0; s < kSlots; ++s) {
+    const int i = thread_idx() + block_dim() * s;
+    if (i >= problem.C || !problem.was_pivot(i, first, count)) continue;
+    LDMI_UNROLL
+    for (int c = 0; c < kColumns; ++c) a[s][c] = 0.0;
+  }
+  sync_block();
+  for (int j = 0; j < count; ++j) {
+    double g[kSlots], x[kColumns];
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      const int i = thread_idx() + block_dim() * s;
+      g[s] = i < problem.C ? load(problem.at(i, first + j)) : 0.0;
+    }
+    LDMI_UNROLL
+    for (int c = 0; c < kColumns; c += 2) {
+      const Pack<double> two = shared_load16(X + j * kColumns + c);
+      x[c] = two[0];
+      x[c + 1] = two[1];
+    }
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      LDMI_UNROLL
+      for (int c = 0; c < kColumns; ++c) a[s][c] = fma(g[s], x[c], a[s][c]);
+    }
+  }
+}
+
+// Eliminates the strip of the steps k..k+columns-1 by itself: one barrier a column, at which each warp has laid down the row of its
+// largest entry. Column j ends up in register kColumns - columns + j, see `eliminate`. False: no pivot exceeds the threshold.
+template <int kSlots, int kColumns>
+LDMI_DEVICE bool eliminate_strip(const GridProblem& problem, const GridShared& shared, int k, int columns, double threshold,
+                                 unsigned& used, double (&a)[kSlots][kColumns]) {
+  const int warps = block_dim() / kWarp;
+  const auto slots = std::make_integer_sequence<int, kSlots>{};
+  for (int j = 0; j < columns; ++j) {
+    const int turn = (j & 1) * kGridCandidates;  // two sets: this column's are read while the next one's are written
+    double* const candidates = shared.candidates + turn * 8;
+    unsigned* const keys = shared.keys + turn;
+    int* const rows = shared.rows + turn;
+    const auto lay_down = [&](int at, unsigned key, int row) {
+      keys[at] = key;
+      rows[at] = row;
+      for_each_slot(slots, [&](auto slot) {
+        constexpr int s = decltype(slot)::value;
+        if (thread_idx() + block_dim() * s != row) return;
+        LDMI_UNROLL
+        for (int c = 0; c < kColumns; ++c) candidates[at * 8 + c] = a[s][c];
+      });
+    };
+    unsigned key = 0, on_diagonal = 0;
+    int mine = 0;
+    bool has_diagonal = false;
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      const int row = thread_idx() + block_dim() * s;
+      const unsigned magnitude = (static_cast<unsigned>(bit_cast<uint64_t>(a[s][0]) >> 32) & 0x7fffffffu) + 1u;
+      const bool open = row < problem.C && (used >> s & 1u) == 0;
+      if (row == k + j) {
+        has_diagonal = true;
+        on_diagonal = open ? magnitude : 0u;
+      }
+      if (open && magnitude > key) {
+        key = magnitude;
+        mine = row;
+      }
+    }
+    if (has_diagonal) lay_down(warps, on_diagonal, k + j);
+    const unsigned best = warp_max(key);
+    if (lane() == lowest(ballot(key == best))) lay_down(warp(), best, mine);
+    sync_block();
+    int from = 0;
+    for (int w = 1; w < warps; ++w) from = keys[w] > keys[from] ? w : from;
+    const double diagonal = abs(candidates[warps * 8]);
+    if (keys[warps] != 0 && diagonal > threshold && diagonal >= kGridDiagonal * abs(candidates[from * 8])) from = warps;
+    const int row = rows[from];
+    double pivot_row[kColumns];
+    LDMI_UNROLL
+    for (int c = 0; c < kColumns; ++c) pivot_row[c] = candidates[from * 8 + c];
+    const double pivot = pivot_row[0];
+    if (!(abs(pivot) > threshold)) return false;
+    if (thread_idx() == 0) {
+      store(problem.space.pivots + k + j, pivot);
+      store(problem.space.row + k + j, row);
+      store(problem.space.step + row, k + j);
+    }
+    const double reciprocal = 1.0 / pivot;
+    LDMI_UNROLL
+    for (int c = 1; c < kColumns; ++c) pivot_row[c] *= reciprocal;
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      if (thread_idx() + block_dim() * s == row) {  // becomes (the row with 1 instead of the pivot) / pivot below
+        used |= 1u << s;
+        a[s][0] = -1.0;
+        LDMI_UNROLL
+        for (int c = 1; c < kColumns; ++c) a[s][c] = 0.0;
+      }
+      const double factor = -a[s][0];
+      LDMI_UNROLL
+      for (int c = 1; c < kColumns; ++c) a[s][c - 1] = fma(factor, pivot_row[c], a[s][c]);
+      a[s][kColumns - 1] = factor * reciprocal;
+    }
+  }
+  return true;
+}
+
+// The columns outside of two neighbouring panels: those after, then, for the inverse, those before
+struct Outside {
+  int begin, end, C;  // the panels
+  bool inverse;
+
+  LDMI_DEVICE int count() const { return C - end + (inverse ? begin : 0); }
+  LDMI_DEVICE int column(int v) const { return v < C - end ? end + v : v - (C - end); }
+};
+
+// What the elimination of the columns first..first+count-1 does to a tile of 64 rows from i0 on and 64 columns outside from v0 on. The
+// product's rows are columns of R, so that a lane has neighbours in memory.
+LDMI_DEVICE void update_tile(const GridProblem& problem, const GridShared& shared, const Outside& outside, int first, int count,
+                             int i0, int v0) {
+  constexpr int kParts = 8, kDown = 4, kAcross = 2;  // of the tile: 32 rows by 16 columns, 8 by 8 at a time
+  double* const X = shared.pool;                     // [kGridTile, kGridPanelStride]: R[p_J, c]
+  double* const G = X + kGridTile * kGridPanelStride;
+  const int C = problem.C, columns = outside.count(), warps = block_dim() / kWarp, m = lane() / 4, q = lane() % 4;
+  const bool pairs = C % 2 == 0 && reinterpret_cast<uintptr_t>(problem.R) % 16 == 0;
+  for (int part0 = 0; part0 < kParts; part0 += warps) {
+    const int part = part0 + warp(), row0 = i0 + part / 4 * 32 + 2 * q, column0 = v0 + part % 4 * 16 + m;
+    const bool busy = part < kParts;
+    M8N8K4::C tile[kAcross][kDown];
+    LDMI_UNROLL
+    for (int d = 0; d < kDown; ++d) {
+      const int i = row0 + 8 * d;
+      const bool one = busy && i < C && !problem.was_pivot(i, first, count);
+      const bool two = busy && i + 1 < C && !problem.was_pivot(i + 1, first, count);
+      LDMI_UNROLL
+      for (int x = 0; x < kAcross; ++x) {
+        const int v = column0 + 8 * x;
+        tile[x][d] = {};
+        if (v >= columns) continue;
+        const double* const from = problem.at(i, outside.column(v));
+        if (pairs && busy && i < C) {
+          const Pack<double> both = load16(from);
+          tile[x][d].value[0] = one ? both[0] : 0.0;
+          tile[x][d].value[1] = two ? both[1] : 0.0;
+        } else {
+          if (one) tile[x][d].value[0] = load(from);
+          if (two) tile[x][d].value[1] = load(from + 1);
+        }
+      }
+    }
+    for (int j0 = 0; j0 < count; j0 += kGridDepth) {
+      sync_block();
+      for (int e = thread_idx(); e < kGridTile * kGridDepth; e += block_dim()) {
+        const int v = v0 + e / kGridDepth, j = j0 + e % kGridDepth;
+        X[e / kGridDepth * kGridPanelStride + e % kGridDepth] =
+            v < columns && j < count ? load(problem.space.outside + static_cast<int64_t>(v) * problem.panel + j) : 0.0;
+      }
+      for (int e = thread_idx(); e < kGridTile * kGridDepth; e += block_dim()) {
+        const int i = i0 + e % kGridTile, j = j0 + e / kGridTile;
+        G[e / kGridTile * kGridTileStride + e % kGridTile] = i < C && j < count ? load(problem.at(i, first + j)) : 0.0;
+      }
+      sync_block();
+      if (!busy) continue;
+      const double* const x = X + (part % 4 * 16 + m) * kGridPanelStride + q;
+      const double* const g = G + q * kGridTileStride + part / 4 * 32 + m;
+      const int depth = count - j0 < kGridDepth ? count - j0 : kGridDepth;
+      for (int j = 0; j < depth; j += 4) {
+        double b[kDown];
+        LDMI_UNROLL
+        for (int d = 0; d < kDown; ++d) b[d] = g[j * kGridTileStride + 8 * d];
+        LDMI_UNROLL
+        for (int c = 0; c < kAcross; ++c) {
+          const double entry = x[c * 8 * kGridPanelStride + j];
+          LDMI_UNROLL
+          for (int d = 0; d < kDown; ++d) tile[c][d] = mma(entry, b[d], tile[c][d]);
+        }
+      }
+    }
+    LDMI_UNROLL
+    for (int d = 0; d < kDown; ++d) {
+      LDMI_UNROLL
+      for (int x = 0; x < kAcross; ++x) {
+        const int i = row0 + 8 * d, v = column0 + 8 * x;
+        if (!busy || i >= C || v >= columns) continue;
+        double* const to = problem.at(i, outside.column(v));
+        if (pairs) {
+          store16(to, Pack<double>{{tile[x][d].value[0], tile[x][d].value[1]}});
+        } else {
+          store(to, tile[x][d].value[0]);
+          if (i + 1 < C) store(to + 1, tile[x][d].value[1]);
+        }
+      }
+    }
+  }
+}
+
+// All steps; every thread of the grid. False: singular.
+template <int kSlots, int kColumns>
+LDMI_DEVICE bool eliminate_by_grid(const GridProblem& problem, const GridShared& shared, double threshold) {
+  const int C = problem.C, panel = problem.panel, panels = (C + panel - 1) / panel;
+  const GridSpace& space = problem.space;
+  const int64_t block = block_idx(), blocks = grid_dim();
+  unsigned used = 0;  // of block 0's threads: a bit for each of the thread's rows that have been a pivot's
+  bool regular = true;
+  double a[kSlots][kColumns];
+  for (int k = 0; k < panels + (problem.inverse ? 1 : 0); ++k) {
+    const int begin = k < panels ? k * panel : C, end = C - begin < panel ? C : begin + panel;
+    const int strips = (end - begin + kColumns - 1) / kColumns, steps = strips > 0 ? strips : 1;
+    const int before = k > 0 ? (k - 1) * panel : 0, count = begin - before;  // the panel before
+    const Outside outside{before, end, C, problem.inverse};
+    for (int t = 0; t <= steps; ++t) {
+      const bool next = t < strips;
+      // who shares the rest: all but block 0, which has the strip to do, unless it is alone
+      const int64_t crew = next && blocks > 1 ? blocks - 1 : blocks, me = crew < blocks ? block - 1 : block;
+      const int first = t == 0 ? before : begin + (t - 1) * kColumns, width = t == 0                   ? count
+                                                                              : end - first < kColumns ? end - first
+                                                                                                       : kColumns;
+      if (next && block == 0) {
+        const int c0 = begin + t * kColumns, columns = end - c0 < kColumns ? end - c0 : kColumns;
+        load_strip(problem, c0, columns, a);
+        if (width > 0) update_strip(problem, shared, c0, columns, first, width, a);
+        if (regular) regular = eliminate_strip(problem, shared, c0, columns, threshold, used, a);
+        if (regular) {
+          store_strip(problem, c0, columns, kColumns - columns, a);
+        } else if (thread_idx() == 0) {
+          store(space.singular, static_cast<uint32_t>(k) + 1u);
+        }
+      }
+      for (int64_t s = me; s >= 0 && s < strips && width > 0; s += crew) {
+        if (s == t || s == t - 1) continue;
+        const int c0 = begin + static_cast<int>(s) * kColumns, columns = end - c0 < kColumns ? end - c0 : kColumns;
+        load_strip(problem, c0, columns, a);
+        update_strip(problem, shared, c0, columns, first, width, a);
+        store_strip(problem, c0, columns, 0, a);
+      }
+      if (me >= 0 && count > 0 && t == 0) {
+        const int64_t all = static_cast<int64_t>(outside.count()) * count;
+        for (int64_t e = me * block_dim() + thread_idx(); e < all; e += crew * block_dim()) {
+          const int v = static_cast<int>(e / count), j = static_cast<int>(e % count);
+          store(space.outside + static_cast<int64_t>(v) * panel + j,
+                load(problem.at(load(space.row + before + j), outside.column(v))));
+        }
+      } else if (me >= 0 && count > 0) {
+        const int64_t down = (C + kGridTile - 1) / kGridTile, across = (outside.count() + kGridTile - 1) / kGridTile;
+        const int64_t share_begin = down * across * (t - 1) / steps, share_end = down * across * t / steps;
+        for (int64_t task = share_begin + (me + crew - strips % crew) % crew; task < share_end; task += crew) {
+          update_tile(problem, shared, outside, before, count, static_cast<int>(task % down) * kGridTile,
+                      static_cast<int>(task / down) * kGridTile);
+        }
+      }
+      sync_grid();
+    }
+    // Until here a strip that has no pivot has been left as it was: no harm in what followed. The next panel may have told already
+    // that it is singular, to those who are slow: they find that out with all others.
+    const uint32_t singular = load(space.singular);
+    if (singular != 0 && singular <= static_cast<uint32_t>(k) + 1u) return false;
+  }
+  return true;
+}
+
+template <int kSlots, int kColumns>
+LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, const GridSpace& space, int panel,
+                                        const GridShared& shared) {
+  const int C = matrices.C, groups = (C + kGridGroup - 1) / kGridGroup;
+  const bool inverse = matrices.V != nullptr;
+  const double* const S = matrices.S + at * C * C;
+  const double* const n = matrices.n + at * C;
+  double* const V = matrices.V + at * C * C;
+  const GridProblem problem{space, inverse ? V : space.matrix, C, panel, inverse};
+  const int64_t stride = grid_dim() * block_dim(), thread = block_idx() * block_dim() + thread_idx();
+  for (int64_t g = block_idx(); g < groups; g += grid_dim()) {
+    const double norm = equilibrate_group(S, n, C, g, problem.R, shared.pool);
+    if (thread_idx() == 0) store(space.norms + g, norm);
+  }
+  for (int64_t i = thread; i < C; i += stride) {
+    store(space.row + i, static_cast<int32_t>(i));
+    store(space.step + i, -1);
+  }
+  if (thread == 0) store(space.singular, 0u);
+  sync_grid();
+
+  double norm = 0.0;
+  bool finite = true;
+  for (int g = lane(); g < groups; g += kWarp) {
+    const double group = load(space.norms + g);
+    finite &= !isnan(group);
+    norm = fmax(norm, group);
+  }
+  int present = 0;
+  for (int i = lane(); i < C; i += kWarp) present += load_const(n + i) > 0.0 ? 1 : 0;
+  const Screening seen{all(finite), matrices.strict, warp_sum(present), C};
+  norm = warp_max(norm);
+  const auto answer = [&](const Determinant& found) {
+    if (thread != 0) return;
+    store(matrices.log_abs_det + at, found.log_abs_det);
+    store(matrices.sign + at, found.sign);
+    store(matrices.kept + at, found.kept);
+  };
+  const bool regular = seen.regular() && eliminate_by_grid<kSlots, kColumns>(problem, shared, threshold(C, norm));
+  if (!regular) {
+    for (int64_t e = thread; inverse && e < int64_t{C} * C; e += stride) store(V + e, seen.finite ? 0.0 : kNaN);
+    return answer(seen.regular() ? seen.singular() : seen.answer());
+  }
+
+  // What is now row l of V becomes its row p_l, and entry k in it what was entry p_k. First the entries.
+  bool odd = false, moved = false;
+  for (int64_t l = block_idx(); l < C; l += grid_dim()) {
+    const int row = load(space.row + l);
+    for (int64_t i = thread_idx(); i < l; i += block_dim()) odd ^= load(space.row + i) > row;
+    if (thread_idx() == 0) odd ^= load(space.pivots + l) < 0.0;
+    if (!inverse) continue;
+    const double weight = load_const(n + row), scale = weight > 0.0 ? 1.0 / weight : 0.0;
+    double* const values = V + l * C;
+    double value[kSlots];
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      const int i = thread_idx() + block_dim() * s;
+      value[s] = 0.0;
+      if (i < C && weight > 0.0 && load_const(n + i) > 0.0) value[s] = load(values + load(space.row + i)) * scale;
+    }
+    sync_block();
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      const int i = thread_idx() + block_dim() * s;
+      if (i < C) store(values + i, value[s]);
+    }
+  }
+  const int ones = sync_block_count(odd);
+  if (thread_idx() == 0) store(space.odd + block_idx(), static_cast<uint32_t>(ones));
+  for (int i = thread_idx(); i < C; i += block_dim()) moved |= load(space.row + i) != i;
+  moved = sync_block_or(moved);
+  sync_grid();
+  if (inverse && moved) {
+    for (int64_t chunk = block_idx(); chunk * kColumns < C; chunk += grid_dim()) {
+      const int c0 = static_cast<int>(chunk) * kColumns;
+      double value[kSlots][kColumns];
+      LDMI_UNROLL
+      for (int s = 0; s < kSlots; ++s) {
+        const int l = thread_idx() + block_dim() * s;
+        LDMI_UNROLL
+        for (int c = 0; c < kColumns; ++c) {
+          value[s][c] = l < C && c0 + c < C ? load(V + static_cast<int64_t>(l) * C + c0 + c) : 0.0;
+        }
+      }
+      sync_block();
+      LDMI_UNROLL
+      for (int s = 0; s < kSlots; ++s) {
+        const int l = thread_idx() + block_dim() * s;
+        if (l >= C) continue;
+        double* const to = V + static_cast<int64_t>(load(space.row + l)) * C + c0;
+        LDMI_UNROLL
+        for (int c = 0; c < kColumns; ++c) {
+          if (c0 + c < C) store(to + c, value[s][c]);
+        }
+      }
+    }
+  }
+  if (block_idx() != 0 || warp() != 0) return;
+  LogProduct product;
+  for (int i = lane(); i < C; i += kWarp) {
+    product.multiply(abs(load(space.pivots + i)));
+    const double weight = load_const(n + i);
+    if (weight > 0.0) product.multiply(weight);
+  }
+  unsigned negative = 0;
+  for (int64_t b = lane(); b < grid_dim(); b += kWarp) negative += load(space.odd + b);
+  const double log_abs_det = product.log();
+  answer({log_abs_det, warp_sum(negative) % 2 == 0 ? 1.0 : -1.0, seen.kept()});
+}
+
+// One matrix after the other
+template <int kSlots, int kColumns>
+LDMI_KERNEL void LDMI_BOUNDS(kGridThreads, 1) logdet_inverse_grid(Matrices matrices, GridSpace space, int panel) {
+  Carve carve;
+  const GridShared shared = take_grid_shared(carve);
+  for (int64_t at = 0; at < matrices.count; ++at) {
+    if (at > 0) sync_grid();
+    logdet_inverse_by_grid<kSlots, kColumns>(matrices, at, space, panel, shared);
+  }
+}
+
+}  // namespace factor
+}  // namespace ldmi::cuda
