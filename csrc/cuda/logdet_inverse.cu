@@ -38,7 +38,7 @@ int launch_blocks(const Matrices& matrices, const plan::CudaLogdetInverse& plan,
 GridSpace grid_space(int C, int64_t panel, int sms, bool inverse, Workspace& work) {
   GridSpace space;
   space.outside = work.take<double>(C * panel);
-  space.norms = work.take<double>((C + kGridGroup - 1) / kGridGroup);
+  space.norms = work.take<double>(C);
   space.pivots = work.take<double>(C);
   space.row = work.take<int32_t>(C);
   space.step = work.take<int32_t>(C);

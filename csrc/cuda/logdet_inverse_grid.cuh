@@ -1,12 +1,11 @@
-// log|det S| and V = S^{-T} of one matrix by all multiprocessors: the Gauss-Jordan elimination in place of logdet_inverse.cuh for
-// what no block's shared memory holds, in one launch of a cooperative grid. R stands column after column in the memory of V,
-// which is where its inverse column-major is V row-major.
+// log|det S| and V = S^{-T} of one matrix by all multiprocessors: a Gauss-Jordan elimination in place, as in logdet_inverse.cuh, for
+// what no block's shared memory holds, in one launch of a cooperative grid.
 //
 // The steps are taken at two widths. A strip is kColumns columns that block 0 eliminates by themselves: its threads hold a few whole
-// rows of the strip in registers, so that a column costs one barrier. A panel J is a few strips. Eliminating a strip or a panel by
-// itself leaves G in its place, and then, with p_J the rows where its pivots were,
+// rows of the strip in registers, so that a column costs one barrier. A panel J is a few strips. Eliminating a strip or a panel of M
+// by itself leaves G in its place, and then, with p_J the rows where its pivots were,
 //
-//     R[:, c] <- (R[:, c] with zeros in the rows p_J) + G[:, J] R[p_J, c]          for every column c outside
+//     M[:, c] <- (M[:, c] with zeros in the rows p_J) + G[:, J] M[p_J, c]          for every column c outside
 //
 // which is done for a strip in the other columns of its panel, and for a whole panel in the columns outside: the matrix is read and
 // written once a panel, not once a strip. Between two barriers of the grid the blocks do, side by side,
@@ -15,15 +14,19 @@
 //     the panel's other strips take that in, too
 //     the columns outside      a share of what panel k - 1 does to them, in tiles on the fp64 tensor cores
 //
-// so that the chain of eliminations waits for nothing else. The rows R[p_J, c] of the columns outside are copied beside first: a
-// tile may then overwrite them while another tile still needs them. A barrier stands after every step, and
-// the panel's last strip has a step of its own, which ends its effect on the panel. Whoever takes a strip or a tile, its operations
-// are the same, so the bits do not depend on the number of blocks.
+// so that the chain of eliminations waits for nothing else. The rows M[p_J, c] of the columns outside are copied beside first: a tile
+// may then overwrite them while another tile still needs them. After the last strip one more step ends its effect on the panel.
+// Whoever takes a strip or a tile, its operations are the same, so the bits do not depend on the number of blocks.
 //
-// Rows never move, as in logdet_inverse.cuh: R^{-1}[k, p_l] = G[p_k, l]. At the end the rows of V, and the numbers in each, are put
-// in their order; that is half the work if p is the identity. So the pivot is the diagonal's entry if that is at least half of the
-// column's largest, which with a class signal it is, or else the largest. (Beside the diagonal's, magnitudes are compared by the
-// exponent and the first 20 bits of the fraction.) A multiplier is at most 2.
+// M is the transpose of R = diag(1/n) S. With wide panels that matters: the rows p_J are multiplied by the explicit inverse of a
+// block of M, whose condition may be that of the whole matrix. The residual M^{-1} M - I bears that (it stayed below C eps / 5 of the
+// norms where M M^{-1} - I went up to 1e9 C eps), and what is promised is S V^T - I = (M^{-1} M - I)^T, up to the scales.
+//
+// Rows never move: M^{-1}[k, p_l] = G[p_k, l], and V[k, p_l] = M^{-1}[k, p_l] / n[k]. G stands column after column in the memory of V,
+// so at the end the numbers in each row of V are put in the order p, V is transposed, and the numbers are put in the order p again,
+// but not if p is the identity. So the pivot is the diagonal's entry if that is at least half of the column's largest, which with a
+// class signal it is, or else the largest. (Beside the diagonal's, magnitudes are compared by the exponent and the first 20 bits
+// of the fraction.) A multiplier is at most 2.
 #pragma once
 
 #include "logdet_inverse.cuh"
@@ -32,15 +35,15 @@ namespace ldmi::cuda {
 
 inline constexpr int kGridThreads = 256;                       // at most: rows of a strip beside each other
 inline constexpr int kGridTile = 64, kGridDepth = 32;          // rows and columns of a tile; columns of G that are in shared memory
-inline constexpr int kGridGroup = 8, kGridRun = 128;           // rows and columns of S that a block turns over at a time
 inline constexpr int kGridCandidates = kGridThreads / 32 + 1;  // for the pivot: one a warp, and the diagonal
 inline constexpr double kGridDiagonal = 0.5;                   // of the column's largest, at least, for the diagonal's to be the pivot
+inline constexpr int kGridTurn = 32;                           // rows and columns of V that a block transposes at a time
 
-// Global memory besides R, for one matrix at a time; see plan::grid_workspace
+// Global memory besides M, for one matrix at a time; see plan::grid_workspace
 struct GridSpace {
-  double* matrix;      // [C, C]: R if no V is asked for
-  double* outside;     // [C, panel]: R[p_J, c], a column c after the other
-  double* norms;       // [groups of 8 rows]: their largest row sum; NaN if something there is not finite
+  double* matrix;      // [C, C]: M if no V is asked for
+  double* outside;     // [C, panel]: M[p_J, c], a column c after the other
+  double* norms;       // [C]: of the rows of R; NaN if something there is not finite
   double* pivots;      // [C]
   int32_t* row;        // [C]: p
   int32_t* step;       // [C]: the step whose pivot was in this row; -1: none yet
@@ -50,7 +53,7 @@ struct GridSpace {
 
 // Shared memory
 struct GridShared {
-  double* pool;        // a tile's share of G and R[p_J, c]; a strip's R[p_J, c]; a group of S
+  double* pool;        // a tile's share of G and M[p_J, c]; a strip's M[p_J, c]; two tiles of V
   double* candidates;  // [2, kGridCandidates, 8]: what stands in the strip in the row of each
   unsigned* keys;      // [2, kGridCandidates]: its magnitude; 0: none
   int* rows;           // [2, kGridCandidates]
@@ -70,62 +73,47 @@ LDMI_HOST_DEVICE GridShared take_grid_shared(simt::Carve& carve) {
 
 namespace factor {
 
-inline constexpr int kGroupStride = kGridRun + 2;  // 8 rows by 2 columns come from different banks
-
-// Rows 8 g.. of R from S, a warp a row; `norm` is what GridSpace::norms says. `tile`: [8, kGroupStride] and [8, 32] after it
-LDMI_DEVICE double equilibrate_group(const double* S, const double* n, int64_t C, int64_t g, double* R, double* tile) {
+// M from S, a warp a row of R, and the norms of these rows
+LDMI_DEVICE void equilibrate_rows(const double* S, const double* n, int64_t C, double* M, double* norms) {
   const int warps = block_dim() / kWarp;
-  double* const sums = tile + kGridGroup * kGroupStride;
-  bool finite = true;
-  for (int r = warp(); r < kGridGroup; r += warps) sums[r * kWarp + lane()] = 0.0;
-  for (int64_t j0 = 0; j0 < C; j0 += kGridRun) {
-    for (int r = warp(); r < kGridGroup; r += warps) {
-      const int64_t i = g * kGridGroup + r;
-      const double weight = i < C ? load_const(n + i) : 0.0;
-      const double scale = weight > 0.0 ? 1.0 / weight : 0.0;
-      finite &= isfinite(weight);
-      double sum = 0.0;
+  for (int64_t i = block_idx() * warps + warp(); i < C; i += grid_dim() * warps) {
+    const double weight = load_const(n + i), scale = weight > 0.0 ? 1.0 / weight : 0.0;
+    bool finite = isfinite(weight);
+    double sum = 0.0;
+    constexpr int kBatch = 4;
+    for (int64_t j0 = lane(); j0 < C; j0 += kBatch * kWarp) {
+      double entry[kBatch], other[kBatch];
       LDMI_UNROLL
-      for (int u = 0; u < kGridRun / kWarp; ++u) {
-        const int64_t j = j0 + kWarp * u + lane();
-        if (i >= C || j >= C) continue;
-        const double entry = load_const(S + i * C + j);
-        finite &= isfinite(entry);
-        const double value = weight > 0.0 && load_const(n + j) > 0.0 ? entry * scale : (i == j ? 1.0 : 0.0);
+      for (int u = 0; u < kBatch; ++u) {
+        const int64_t j = j0 + kWarp * u;
+        entry[u] = j < C ? load_const(S + i * C + j) : 0.0;
+        other[u] = j < C ? load_const(n + j) : 0.0;
+      }
+      LDMI_UNROLL
+      for (int u = 0; u < kBatch; ++u) {
+        const int64_t j = j0 + kWarp * u;
+        if (j >= C) continue;
+        finite &= isfinite(entry[u]);
+        const double value = weight > 0.0 && other[u] > 0.0 ? entry[u] * scale : (i == j ? 1.0 : 0.0);
         sum += abs(value);
-        tile[r * kGroupStride + kWarp * u + lane()] = value;
-      }
-      sums[r * kWarp + lane()] += sum;
-    }
-    sync_block();
-    const int row = thread_idx() % kGridGroup;
-    if (g * kGridGroup + row < C) {
-      for (int column = thread_idx() / kGridGroup; column < kGridRun && j0 + column < C; column += block_dim() / kGridGroup) {
-        store(R + (j0 + column) * C + g * kGridGroup + row, tile[row * kGroupStride + column]);
+        store(M + i * C + j, value);
       }
     }
-    sync_block();
+    sum = warp_sum(sum);
+    finite = all(finite);
+    if (lane() == 0) store(norms + i, finite ? sum : kNaN);
   }
-  for (int r = warp(); r < kGridGroup; r += warps) {
-    const double sum = warp_sum(sums[r * kWarp + lane()]);
-    if (lane() == 0) sums[r * kWarp] = sum;
-  }
-  finite = !sync_block_or(!finite);
-  double norm = 0.0;
-  for (int r = 0; r < kGridGroup; ++r) norm = fmax(norm, sums[r * kWarp]);
-  sync_block();
-  return finite ? norm : kNaN;
 }
 
 // One matrix, and what all its steps know
 struct GridProblem {
   GridSpace space;
-  double* R;
+  double* M;
   int C;
   int panel;
   bool inverse;
 
-  LDMI_DEVICE double* at(int row, int column) const { return R + static_cast<int64_t>(column) * C + row; }
+  LDMI_DEVICE double* at(int row, int column) const { return M + static_cast<int64_t>(column) * C + row; }
   // Whether the pivot of one of the steps first..first+count-1 was in this row
   LDMI_DEVICE bool was_pivot(int row, int first, int count) const {
     const int step = load(space.step + row);
@@ -283,14 +271,14 @@ struct Outside {
 };
 
 // What the elimination of the columns first..first+count-1 does to a tile of 64 rows from i0 on and 64 columns outside from v0 on. The
-// product's rows are columns of R, so that a lane has neighbours in memory.
+// product's rows are columns of M, so that a lane has neighbours in memory.
 LDMI_DEVICE void update_tile(const GridProblem& problem, const GridShared& shared, const Outside& outside, int first, int count,
                              int i0, int v0) {
   constexpr int kParts = 8, kDown = 4, kAcross = 2;  // of the tile: 32 rows by 16 columns, 8 by 8 at a time
-  double* const X = shared.pool;                     // [kGridTile, kGridPanelStride]: R[p_J, c]
+  double* const X = shared.pool;                     // [kGridTile, kGridPanelStride]: M[p_J, c]
   double* const G = X + kGridTile * kGridPanelStride;
   const int C = problem.C, columns = outside.count(), warps = block_dim() / kWarp, m = lane() / 4, q = lane() % 4;
-  const bool pairs = C % 2 == 0 && reinterpret_cast<uintptr_t>(problem.R) % 16 == 0;
+  const bool pairs = C % 2 == 0 && reinterpret_cast<uintptr_t>(problem.M) % 16 == 0;
   for (int part0 = 0; part0 < kParts; part0 += warps) {
     const int part = part0 + warp(), row0 = i0 + part / 4 * 32 + 2 * q, column0 = v0 + part % 4 * 16 + m;
     const bool busy = part < kParts;
@@ -426,20 +414,41 @@ LDMI_DEVICE bool eliminate_by_grid(const GridProblem& problem, const GridShared&
   return true;
 }
 
+// V's transpose in its place, a block two tiles that change places
+LDMI_DEVICE void transpose(double* V, int64_t C, double* pool) {
+  constexpr int kStride = kGridTurn + 1;
+  const int64_t tiles = (C + kGridTurn - 1) / kGridTurn;
+  for (int64_t task = block_idx(); task < tiles * tiles; task += grid_dim()) {
+    const int64_t i0 = task / tiles * kGridTurn, j0 = task % tiles * kGridTurn;
+    if (i0 > j0) continue;
+    double* const above = pool;
+    double* const below = pool + kGridTurn * kStride;
+    sync_block();
+    for (int e = thread_idx(); e < kGridTurn * kGridTurn; e += block_dim()) {
+      const int r = e / kGridTurn, c = e % kGridTurn;
+      if (i0 + r < C && j0 + c < C) above[r * kStride + c] = load(V + (i0 + r) * C + j0 + c);
+      if (j0 + r < C && i0 + c < C) below[r * kStride + c] = load(V + (j0 + r) * C + i0 + c);
+    }
+    sync_block();
+    for (int e = thread_idx(); e < kGridTurn * kGridTurn; e += block_dim()) {
+      const int r = e / kGridTurn, c = e % kGridTurn;
+      if (i0 + r < C && j0 + c < C) store(V + (i0 + r) * C + j0 + c, below[c * kStride + r]);
+      if (j0 + r < C && i0 + c < C) store(V + (j0 + r) * C + i0 + c, above[c * kStride + r]);
+    }
+  }
+}
+
 template <int kSlots, int kColumns>
 LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, const GridSpace& space, int panel,
                                         const GridShared& shared) {
-  const int C = matrices.C, groups = (C + kGridGroup - 1) / kGridGroup;
+  const int C = matrices.C;
   const bool inverse = matrices.V != nullptr;
   const double* const S = matrices.S + at * C * C;
   const double* const n = matrices.n + at * C;
   double* const V = matrices.V + at * C * C;
   const GridProblem problem{space, inverse ? V : space.matrix, C, panel, inverse};
   const int64_t stride = grid_dim() * block_dim(), thread = block_idx() * block_dim() + thread_idx();
-  for (int64_t g = block_idx(); g < groups; g += grid_dim()) {
-    const double norm = equilibrate_group(S, n, C, g, problem.R, shared.pool);
-    if (thread_idx() == 0) store(space.norms + g, norm);
-  }
+  equilibrate_rows(S, n, C, problem.M, space.norms);
   for (int64_t i = thread; i < C; i += stride) {
     store(space.row + i, static_cast<int32_t>(i));
     store(space.step + i, -1);
@@ -449,13 +458,13 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
 
   double norm = 0.0;
   bool finite = true;
-  for (int g = lane(); g < groups; g += kWarp) {
-    const double group = load(space.norms + g);
-    finite &= !isnan(group);
-    norm = fmax(norm, group);
-  }
   int present = 0;
-  for (int i = lane(); i < C; i += kWarp) present += load_const(n + i) > 0.0 ? 1 : 0;
+  for (int i = lane(); i < C; i += kWarp) {
+    const double row = load(space.norms + i);
+    finite &= !isnan(row);
+    norm = fmax(norm, row);
+    present += load_const(n + i) > 0.0 ? 1 : 0;
+  }
   const Screening seen{all(finite), matrices.strict, warp_sum(present), C};
   norm = warp_max(norm);
   const auto answer = [&](const Determinant& found) {
@@ -470,21 +479,20 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
     return answer(seen.regular() ? seen.singular() : seen.answer());
   }
 
-  // What is now row l of V becomes its row p_l, and entry k in it what was entry p_k. First the entries.
   bool odd = false, moved = false;
   for (int64_t l = block_idx(); l < C; l += grid_dim()) {
     const int row = load(space.row + l);
     for (int64_t i = thread_idx(); i < l; i += block_dim()) odd ^= load(space.row + i) > row;
     if (thread_idx() == 0) odd ^= load(space.pivots + l) < 0.0;
     if (!inverse) continue;
-    const double weight = load_const(n + row), scale = weight > 0.0 ? 1.0 / weight : 0.0;
+    const bool here = load_const(n + row) > 0.0;
     double* const values = V + l * C;
     double value[kSlots];
     LDMI_UNROLL
     for (int s = 0; s < kSlots; ++s) {
       const int i = thread_idx() + block_dim() * s;
-      value[s] = 0.0;
-      if (i < C && weight > 0.0 && load_const(n + i) > 0.0) value[s] = load(values + load(space.row + i)) * scale;
+      const double weight = i < C ? load_const(n + i) : 0.0;
+      value[s] = here && weight > 0.0 ? load(values + load(space.row + i)) / weight : 0.0;
     }
     sync_block();
     LDMI_UNROLL
@@ -498,27 +506,23 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
   for (int i = thread_idx(); i < C; i += block_dim()) moved |= load(space.row + i) != i;
   moved = sync_block_or(moved);
   sync_grid();
-  if (inverse && moved) {
-    for (int64_t chunk = block_idx(); chunk * kColumns < C; chunk += grid_dim()) {
-      const int c0 = static_cast<int>(chunk) * kColumns;
-      double value[kSlots][kColumns];
-      LDMI_UNROLL
-      for (int s = 0; s < kSlots; ++s) {
-        const int l = thread_idx() + block_dim() * s;
+  if (inverse) {
+    transpose(V, C, shared.pool);
+    if (moved) {
+      sync_grid();
+      for (int64_t k = block_idx(); k < C; k += grid_dim()) {
+        double* const values = V + k * C;
+        double value[kSlots];
         LDMI_UNROLL
-        for (int c = 0; c < kColumns; ++c) {
-          value[s][c] = l < C && c0 + c < C ? load(V + static_cast<int64_t>(l) * C + c0 + c) : 0.0;
+        for (int s = 0; s < kSlots; ++s) {
+          const int l = thread_idx() + block_dim() * s;
+          value[s] = l < C ? load(values + l) : 0.0;
         }
-      }
-      sync_block();
-      LDMI_UNROLL
-      for (int s = 0; s < kSlots; ++s) {
-        const int l = thread_idx() + block_dim() * s;
-        if (l >= C) continue;
-        double* const to = V + static_cast<int64_t>(load(space.row + l)) * C + c0;
+        sync_block();
         LDMI_UNROLL
-        for (int c = 0; c < kColumns; ++c) {
-          if (c0 + c < C) store(to + c, value[s][c]);
+        for (int s = 0; s < kSlots; ++s) {
+          const int l = thread_idx() + block_dim() * s;
+          if (l < C) store(values + load(space.row + l), value[s]);
         }
       }
     }

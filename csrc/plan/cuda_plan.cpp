@@ -130,8 +130,8 @@ CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const Devi
     out.panel = grid_panel(classes);
     out.smem_bytes = kGridSmem;
     // rows beside, norms, pivots, their rows and steps, a count a block, a flag, and the matrix
-    out.workspace_bytes = piece(classes * out.panel * 8) + piece(up(classes, 8) * 8) + piece(classes * 8) + 2 * piece(classes * 4) +
-                          piece(limits.sms * 4) + piece(4) + (inverse ? 0 : piece(classes * classes * 8));
+    out.workspace_bytes = piece(classes * out.panel * 8) + 2 * piece(classes * 8) + 2 * piece(classes * 4) + piece(limits.sms * 4) +
+                          piece(4) + (inverse ? 0 : piece(classes * classes * 8));
   } else {
     out.factor = CudaFactor::kLibrary;
     // a norm for each 8 rows, and what to select

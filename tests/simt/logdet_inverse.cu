@@ -175,13 +175,13 @@ void draw_transition(Random& random, Input& in) {
   }
 }
 
-// No pivot at the first, the last or another column: a column of zeros, or a sum of those before it, exact in numbers of few bits
+// No pivot at the first, the last or another column, or row: zeros, or twice the one before
 void draw_dependent(Random& random, Input& in) {
   const int64_t C = in.C, at = random.one_of({int64_t{0}, C - 1, C / 2, random.integer(0, C - 1)});
-  for (double& x : in.S) x = static_cast<double>(random.integer(-64, 64));
+  const bool columns = random.chance(0.5), zeros = at == 0 || random.chance(0.5);
+  for (double& x : in.S) x = random.normal();
   for (int64_t i = 0; i < C; ++i) {
-    in.at(i, at) = 0;
-    for (int64_t j = 0; j < std::min<int64_t>(at, 2); ++j) in.at(i, at) += in.at(i, j);
+    (columns ? in.at(i, at) : in.at(at, i)) = zeros ? 0 : 2 * (columns ? in.at(i, at - 1) : in.at(at - 1, i));
   }
   in.singular = true;
 }
