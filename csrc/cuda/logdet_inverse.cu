@@ -55,7 +55,7 @@ int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, v
     if (matrices.C <= kSlots / 2 * kGridThreads) return launch_grid<kSlots / 2>(matrices, plan, workspace, limits, stream);
   }
   static_assert(kSlots * kGridThreads <= plan::kGridClasses);
-  const auto kernel = factor::logdet_inverse_grid<kSlots, plan::grid_strip(kSlots * kGridThreads)>;
+  const auto kernel = factor::logdet_inverse_grid<kSlots, plan::grid_strip(kSlots * kGridThreads), kGridThreads>;
   const auto smem = static_cast<size_t>(plan.smem_bytes);
   int resident = 0;
   if (const int error = simt::blocks_per_sm(kernel, kGridThreads, smem, &resident); error != 0) return error;

@@ -55,7 +55,7 @@ struct GridSpace {
 struct GridShared {
   double* pool;        // a tile's share of G and M[p_J, c]; a strip's M[p_J, c]; two tiles of V
   double* candidates;  // [2, kGridCandidates, 8]: what stands in the strip in the row of each
-  unsigned* keys;      // [2, kGridCandidates]: its magnitude; 0: none
+  unsigned* keys;      // [2, kGridCandidates]: its magnitude; 0: none, or was a pivot's
   int* rows;           // [2, kGridCandidates]
 };
 
@@ -74,9 +74,10 @@ LDMI_HOST_DEVICE GridShared take_grid_shared(simt::Carve& carve) {
 namespace factor {
 
 // M from S, a warp a row of R, and the norms of these rows
+template <int kThreads>
 LDMI_DEVICE void equilibrate_rows(const double* S, const double* n, int64_t C, double* M, double* norms) {
-  const int warps = block_dim() / kWarp;
-  for (int64_t i = block_idx() * warps + warp(); i < C; i += grid_dim() * warps) {
+  constexpr int kWarps = kThreads / kWarp;
+  for (int64_t i = block_idx() * kWarps + warp(); i < C; i += grid_dim() * kWarps) {
     const double weight = load_const(n + i), scale = weight > 0.0 ? 1.0 / weight : 0.0;
     bool finite = isfinite(weight);
     double sum = 0.0;
@@ -105,7 +106,8 @@ LDMI_DEVICE void equilibrate_rows(const double* S, const double* n, int64_t C, d
   }
 }
 
-// One matrix, and what all its steps know
+// One matrix, and what all its steps know. The number of threads is a constant: so are the distances of a thread's rows.
+template <int kThreads>
 struct GridProblem {
   GridSpace space;
   double* M;
@@ -121,22 +123,23 @@ struct GridProblem {
   }
 };
 
-// A strip: a thread holds the rows thread_idx(), + block_dim(), ...; zeros where there is no such row or column
-template <int kSlots, int kColumns>
-LDMI_DEVICE void load_strip(const GridProblem& problem, int c0, int columns, double (&a)[kSlots][kColumns]) {
+// A strip: a thread holds the rows thread_idx(), + kThreads, ...; zeros where there is no such row or column
+template <int kSlots, int kColumns, int kThreads>
+LDMI_DEVICE void load_strip(const GridProblem<kThreads>& problem, int c0, int columns, double (&a)[kSlots][kColumns]) {
   LDMI_UNROLL
   for (int s = 0; s < kSlots; ++s) {
-    const int i = thread_idx() + block_dim() * s;
+    const int i = thread_idx() + kThreads * s;
     LDMI_UNROLL
     for (int c = 0; c < kColumns; ++c) a[s][c] = i < problem.C && c < columns ? load(problem.at(i, c0 + c)) : 0.0;
   }
 }
 // from register `lead` of each row on
-template <int kSlots, int kColumns>
-LDMI_DEVICE void store_strip(const GridProblem& problem, int c0, int columns, int lead, const double (&a)[kSlots][kColumns]) {
+template <int kSlots, int kColumns, int kThreads>
+LDMI_DEVICE void store_strip(const GridProblem<kThreads>& problem, int c0, int columns, int lead,
+                             const double (&a)[kSlots][kColumns]) {
   LDMI_UNROLL
   for (int s = 0; s < kSlots; ++s) {
-    const int i = thread_idx() + block_dim() * s;
+    const int i = thread_idx() + kThreads * s;
     LDMI_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       if (i < problem.C && c >= lead && c < lead + columns) store(problem.at(i, c0 + c - lead), a[s][c]);
@@ -145,28 +148,31 @@ LDMI_DEVICE void store_strip(const GridProblem& problem, int c0, int columns, in
 }
 
 // What the elimination of the columns first..first+count-1 does to the strip at c0
-template <int kSlots, int kColumns>
-LDMI_DEVICE void update_strip(const GridProblem& problem, const GridShared& shared, int c0, int columns, int first, int count,
-                              double (&a)[kSlots][kColumns]) {
+template <int kSlots, int kColumns, int kThreads>
+LDMI_DEVICE void update_strip(const GridProblem<kThreads>& problem, const GridShared& shared, int c0, int columns, int first,
+                              int count, double (&a)[kSlots][kColumns]) {
   double* const X = shared.pool;  // [count, kColumns]
   sync_block();
-  for (int e = thread_idx(); e < count * kColumns; e += block_dim()) {
+  LDMI_UNROLL_BY(1)
+  for (int e = thread_idx(); e < count * kColumns; e += kThreads) {
     const int c = e % kColumns;
     X[e] = c < columns ? load(problem.at(load(problem.space.row + first + e / kColumns), c0 + c)) : 0.0;
   }
   LDMI_UNROLL
   for (int s = 0; s < kSlots; ++s) {
-    const int i = thread_idx() + block_dim() * s;
+    const int i = thread_idx() + kThreads * s;
     if (i >= problem.C || !problem.was_pivot(i, first, count)) continue;
     LDMI_UNROLL
     for (int c = 0; c < kColumns; ++c) a[s][c] = 0.0;
   }
   sync_block();
+  [[maybe_unused]] constexpr int kAhead = kSlots * kColumns >= 64 ? 1 : 4;  // as many loads as the registers leave room for
+  LDMI_UNROLL_BY(kAhead)
   for (int j = 0; j < count; ++j) {
     double g[kSlots], x[kColumns];
     LDMI_UNROLL
     for (int s = 0; s < kSlots; ++s) {
-      const int i = thread_idx() + block_dim() * s;
+      const int i = thread_idx() + kThreads * s;
       g[s] = i < problem.C ? load(problem.at(i, first + j)) : 0.0;
     }
     LDMI_UNROLL
@@ -185,10 +191,10 @@ LDMI_DEVICE void update_strip(const GridProblem& problem, const GridShared& shar
 
 // Eliminates the strip of the steps k..k+columns-1 by itself: one barrier a column, at which each warp has laid down the row of its
 // largest entry. Column j ends up in register kColumns - columns + j, see `eliminate`. False: no pivot exceeds the threshold.
-template <int kSlots, int kColumns>
-LDMI_DEVICE bool eliminate_strip(const GridProblem& problem, const GridShared& shared, int k, int columns, double threshold,
+template <int kSlots, int kColumns, int kThreads>
+LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const GridShared& shared, int k, int columns, double threshold,
                                  unsigned& used, double (&a)[kSlots][kColumns]) {
-  const int warps = block_dim() / kWarp;
+  constexpr int kWarps = kThreads / kWarp;
   const auto slots = std::make_integer_sequence<int, kSlots>{};
   for (int j = 0; j < columns; ++j) {
     const int turn = (j & 1) * kGridCandidates;  // two sets: this column's are read while the next one's are written
@@ -200,36 +206,31 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem& problem, const GridShared& s
       rows[at] = row;
       for_each_slot(slots, [&](auto slot) {
         constexpr int s = decltype(slot)::value;
-        if (thread_idx() + block_dim() * s != row) return;
+        if (thread_idx() + kThreads * s != row) return;
         LDMI_UNROLL
         for (int c = 0; c < kColumns; ++c) candidates[at * 8 + c] = a[s][c];
       });
     };
-    unsigned key = 0, on_diagonal = 0;
+    if ((k + j) % kThreads == thread_idx()) lay_down(kWarps, ~used >> (k + j) / kThreads & 1u, k + j);
+    unsigned key = 0;
     int mine = 0;
-    bool has_diagonal = false;
     LDMI_UNROLL
     for (int s = 0; s < kSlots; ++s) {
-      const int row = thread_idx() + block_dim() * s;
+      const int row = thread_idx() + kThreads * s;
       const unsigned magnitude = (static_cast<unsigned>(bit_cast<uint64_t>(a[s][0]) >> 32) & 0x7fffffffu) + 1u;
       const bool open = row < problem.C && (used >> s & 1u) == 0;
-      if (row == k + j) {
-        has_diagonal = true;
-        on_diagonal = open ? magnitude : 0u;
-      }
       if (open && magnitude > key) {
         key = magnitude;
         mine = row;
       }
     }
-    if (has_diagonal) lay_down(warps, on_diagonal, k + j);
     const unsigned best = warp_max(key);
     if (lane() == lowest(ballot(key == best))) lay_down(warp(), best, mine);
     sync_block();
     int from = 0;
-    for (int w = 1; w < warps; ++w) from = keys[w] > keys[from] ? w : from;
-    const double diagonal = abs(candidates[warps * 8]);
-    if (keys[warps] != 0 && diagonal > threshold && diagonal >= kGridDiagonal * abs(candidates[from * 8])) from = warps;
+    for (int w = 1; w < kWarps; ++w) from = keys[w] > keys[from] ? w : from;
+    const double diagonal = abs(candidates[kWarps * 8]);
+    if (keys[kWarps] != 0 && diagonal > threshold && diagonal >= kGridDiagonal * abs(candidates[from * 8])) from = kWarps;
     const int row = rows[from];
     double pivot_row[kColumns];
     LDMI_UNROLL
@@ -246,7 +247,7 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem& problem, const GridShared& s
     for (int c = 1; c < kColumns; ++c) pivot_row[c] *= reciprocal;
     LDMI_UNROLL
     for (int s = 0; s < kSlots; ++s) {
-      if (thread_idx() + block_dim() * s == row) {  // becomes (the row with 1 instead of the pivot) / pivot below
+      if (thread_idx() + kThreads * s == row) {  // becomes (the row with 1 instead of the pivot) / pivot below
         used |= 1u << s;
         a[s][0] = -1.0;
         LDMI_UNROLL
@@ -272,14 +273,16 @@ struct Outside {
 
 // What the elimination of the columns first..first+count-1 does to a tile of 64 rows from i0 on and 64 columns outside from v0 on. The
 // product's rows are columns of M, so that a lane has neighbours in memory.
-LDMI_DEVICE void update_tile(const GridProblem& problem, const GridShared& shared, const Outside& outside, int first, int count,
-                             int i0, int v0) {
+template <int kThreads>
+LDMI_DEVICE void update_tile(const GridProblem<kThreads>& problem, const GridShared& shared, const Outside& outside, int first,
+                             int count, int i0, int v0) {
+  constexpr int kWarps = kThreads / kWarp;
   constexpr int kParts = 8, kDown = 4, kAcross = 2;  // of the tile: 32 rows by 16 columns, 8 by 8 at a time
   double* const X = shared.pool;                     // [kGridTile, kGridPanelStride]: M[p_J, c]
   double* const G = X + kGridTile * kGridPanelStride;
-  const int C = problem.C, columns = outside.count(), warps = block_dim() / kWarp, m = lane() / 4, q = lane() % 4;
+  const int C = problem.C, columns = outside.count(), m = lane() / 4, q = lane() % 4;
   const bool pairs = C % 2 == 0 && reinterpret_cast<uintptr_t>(problem.M) % 16 == 0;
-  for (int part0 = 0; part0 < kParts; part0 += warps) {
+  for (int part0 = 0; part0 < kParts; part0 += kWarps) {
     const int part = part0 + warp(), row0 = i0 + part / 4 * 32 + 2 * q, column0 = v0 + part % 4 * 16 + m;
     const bool busy = part < kParts;
     M8N8K4::C tile[kAcross][kDown];
@@ -306,12 +309,12 @@ LDMI_DEVICE void update_tile(const GridProblem& problem, const GridShared& share
     }
     for (int j0 = 0; j0 < count; j0 += kGridDepth) {
       sync_block();
-      for (int e = thread_idx(); e < kGridTile * kGridDepth; e += block_dim()) {
+      for (int e = thread_idx(); e < kGridTile * kGridDepth; e += kThreads) {
         const int v = v0 + e / kGridDepth, j = j0 + e % kGridDepth;
         X[e / kGridDepth * kGridPanelStride + e % kGridDepth] =
             v < columns && j < count ? load(problem.space.outside + static_cast<int64_t>(v) * problem.panel + j) : 0.0;
       }
-      for (int e = thread_idx(); e < kGridTile * kGridDepth; e += block_dim()) {
+      for (int e = thread_idx(); e < kGridTile * kGridDepth; e += kThreads) {
         const int i = i0 + e % kGridTile, j = j0 + e / kGridTile;
         G[e / kGridTile * kGridTileStride + e % kGridTile] = i < C && j < count ? load(problem.at(i, first + j)) : 0.0;
       }
@@ -351,11 +354,11 @@ LDMI_DEVICE void update_tile(const GridProblem& problem, const GridShared& share
 }
 
 // All steps; every thread of the grid. False: singular.
-template <int kSlots, int kColumns>
-LDMI_DEVICE bool eliminate_by_grid(const GridProblem& problem, const GridShared& shared, double threshold) {
+template <int kSlots, int kColumns, int kThreads>
+LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads>& problem, const GridShared& shared, double threshold) {
   const int C = problem.C, panel = problem.panel, panels = (C + panel - 1) / panel;
   const GridSpace& space = problem.space;
-  const int64_t block = block_idx(), blocks = grid_dim();
+  const int block = static_cast<int>(block_idx()), blocks = static_cast<int>(grid_dim());
   unsigned used = 0;  // of block 0's threads: a bit for each of the thread's rows that have been a pivot's
   bool regular = true;
   double a[kSlots][kColumns];
@@ -367,41 +370,42 @@ LDMI_DEVICE bool eliminate_by_grid(const GridProblem& problem, const GridShared&
     for (int t = 0; t <= steps; ++t) {
       const bool next = t < strips;
       // who shares the rest: all but block 0, which has the strip to do, unless it is alone
-      const int64_t crew = next && blocks > 1 ? blocks - 1 : blocks, me = crew < blocks ? block - 1 : block;
+      const int crew = next && blocks > 1 ? blocks - 1 : blocks, me = crew < blocks ? block - 1 : block;
       const int first = t == 0 ? before : begin + (t - 1) * kColumns, width = t == 0                   ? count
                                                                               : end - first < kColumns ? end - first
                                                                                                        : kColumns;
-      if (next && block == 0) {
-        const int c0 = begin + t * kColumns, columns = end - c0 < kColumns ? end - c0 : kColumns;
+      // block 0 begins with strip t, and goes on with the others if it is alone
+      for (int turn = next && block == 0 ? -1 : me; turn < strips;) {
+        const bool eliminates = turn < 0;
+        const int s = eliminates ? t : turn;
+        turn = !eliminates ? turn + crew : me >= 0 ? me : strips;
+        if (!eliminates && (width == 0 || s == t || s == t - 1)) continue;
+        const int c0 = begin + s * kColumns, columns = end - c0 < kColumns ? end - c0 : kColumns;
         load_strip(problem, c0, columns, a);
         if (width > 0) update_strip(problem, shared, c0, columns, first, width, a);
-        if (regular) regular = eliminate_strip(problem, shared, c0, columns, threshold, used, a);
-        if (regular) {
-          store_strip(problem, c0, columns, kColumns - columns, a);
-        } else if (thread_idx() == 0) {
-          store(space.singular, static_cast<uint32_t>(k) + 1u);
+        int lead = 0;
+        if (eliminates) {
+          if (regular) regular = eliminate_strip(problem, shared, c0, columns, threshold, used, a);
+          lead = kColumns - columns;
+          if (!regular) {
+            if (thread_idx() == 0) store(space.singular, static_cast<uint32_t>(k) + 1u);
+            continue;
+          }
         }
-      }
-      for (int64_t s = me; s >= 0 && s < strips && width > 0; s += crew) {
-        if (s == t || s == t - 1) continue;
-        const int c0 = begin + static_cast<int>(s) * kColumns, columns = end - c0 < kColumns ? end - c0 : kColumns;
-        load_strip(problem, c0, columns, a);
-        update_strip(problem, shared, c0, columns, first, width, a);
-        store_strip(problem, c0, columns, 0, a);
+        store_strip(problem, c0, columns, lead, a);
       }
       if (me >= 0 && count > 0 && t == 0) {
-        const int64_t all = static_cast<int64_t>(outside.count()) * count;
-        for (int64_t e = me * block_dim() + thread_idx(); e < all; e += crew * block_dim()) {
-          const int v = static_cast<int>(e / count), j = static_cast<int>(e % count);
+        const int all = outside.count() * count;
+        for (int e = me * kThreads + thread_idx(); e < all; e += crew * kThreads) {
+          const int v = e / count, j = e % count;
           store(space.outside + static_cast<int64_t>(v) * panel + j,
                 load(problem.at(load(space.row + before + j), outside.column(v))));
         }
       } else if (me >= 0 && count > 0) {
-        const int64_t down = (C + kGridTile - 1) / kGridTile, across = (outside.count() + kGridTile - 1) / kGridTile;
-        const int64_t share_begin = down * across * (t - 1) / steps, share_end = down * across * t / steps;
-        for (int64_t task = share_begin + (me + crew - strips % crew) % crew; task < share_end; task += crew) {
-          update_tile(problem, shared, outside, before, count, static_cast<int>(task % down) * kGridTile,
-                      static_cast<int>(task / down) * kGridTile);
+        const int down = (C + kGridTile - 1) / kGridTile, across = (outside.count() + kGridTile - 1) / kGridTile;
+        const int share_begin = down * across * (t - 1) / steps, share_end = down * across * t / steps;
+        for (int task = share_begin + (me + crew - strips % crew) % crew; task < share_end; task += crew) {
+          update_tile(problem, shared, outside, before, count, task % down * kGridTile, task / down * kGridTile);
         }
       }
       sync_grid();
@@ -415,6 +419,7 @@ LDMI_DEVICE bool eliminate_by_grid(const GridProblem& problem, const GridShared&
 }
 
 // V's transpose in its place, a block two tiles that change places
+template <int kThreads>
 LDMI_DEVICE void transpose(double* V, int64_t C, double* pool) {
   constexpr int kStride = kGridTurn + 1;
   const int64_t tiles = (C + kGridTurn - 1) / kGridTurn;
@@ -424,13 +429,13 @@ LDMI_DEVICE void transpose(double* V, int64_t C, double* pool) {
     double* const above = pool;
     double* const below = pool + kGridTurn * kStride;
     sync_block();
-    for (int e = thread_idx(); e < kGridTurn * kGridTurn; e += block_dim()) {
+    for (int e = thread_idx(); e < kGridTurn * kGridTurn; e += kThreads) {
       const int r = e / kGridTurn, c = e % kGridTurn;
       if (i0 + r < C && j0 + c < C) above[r * kStride + c] = load(V + (i0 + r) * C + j0 + c);
       if (j0 + r < C && i0 + c < C) below[r * kStride + c] = load(V + (j0 + r) * C + i0 + c);
     }
     sync_block();
-    for (int e = thread_idx(); e < kGridTurn * kGridTurn; e += block_dim()) {
+    for (int e = thread_idx(); e < kGridTurn * kGridTurn; e += kThreads) {
       const int r = e / kGridTurn, c = e % kGridTurn;
       if (i0 + r < C && j0 + c < C) store(V + (i0 + r) * C + j0 + c, below[c * kStride + r]);
       if (j0 + r < C && i0 + c < C) store(V + (j0 + r) * C + i0 + c, above[c * kStride + r]);
@@ -438,90 +443,105 @@ LDMI_DEVICE void transpose(double* V, int64_t C, double* pool) {
   }
 }
 
-template <int kSlots, int kColumns>
+// What the screening saw is not kept: the registers are the strips'.
+LDMI_DEVICE Screening screen(const Matrices& matrices, const double* n, const double* norms, double* norm) {
+  double largest = 0.0;
+  bool finite = true;
+  int present = 0;
+  for (int i = lane(); i < matrices.C; i += kWarp) {
+    const double row = load(norms + i);
+    finite &= !isnan(row);
+    largest = fmax(largest, row);
+    present += load_const(n + i) > 0.0 ? 1 : 0;
+  }
+  *norm = warp_max(largest);
+  return {all(finite), matrices.strict, warp_sum(present), matrices.C};
+}
+
+template <int kSlots, int kColumns, int kThreads>
+LDMI_DEVICE bool screen_and_eliminate(const Matrices& matrices, const double* n, const GridProblem<kThreads>& problem,
+                                      const GridShared& shared) {
+  double norm = 0.0;
+  const Screening seen = screen(matrices, n, problem.space.norms, &norm);
+  return seen.regular() && eliminate_by_grid<kSlots, kColumns>(problem, shared, threshold(matrices.C, norm));
+}
+
+template <int kSlots, int kColumns, int kThreads>
 LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, const GridSpace& space, int panel,
                                         const GridShared& shared) {
   const int C = matrices.C;
   const bool inverse = matrices.V != nullptr;
-  const double* const S = matrices.S + at * C * C;
   const double* const n = matrices.n + at * C;
-  double* const V = matrices.V + at * C * C;
-  const GridProblem problem{space, inverse ? V : space.matrix, C, panel, inverse};
-  const int64_t stride = grid_dim() * block_dim(), thread = block_idx() * block_dim() + thread_idx();
-  equilibrate_rows(S, n, C, problem.M, space.norms);
-  for (int64_t i = thread; i < C; i += stride) {
-    store(space.row + i, static_cast<int32_t>(i));
-    store(space.step + i, -1);
+  double* const V = inverse ? matrices.V + at * C * C : space.matrix;
+  const GridProblem<kThreads> problem{space, V, C, panel, inverse};
+  equilibrate_rows<kThreads>(matrices.S + at * C * C, n, C, V, space.norms);
+  if (block_idx() == 0) {
+    for (int i = thread_idx(); i < C; i += kThreads) {
+      store(space.row + i, i);
+      store(space.step + i, -1);
+    }
+    if (thread_idx() == 0) store(space.singular, 0u);
   }
-  if (thread == 0) store(space.singular, 0u);
   sync_grid();
-
-  double norm = 0.0;
-  bool finite = true;
-  int present = 0;
-  for (int i = lane(); i < C; i += kWarp) {
-    const double row = load(space.norms + i);
-    finite &= !isnan(row);
-    norm = fmax(norm, row);
-    present += load_const(n + i) > 0.0 ? 1 : 0;
-  }
-  const Screening seen{all(finite), matrices.strict, warp_sum(present), C};
-  norm = warp_max(norm);
   const auto answer = [&](const Determinant& found) {
-    if (thread != 0) return;
+    if (block_idx() != 0 || thread_idx() != 0) return;
     store(matrices.log_abs_det + at, found.log_abs_det);
     store(matrices.sign + at, found.sign);
     store(matrices.kept + at, found.kept);
   };
-  const bool regular = seen.regular() && eliminate_by_grid<kSlots, kColumns>(problem, shared, threshold(C, norm));
-  if (!regular) {
-    for (int64_t e = thread; inverse && e < int64_t{C} * C; e += stride) store(V + e, seen.finite ? 0.0 : kNaN);
+  if (!screen_and_eliminate<kSlots, kColumns>(matrices, n, problem, shared)) {
+    double norm = 0.0;
+    const Screening seen = screen(matrices, n, space.norms, &norm);
+    for (int e = static_cast<int>(block_idx()) * kThreads + thread_idx(); inverse && e < C * C;
+         e += static_cast<int>(grid_dim()) * kThreads) {
+      store(V + e, seen.finite ? 0.0 : kNaN);
+    }
     return answer(seen.regular() ? seen.singular() : seen.answer());
   }
 
   bool odd = false, moved = false;
-  for (int64_t l = block_idx(); l < C; l += grid_dim()) {
+  for (int l = static_cast<int>(block_idx()); l < C; l += static_cast<int>(grid_dim())) {
     const int row = load(space.row + l);
-    for (int64_t i = thread_idx(); i < l; i += block_dim()) odd ^= load(space.row + i) > row;
+    for (int64_t i = thread_idx(); i < l; i += kThreads) odd ^= load(space.row + i) > row;
     if (thread_idx() == 0) odd ^= load(space.pivots + l) < 0.0;
     if (!inverse) continue;
     const bool here = load_const(n + row) > 0.0;
-    double* const values = V + l * C;
+    double* const values = V + int64_t{C} * l;
     double value[kSlots];
     LDMI_UNROLL
     for (int s = 0; s < kSlots; ++s) {
-      const int i = thread_idx() + block_dim() * s;
+      const int i = thread_idx() + kThreads * s;
       const double weight = i < C ? load_const(n + i) : 0.0;
       value[s] = here && weight > 0.0 ? load(values + load(space.row + i)) / weight : 0.0;
     }
     sync_block();
     LDMI_UNROLL
     for (int s = 0; s < kSlots; ++s) {
-      const int i = thread_idx() + block_dim() * s;
+      const int i = thread_idx() + kThreads * s;
       if (i < C) store(values + i, value[s]);
     }
   }
   const int ones = sync_block_count(odd);
   if (thread_idx() == 0) store(space.odd + block_idx(), static_cast<uint32_t>(ones));
-  for (int i = thread_idx(); i < C; i += block_dim()) moved |= load(space.row + i) != i;
+  for (int i = thread_idx(); i < C; i += kThreads) moved |= load(space.row + i) != i;
   moved = sync_block_or(moved);
   sync_grid();
   if (inverse) {
-    transpose(V, C, shared.pool);
+    transpose<kThreads>(V, C, shared.pool);
     if (moved) {
       sync_grid();
-      for (int64_t k = block_idx(); k < C; k += grid_dim()) {
-        double* const values = V + k * C;
+      for (int k = static_cast<int>(block_idx()); k < C; k += static_cast<int>(grid_dim())) {
+        double* const values = V + int64_t{C} * k;
         double value[kSlots];
         LDMI_UNROLL
         for (int s = 0; s < kSlots; ++s) {
-          const int l = thread_idx() + block_dim() * s;
+          const int l = thread_idx() + kThreads * s;
           value[s] = l < C ? load(values + l) : 0.0;
         }
         sync_block();
         LDMI_UNROLL
         for (int s = 0; s < kSlots; ++s) {
-          const int l = thread_idx() + block_dim() * s;
+          const int l = thread_idx() + kThreads * s;
           if (l < C) store(values + load(space.row + l), value[s]);
         }
       }
@@ -529,25 +549,30 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
   }
   if (block_idx() != 0 || warp() != 0) return;
   LogProduct product;
+  int present = 0;
   for (int i = lane(); i < C; i += kWarp) {
     product.multiply(abs(load(space.pivots + i)));
     const double weight = load_const(n + i);
-    if (weight > 0.0) product.multiply(weight);
+    if (weight > 0.0) {
+      product.multiply(weight);
+      ++present;
+    }
   }
   unsigned negative = 0;
   for (int64_t b = lane(); b < grid_dim(); b += kWarp) negative += load(space.odd + b);
   const double log_abs_det = product.log();
-  answer({log_abs_det, warp_sum(negative) % 2 == 0 ? 1.0 : -1.0, seen.kept()});
+  const double sign = warp_sum(negative) % 2 == 0 ? 1.0 : -1.0;
+  answer({log_abs_det, sign, warp_sum(present)});  // with strict, all are
 }
 
 // One matrix after the other
-template <int kSlots, int kColumns>
-LDMI_KERNEL void LDMI_BOUNDS(kGridThreads, 1) logdet_inverse_grid(Matrices matrices, GridSpace space, int panel) {
+template <int kSlots, int kColumns, int kThreads>
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) logdet_inverse_grid(Matrices matrices, GridSpace space, int panel) {
   Carve carve;
   const GridShared shared = take_grid_shared(carve);
   for (int64_t at = 0; at < matrices.count; ++at) {
     if (at > 0) sync_grid();
-    logdet_inverse_by_grid<kSlots, kColumns>(matrices, at, space, panel, shared);
+    logdet_inverse_by_grid<kSlots, kColumns, kThreads>(matrices, at, space, panel, shared);
   }
 }
 

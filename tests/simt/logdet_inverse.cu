@@ -322,11 +322,17 @@ Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>
   test::require(static_cast<int64_t>(carve.bytes()) == plan::kGridSmem, "the plan's shared memory is not the kernel's");
   const simt::Grid grid{shape.blocks, shape.threads, carve.bytes(), 1, true};
   const auto start = [&](auto kernel) { return simt::launch(kernel, grid, simt::Stream{}, matrices, space, shape.panel); };
-  test::require_success(shape.slots == 1   ? start(factor::logdet_inverse_grid<1, 8>)
-                        : shape.slots == 2 ? start(factor::logdet_inverse_grid<2, 8>)
-                        : shape.slots == 4 ? start(factor::logdet_inverse_grid<4, 8>)
-                        : shape.slots == 8 ? start(factor::logdet_inverse_grid<8, 8>)
-                                           : start(factor::logdet_inverse_grid<16, 4>),
+  const auto with_slots = [&](auto threads) {
+    constexpr int kThreads = decltype(threads)::value;
+    return shape.slots == 1   ? start(factor::logdet_inverse_grid<1, 8, kThreads>)
+           : shape.slots == 2 ? start(factor::logdet_inverse_grid<2, 8, kThreads>)
+           : shape.slots == 4 ? start(factor::logdet_inverse_grid<4, 8, kThreads>)
+           : shape.slots == 8 ? start(factor::logdet_inverse_grid<8, 8, kThreads>)
+                              : start(factor::logdet_inverse_grid<16, 4, kThreads>);
+  };
+  test::require_success(shape.threads == 32   ? with_slots(std::integral_constant<int, 32>{})
+                        : shape.threads == 96 ? with_slots(std::integral_constant<int, 96>{})
+                                              : with_slots(std::integral_constant<int, 256>{}),
                         "logdet_inverse_grid");
   return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
 }
@@ -488,7 +494,7 @@ void check_grid(Random& random, const simt::Device& device) {
   shape.blocks = random.integer(1, device.sms);
   shape.slots = 1 << random.integer(0, 4);
   const int strip = shape.slots == 16 ? 4 : 8;
-  shape.threads = 32 * static_cast<int>(random.one_of({1, 1, 2, 3, 8}));
+  shape.threads = random.one_of({32, 32, 96, 256});
   shape.panel = strip * static_cast<int>(random.one_of({1, 2, 3, 4, 5, 9, 16}));
   const int64_t C = draw_classes(random, std::min<int64_t>(shape.slots * shape.threads, 100));
   const int64_t count = C <= 24 && random.chance(0.5) ? random.integer(1, 4) : 1;
