@@ -309,15 +309,23 @@ LDMI_DEVICE void update_tile(const GridProblem<kThreads>& problem, const GridSha
     }
     for (int j0 = 0; j0 < count; j0 += kGridDepth) {
       sync_block();
+      // on their way without registers; rolled up, for the addresses would take as many
+      LDMI_UNROLL_BY(1)
       for (int e = thread_idx(); e < kGridTile * kGridDepth; e += kThreads) {
         const int v = v0 + e / kGridDepth, j = j0 + e % kGridDepth;
-        X[e / kGridDepth * kGridPanelStride + e % kGridDepth] =
-            v < columns && j < count ? load(problem.space.outside + static_cast<int64_t>(v) * problem.panel + j) : 0.0;
+        const bool there = v < columns && j < count;
+        copy_async<8>(X + e / kGridDepth * kGridPanelStride + e % kGridDepth,
+                      problem.space.outside + (there ? v * problem.panel + j : 0), there ? 8 : 0);
       }
+      LDMI_UNROLL_BY(1)
       for (int e = thread_idx(); e < kGridTile * kGridDepth; e += kThreads) {
         const int i = i0 + e % kGridTile, j = j0 + e / kGridTile;
-        G[e / kGridTile * kGridTileStride + e % kGridTile] = i < C && j < count ? load(problem.at(i, first + j)) : 0.0;
+        const bool there = i < C && j < count;
+        copy_async<8>(G + e / kGridTile * kGridTileStride + e % kGridTile, there ? problem.at(i, first + j) : problem.M,
+                      there ? 8 : 0);
       }
+      commit_copies();
+      wait_copies();
       sync_block();
       if (!busy) continue;
       const double* const x = X + (part % 4 * 16 + m) * kGridPanelStride + q;

@@ -534,7 +534,7 @@ void check(Random& random) {
     if (random.chance(0.3)) limits.smem_block = plan::kGridSmem;
   }
   if (random.chance(0.2)) check_log_product(random);
-  const bool huge = limits.cooperative && limits.smem_block == plan::kGridSmem && random.chance(0.05);  // more rows than threads
+  const bool huge = limits.cooperative && limits.smem_block == plan::kGridSmem && random.chance(0.15);  // more rows than threads
   const int64_t C = huge ? random.integer(255, 262) : draw_classes(random, 170);
   const int64_t count = C <= 40 && random.chance(0.5) ? random.integer(1, 9) : 1;
   const bool strict = random.chance(0.3);
