@@ -88,11 +88,12 @@ int64_t factor_stride(int64_t classes, int64_t smem_bytes);
 // The most classes that one block factors: 170 with 227 KB of shared memory, 144 with 163, 112 with 99.
 int64_t factor_classes(const DeviceLimits& limits);
 
-// The grid's elimination: above so many classes the threads of a block do not hold a strip's rows in registers.
+// The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. No GPU has compared it with a
+// library's yet; what is expected is in docs/performance.md.
 inline constexpr int64_t kGridClasses = 4096;
 inline constexpr int64_t kGridSmem = 37152;  // shared memory of each block
 // Columns whose effect on the others is one product. What that moves, C^2 (2 + panel / 64) doubles a panel, is to take less time than
-// the elimination of its columns, some 3 us for 8 (4 above 2048 classes): from level 2 at C = 1000 (24 MB, 12 us), from memory at
+// the elimination of its columns, some 5 us for 8 (for 4 above 2048 classes): from level 2 at C = 1000 (24 MB, 12 us), from memory at
 // 4096.
 constexpr int64_t grid_panel(int64_t classes) { return classes <= 1024 ? 32 : classes <= 2048 ? 64 : 128; }
 // Columns of a strip: a thread of 256 holds 8, or 16, rows of it.
