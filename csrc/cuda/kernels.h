@@ -41,8 +41,8 @@ int logits_grad(const Batch& batch, const void* lse, const double* V, const doub
 // ---------------------------------------------------------------------------------------------------------- logdet_inverse
 
 // log|det S|, its sign, the number of classes kept and V = S^{-T} of `count` matrices S [count, C, C] with n [count, C], as on a CPU,
-// not where plan::cuda_logdet_inverse says kLibrary: an error. V may be null: the determinants alone, with the same bits; the workspace
-// is that of the plan with or without the inverse.
+// not where plan::cuda_logdet_inverse says kLibrary: an error. V may be null: the determinants alone, with the same bits; the
+// workspace is that of the plan with or without the inverse.
 int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, bool strict, double* log_abs_det, double* sign,
                    int64_t* kept, double* V, void* workspace, const DeviceLimits& limits, simt::Stream stream);
 
