@@ -17,7 +17,8 @@ class DeviceGuard {
 };
 
 // The limits of a device, asked once; all zero if there is no such device. Needs no kernels for it. LDMI_FAST_CUDA_STAGED=1 in the
-// environment takes cooperative grids away, to compare a forward in one launch with one step by step.
+// environment takes cooperative grids away, to compare a forward in one launch with one step by step, and the grid's elimination with
+// a library's LU.
 const plan::DeviceLimits& limits_of(int device);
 
 // The runtime's text for an error code of a launch.

@@ -41,9 +41,10 @@ int logits_grad(const Batch& batch, const void* lse, const double* V, const doub
 // ---------------------------------------------------------------------------------------------------------- logdet_inverse
 
 // log|det S|, its sign, the number of classes kept and V = S^{-T} of `count` matrices S [count, C, C] with n [count, C], as on a CPU,
-// where plan::cuda_logdet_inverse says kWarp or kBlock. V may be null: the determinants alone, with the same bits.
+// not where plan::cuda_logdet_inverse says kLibrary: an error. V may be null: the determinants alone, with the same bits; the
+// workspace is that of the plan with or without the inverse.
 int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, bool strict, double* log_abs_det, double* sign,
-                   int64_t* kept, double* V, const DeviceLimits& limits, simt::Stream stream);
+                   int64_t* kept, double* V, void* workspace, const DeviceLimits& limits, simt::Stream stream);
 
 // Where it says kLibrary, these stand around a library's LU; all three have one workspace, which they hand on.
 // R [count, C, C], column-major, from S; and V [count, C, C], unless null, the identity:
@@ -76,7 +77,8 @@ int fused(const Batch& batch, const LossOptions& options, void* loss, void* grad
 // ------------------------------------------------------------------------------------------------------------ loss_forward
 
 // What the op loss_forward returns, K == C: the loss (one float, or double for fp64 logits), lse [N] as joint's, V [C, C] (null where
-// no gradient is asked for), scale and ce_scale (a double each). Not where plan::cuda_loss_forward says kLibrary: an error.
+// no gradient is asked for), scale and ce_scale (a double each). Not where plan::cuda_loss_forward says kLibrary: an error. The
+// workspace is that of the plan with or without the gradient.
 int loss_forward(const Batch& batch, const LossOptions& options, void* loss, void* lse, double* V, double* scale, double* ce_scale,
                  void* workspace, const DeviceLimits& limits, simt::Stream stream);
 

@@ -1,7 +1,9 @@
 // The launches of logdet_inverse.
 
 #include "kernels.h"
+#include "logdet_inverse_grid.cuh"
 #include "logdet_inverse_library.cuh"
+#include "rows.cuh"
 
 namespace ldmi::cuda {
 namespace {
@@ -33,6 +35,37 @@ int launch_blocks(const Matrices& matrices, const plan::CudaLogdetInverse& plan,
   return simt::launch(factor::logdet_inverse_blocks<kMost>, grid, stream, matrices, static_cast<int>(plan.stride));
 }
 
+GridSpace grid_space(int C, int64_t panel, int sms, bool inverse, Workspace& work) {
+  GridSpace space;
+  space.outside = work.take<double>(C * panel);
+  space.norms = work.take<double>(C);
+  space.pivots = work.take<double>(C);
+  space.row = work.take<int32_t>(C);
+  space.step = work.take<int32_t>(C);
+  space.odd = work.take<uint32_t>(sms);
+  space.singular = work.take<uint32_t>(1);
+  space.matrix = inverse ? nullptr : work.take<double>(int64_t{C} * C);
+  return space;
+}
+
+template <int kSlots>
+int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, void* workspace, const DeviceLimits& limits,
+                simt::Stream stream) {
+  if constexpr (kSlots > 1) {
+    if (matrices.C <= kSlots / 2 * kGridThreads) return launch_grid<kSlots / 2>(matrices, plan, workspace, limits, stream);
+  }
+  static_assert(kSlots * kGridThreads <= plan::kGridClasses);
+  const auto kernel = factor::logdet_inverse_grid<kSlots, plan::grid_strip(kSlots * kGridThreads), kGridThreads>;
+  const auto smem = static_cast<size_t>(plan.smem_bytes);
+  int resident = 0;
+  if (const int error = simt::blocks_per_sm(kernel, kGridThreads, smem, &resident); error != 0) return error;
+  // a block a multiprocessor: the strips' one has its own for itself
+  const simt::Grid grid{resident > 0 ? int64_t{limits.sms} : 0, kGridThreads, smem, 1, true};
+  Workspace work(workspace);
+  const GridSpace space = grid_space(matrices.C, plan.panel, limits.sms, matrices.V != nullptr, work);
+  return simt::launch(kernel, grid, stream, matrices, space, static_cast<int>(plan.panel));
+}
+
 LibrarySpace library_space(int64_t count, int64_t C, void* workspace) {
   const int64_t blocks = (C + factor::kLibraryRows - 1) / factor::kLibraryRows;
   double* const norms = static_cast<double*>(workspace);
@@ -47,12 +80,16 @@ int64_t at_most(int64_t blocks, const DeviceLimits& limits) {
 }  // namespace
 
 int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, bool strict, double* log_abs_det, double* sign,
-                   int64_t* kept, double* V, const DeviceLimits& limits, simt::Stream stream) {
+                   int64_t* kept, double* V, void* workspace, const DeviceLimits& limits, simt::Stream stream) {
   if (count == 0) return 0;
   const Matrices matrices{S, n, count, static_cast<int>(C), strict, log_abs_det, sign, kept, V};
-  const plan::CudaLogdetInverse plan = plan::cuda_logdet_inverse(count, C, limits);
+  const plan::CudaLogdetInverse plan = plan::cuda_logdet_inverse(count, C, limits, V != nullptr);
   if (plan.factor == plan::CudaFactor::kWarp) return launch_warps<kFactorWarp>(matrices, limits, stream);
-  return launch_blocks<kFactorClasses>(matrices, plan, stream);
+  if (plan.factor == plan::CudaFactor::kBlock) return launch_blocks<kFactorClasses>(matrices, plan, stream);
+  if (plan.factor == plan::CudaFactor::kGrid)
+    return launch_grid<plan::kGridClasses / kGridThreads>(matrices, plan, workspace, limits, stream);
+  constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+  return kInvalidValue;
 }
 
 int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* R, double* V, void* workspace,

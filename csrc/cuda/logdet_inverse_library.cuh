@@ -1,4 +1,4 @@
-// What stands around a library's LU factorisation where C is too large for one block: S to R before it, the determinant and V after
+// What stands around a library's LU factorisation where no kernel of our own takes C: S to R before it, the determinant and V after
 // it. The host looks at nothing; the flags stay on the device.
 //
 // - equilibrate: R = diag(1/n) S, column-major, with identity rows and columns for absent classes; its norm, and whether it is finite.

@@ -13,7 +13,7 @@ int loss_forward(const Batch& batch, const LossOptions& options, void* loss, voi
   const bool soft = batch.soft.data != nullptr, weighted = batch.weights.data != nullptr;
   const Type loss_type = batch.logits.type == Type::kFloat64 ? Type::kFloat64 : Type::kFloat32;
   const int64_t bytes = batch.logits.type == Type::kFloat64 ? 8 : batch.logits.type == Type::kFloat32 ? 4 : 2;
-  const plan::CudaLossForward plan = plan::cuda_loss_forward(rows, C, soft, bytes, weighted, limits);
+  const plan::CudaLossForward plan = plan::cuda_loss_forward(rows, C, soft, bytes, weighted, limits, V != nullptr);
   if (batch.num_labels != C || plan.how == plan::CudaLoss::kLibrary) return kInvalidValue;
   if (plan.how == plan::CudaLoss::kOneBlock) {
     return with_type(batch.logits.type, [&](auto type) {
@@ -43,7 +43,7 @@ int loss_forward(const Batch& batch, const LossOptions& options, void* loss, voi
   double* const sign = work.take<double>(1);
   int64_t* const kept = work.take<int64_t>(1);
   void* const sums = static_cast<char*>(workspace) + work.bytes();
-  const int error = logdet_inverse(S, n, 1, C, options.strict, log_abs_det, sign, kept, V, limits, stream);
+  const int error = logdet_inverse(S, n, 1, C, options.strict, log_abs_det, sign, kept, V, sums, limits, stream);
   if (error != 0) return error;
   return combine(batch, log_abs_det, kept, n, ce, options, loss, loss_type, scale, ce_scale, sums, limits, stream);
 }

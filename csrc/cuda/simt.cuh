@@ -23,12 +23,15 @@
 #define LDMI_DEVICE __device__ __forceinline__                               // a function of device code
 #define LDMI_HOST_DEVICE __host__ __device__ __forceinline__                 // a function of both
 #define LDMI_UNROLL _Pragma("unroll")                                        // before a loop whose count is a constant
+#define LDMI_DETAIL_PRAGMA(text) _Pragma(#text)
+#define LDMI_UNROLL_BY(count) LDMI_DETAIL_PRAGMA(unroll(count))  // so many turns at a time, a constant; 1: none, for want of registers
 #else
 #define LDMI_KERNEL inline
 #define LDMI_BOUNDS(threads, blocks)
 #define LDMI_DEVICE inline
 #define LDMI_HOST_DEVICE inline
 #define LDMI_UNROLL
+#define LDMI_UNROLL_BY(count)
 #endif
 
 namespace ldmi::simt {

@@ -118,13 +118,20 @@ int64_t factor_classes(const DeviceLimits& limits) {
   return classes;
 }
 
-CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const DeviceLimits& limits) {
+CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const DeviceLimits& limits, bool inverse) {
   CudaLogdetInverse out{};
   if (classes <= 32) {
     out.factor = CudaFactor::kWarp;
   } else if (out.stride = factor_stride(classes, limits.smem_block); out.stride > 0) {
     out.factor = CudaFactor::kBlock;
     out.smem_bytes = factor_smem(classes, out.stride);
+  } else if (classes <= kGridClasses && limits.cooperative && limits.smem_block >= kGridSmem) {
+    out.factor = CudaFactor::kGrid;
+    out.panel = grid_panel(classes);
+    out.smem_bytes = kGridSmem;
+    // rows beside, norms, pivots, their rows and steps, a count a block, a flag, and the matrix
+    out.workspace_bytes = piece(classes * out.panel * 8) + 2 * piece(classes * 8) + 2 * piece(classes * 4) + piece(limits.sms * 4) +
+                          piece(4) + (inverse ? 0 : piece(classes * classes * 8));
   } else {
     out.factor = CudaFactor::kLibrary;
     // a norm for each 8 rows, and what to select
@@ -169,27 +176,30 @@ CudaFused cuda_fused(int64_t rows, int64_t classes, int64_t value_bytes, bool we
 // ------------------------------------------------------------------------------------------------------------ loss_forward
 
 CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int64_t value_bytes, bool weighted,
-                                  const DeviceLimits& limits) {
+                                  const DeviceLimits& limits, bool gradient) {
   CudaLossForward out{};
   if (!soft) {
     out.block = cuda_fused(rows, classes, value_bytes, weighted, limits);
     out.how = CudaLoss::kOneBlock;
     if (out.block.runs) return out;
   }
-  if (cuda_logdet_inverse(1, classes, limits).factor == CudaFactor::kLibrary) {
+  const CudaLogdetInverse elimination = cuda_logdet_inverse(1, classes, limits, gradient);
+  if (elimination.factor == CudaFactor::kLibrary) {
     out.how = CudaLoss::kLibrary;
     return out;
   }
-  out.how = soft && weighted ? CudaLoss::kScalars : CudaLoss::kEnd;
+  const bool grid = elimination.factor == CudaFactor::kGrid;
+  out.how = grid || (soft && weighted) ? CudaLoss::kScalars : CudaLoss::kEnd;
   const int64_t joint = cuda_joint(rows, classes, classes, soft, value_bytes, limits).workspace_bytes;
-  if (limits.cooperative) {
+  if (limits.cooperative && !grid) {
     out.how = CudaLoss::kWhole;
     const int64_t sums_of_weights = soft && weighted ? cuda_joint(rows, classes, classes, soft, value_bytes, limits).blocks * 8 : 0;
     out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) + joint + piece(sums_of_weights);
     return out;
   }
   out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) +
-                        std::max(joint, 3 * piece(8) + cuda_combine(rows, soft && weighted, limits).workspace_bytes);
+                        std::max(joint, 3 * piece(8) + std::max(elimination.workspace_bytes,
+                                                                cuda_combine(rows, soft && weighted, limits).workspace_bytes));
   return out;
 }
 
@@ -211,6 +221,20 @@ const char* name_of(CudaOrder order) {
   return "";
 }
 
+const char* name_of(CudaFactor factor) {
+  switch (factor) {
+    case CudaFactor::kWarp:
+      return "one warp, in registers";
+    case CudaFactor::kBlock:
+      return "one block, in shared memory";
+    case CudaFactor::kGrid:
+      return "all multiprocessors, in one launch";
+    case CudaFactor::kLibrary:
+      return "LU of torch's libraries";
+  }
+  return "";
+}
+
 }  // namespace
 
 Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs, const DeviceLimits& limits) {
@@ -226,27 +250,27 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
   const CudaJoint joint = cuda_joint(rows, classes, labels, soft, value_bytes, limits);
   const CudaLogitsGrad grad = cuda_logits_grad(rows, classes, labels, soft, value_bytes, limits);
   const CudaLogdetInverse elimination = cuda_logdet_inverse(1, classes, limits);
-  const char* const factor = elimination.factor == CudaFactor::kWarp    ? "logdet_inverse (one warp, in registers)"
-                             : elimination.factor == CudaFactor::kBlock ? "logdet_inverse (one block, in shared memory)"
-                                                                        : "logdet_inverse (LU of torch's libraries)";
-  out.kernels = {std::string("joint (") + name_of(joint.order) + ")", factor,
+  out.kernels = {std::string("joint (") + name_of(joint.order) + ")",
+                 std::string("logdet_inverse (") + name_of(elimination.factor) + ")",
                  std::string("logits_grad (") + name_of(grad.order) + ")"};
   const CudaLossForward forward = cuda_loss_forward(rows, classes, soft, value_bytes, false, limits);
   // with K != C the joint alone is the op that runs
   const bool whole = labels == classes && (forward.how == CudaLoss::kWhole || forward.how == CudaLoss::kOneBlock);
   out.regime = std::string(whole ? "forward in one launch, " : "staged, ") + std::to_string(joint.blocks) + " + " +
                std::to_string(grad.blocks) + " blocks on " + std::to_string(limits.sms) + " multiprocessors";
+  // a library's factors and V stand beside what the joint left
   const int64_t library = elimination.factor == CudaFactor::kLibrary ? 2 * classes * classes * 8 + elimination.workspace_bytes : 0;
-  out.workspace_bytes = std::max({joint.workspace_bytes + library, grad.workspace_bytes,
+  out.workspace_bytes = std::max({joint.workspace_bytes + library, elimination.workspace_bytes, grad.workspace_bytes,
                                   cuda_loss_forward(rows, classes, soft, value_bytes, soft, limits).workspace_bytes});
   out.reason =
       joint.order == CudaOrder::kTile ? "at most " + std::to_string(kTileClasses) + " classes: each block sums a tile of S on chip"
       : joint.order == CudaOrder::kSoft
           ? "the joint is a matrix product of targets and predictions"
           : "more than " + std::to_string(kTileClasses) + " classes: rows are visited by label, so that a row of S stays on chip";
-  if (elimination.factor == CudaFactor::kLibrary) {
+  if (elimination.factor == CudaFactor::kGrid || elimination.factor == CudaFactor::kLibrary) {
     out.reason += "; a block's shared memory holds a matrix of " + std::to_string(factor_classes(limits)) + " classes at most";
   }
+  if (classes > kGridClasses) out.reason += ", a grid's registers a strip of " + std::to_string(kGridClasses);
   if (!limits.cooperative) out.reason += "; step by step: no cooperative grids on this device, or LDMI_FAST_CUDA_STAGED is set";
   if (probs) out.reason += "; probabilities are taken as they are";
   return out;

@@ -76,6 +76,7 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
 enum class CudaFactor {
   kWarp,     // a warp a matrix, in registers
   kBlock,    // a block a matrix, in shared memory
+  kGrid,     // all blocks of a cooperative grid, one matrix after the other
   kLibrary,  // a library's LU, and the kernels around it
 };
 
@@ -87,13 +88,26 @@ int64_t factor_stride(int64_t classes, int64_t smem_bytes);
 // The most classes that one block factors: 170 with 227 KB of shared memory, 144 with 163, 112 with 99.
 int64_t factor_classes(const DeviceLimits& limits);
 
+// The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. No GPU has compared it with a
+// library's yet; what is expected is in docs/performance.md.
+inline constexpr int64_t kGridClasses = 4096;
+inline constexpr int64_t kGridSmem = 37152;  // shared memory of each block
+// Columns whose effect on the others is one product. What that moves, C^2 (2 + panel / 64) doubles a panel, is to take less time than
+// the elimination of its columns, some 5 us for 8 (for 4 above 2048 classes): from level 2 at C = 1000 (24 MB, 12 us), from memory at
+// 4096.
+constexpr int64_t grid_panel(int64_t classes) { return classes <= 1024 ? 32 : classes <= 2048 ? 64 : 128; }
+// Columns of a strip: a thread of 256 holds 8, or 16, rows of it.
+constexpr int64_t grid_strip(int64_t classes) { return classes <= 2048 ? 8 : 4; }
+
 struct CudaLogdetInverse {
   CudaFactor factor;
   int64_t stride;           // kBlock
-  int64_t smem_bytes;       // kBlock
-  int64_t workspace_bytes;  // kLibrary
+  int64_t panel;            // kGrid
+  int64_t smem_bytes;       // kBlock, kGrid
+  int64_t workspace_bytes;  // kGrid, kLibrary
 };
-CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const DeviceLimits& limits);
+// Without the inverse a grid's matrix is in the workspace, else in the memory of V.
+CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const DeviceLimits& limits, bool inverse = true);
 
 // The sum of the weights of soft targets, where it is not that of the labels: one block for each of so many rows.
 inline constexpr int64_t kWeightRows = 16384;
@@ -137,7 +151,7 @@ enum class CudaLoss {
   kOneBlock,  // fused without the gradient: one launch
   kWhole,     // joint, logdet_inverse and the scalars by a cooperative grid: one launch
   kEnd,       // joint, and one launch of one block for the factorisation and the scalars
-  kScalars,   // joint, logdet_inverse, combine: soft targets, whose weights have to be summed
+  kScalars,   // joint, logdet_inverse, combine: more classes than one block factors, or weights of soft targets to be summed
   kLibrary,   // joint, the library's LU, combine: the caller's
 };
 
@@ -147,7 +161,7 @@ struct CudaLossForward {
   int64_t workspace_bytes;
 };
 CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int64_t value_bytes, bool weighted,
-                                  const DeviceLimits& limits);
+                                  const DeviceLimits& limits, bool gradient = true);
 
 // ----------------------------------------------------------------------------------------------------------------- explain
 

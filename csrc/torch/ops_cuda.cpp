@@ -87,8 +87,8 @@ Tensor column_major(const Tensor& memory, int64_t count, int64_t C, Place place)
   return Tensor(handle);
 }
 
-// More classes than a block can hold: torch's LU, with the contract around it in kernels of our own. R becomes its factors in place, V
-// the identity and then the inverse, if it is wanted.
+// More classes than our own kernels take: torch's LU, with the contract around it in kernels of our own. R becomes its factors in
+// place, V the identity and then the inverse, if it is wanted.
 void factor_by_library(const Call& call, const Factors& f, bool strict, int64_t workspace_bytes) {
   const Tensor workspace = call.workspace(workspace_bytes), memory = call.allocate({f.count, f.C, f.C}, ScalarType::Double);
   const Tensor pivots = call.allocate({f.count, f.C}, ScalarType::Int), info = call.allocate({f.count}, ScalarType::Int);
@@ -117,14 +117,16 @@ void factor_by_library(const Call& call, const Factors& f, bool strict, int64_t 
 
 void factor(const Call& call, const Factors& f, bool strict) {
   if (f.count == 0) return;
-  const plan::CudaLogdetInverse how = plan::cuda_logdet_inverse(f.count, f.C, call.limits);
+  const bool inverse = f.V.size(0) != 0;
+  const plan::CudaLogdetInverse how = plan::cuda_logdet_inverse(f.count, f.C, call.limits, inverse);
   if (how.factor == plan::CudaFactor::kLibrary) {
     factor_by_library(call, f, strict, how.workspace_bytes);
     return;
   }
+  const Tensor workspace = call.workspace(how.workspace_bytes);
   check(cuda::logdet_inverse(doubles(f.S), doubles(f.n), f.count, f.C, strict, doubles(f.log_abs_det), doubles(f.sign),
-                             static_cast<int64_t*>(f.kept.data_ptr()), f.V.size(0) == 0 ? nullptr : doubles(f.V), call.limits,
-                             call.stream),
+                             static_cast<int64_t*>(f.kept.data_ptr()), inverse ? doubles(f.V) : nullptr, workspace.data_ptr(),
+                             call.limits, call.stream),
         "logdet_inverse");
 }
 
@@ -169,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, T
   Tensor scale = call.allocate({}, ScalarType::Double), ce_scale = call.allocate({}, ScalarType::Double);
   const bool soft = batch.soft.data != nullptr, weighted = sample_weight.has_value();
   const plan::CudaLossForward how =
-      plan::cuda_loss_forward(batch.logits.rows, C, soft, bytes_of(batch.logits.type), weighted, call.limits);
+      plan::cuda_loss_forward(batch.logits.rows, C, soft, bytes_of(batch.logits.type), weighted, call.limits, gradient);
   if (how.how != plan::CudaLoss::kLibrary) {
     Tensor V = call.allocate({kept, kept}, ScalarType::Double);
     const Tensor workspace = call.workspace(how.workspace_bytes);

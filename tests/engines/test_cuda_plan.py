@@ -79,14 +79,17 @@ def test_clothing1m_is_one_launch_everywhere() -> None:
 
 
 def test_factor() -> None:
-    """A warp up to 32 classes, a block as far as its shared memory goes, a library above."""
+    """A warp up to 32 classes, a block as far as its shared memory goes, a cooperative grid up to 4096, a library above."""
     for device, most in ONE_BLOCK.items():
 
         def factor(classes: int, device: str = device) -> str:
             return plan(10**6, classes, device)["kernels"][1]
 
         assert last_before(lambda c, f=factor: "one warp" not in f(c), 1, 64) == 32
-        assert last_before(lambda c, f=factor: "torch" in f(c), 33, 1000) == most
+        assert last_before(lambda c, f=factor: "one block" not in f(c), 33, 1000) == most
+        grid = 4096 if device != "staged" else most
+        assert last_before(lambda c, f=factor: "torch" in f(c), 33, 10000) == grid
+        assert ("all multiprocessors" in factor(most + 1)) is (device != "staged")
         assert f"{most} classes at most" in plan(10**6, most + 1, device)["reason"]
 
 
@@ -106,6 +109,17 @@ def test_the_forward_is_one_launch_as_far_as_a_block_factors(device: str, soft: 
         assert "cooperative" not in plan(10**6, 14, device)["reason"]
 
 
+def test_small_shared_memory_takes_the_library() -> None:
+    """The grid's blocks need 37 KB each."""
+    sms, _, _, l2, capability, cooperative = DEVICES["sm_90"]
+    kernels = {
+        room: ops.compiled.cuda_plan(10**6, 1000, 1000, False, 4, False, sms, room, room, l2, capability, cooperative)["kernels"][1]
+        for room in (37151, 37152)
+    }
+    assert "torch" in kernels[37151]
+    assert "all multiprocessors" in kernels[37152]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_joint_order(device: str) -> None:
     assert last_before(lambda c: "label order" in plan(10**6, c, device)["kernels"][0], 1, 5000) == 64
@@ -123,6 +137,15 @@ def test_plan_is_bounded() -> None:
                     allowed = 0.05 * rows * classes * value_bytes + 1.05 * (16 * classes**2 + 16 * rows) + 4 * 2**20
                     needed = found["workspace_bytes"] + 16 * classes**2
                     assert needed <= allowed, (rows, classes, soft, value_bytes, found)
+
+
+@pytest.mark.parametrize("classes", [171, 1000, 1024, 1025, 2048, 2049, 4096])
+def test_large_plan_is_bounded(classes: int) -> None:
+    """The grid factors in the memory of V: with S, which is in the workspace of the forward, no more than the goal."""
+    for rows in (0, 100, 10**4, 10**6):
+        found = plan(rows, classes)
+        allowed = 0.05 * rows * classes * 4 + 1.05 * (16 * classes**2 + 16 * rows) + 4 * 2**20
+        assert found["workspace_bytes"] + 8 * classes**2 <= allowed, (rows, found)
 
 
 # --- the choice, on machines without a GPU ----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // logdet_inverse against an elimination in long double: matrices of every kind that is hard, class counts on both sides of every
-// tile's edge, in batches, and on devices with so little shared memory that the library's path takes over (the LU is then a plain one
-// here).
+// tile's edge, in batches; by a grid of any number of blocks and threads, with panels of any width; and on devices with so little
+// shared memory that the library's path takes over (the LU is then a plain one here).
 
 #include <algorithm>
 #include <limits>
@@ -158,12 +158,52 @@ void draw_threshold(Random& random, Input& in) {
   in.singular = !in.regular;
 }
 
+// A class is mostly itself, and is taken for a few others: what noisy labels look like, in groups of classes that are alike
+void draw_transition(Random& random, Input& in) {
+  const int64_t C = in.C, group = random.integer(1, std::min<int64_t>(C, 20));
+  const double noise = random.uniform(0, 0.7);
+  for (int64_t i = 0; i < C; ++i) {
+    const int64_t begin = i / group * group, count = std::min(C - begin, group);
+    double sum = 0;
+    for (int64_t j = 0; j < C; ++j) {
+      const bool alike = j >= begin && j < begin + count;
+      in.at(i, j) = (i == j ? 1 - noise : 0) + (alike ? noise * random.uniform() * random.uniform() : 1e-4 * random.uniform());
+      sum += in.at(i, j);
+    }
+    in.weight(i) = random.uniform(0.5, 2);
+    for (int64_t j = 0; j < C; ++j) in.at(i, j) *= in.weight(i) / sum;
+  }
+}
+
+// No pivot at the first, the last or another column, or row: zeros, or twice the one before
+void draw_dependent(Random& random, Input& in) {
+  const int64_t C = in.C, at = random.one_of({int64_t{0}, C - 1, C / 2, random.integer(0, C - 1)});
+  const bool columns = random.chance(0.5), zeros = at == 0 || random.chance(0.5);
+  for (double& x : in.S) x = random.normal();
+  for (int64_t i = 0; i < C; ++i) {
+    (columns ? in.at(i, at) : in.at(at, i)) = zeros ? 0 : 2 * (columns ? in.at(i, at - 1) : in.at(at - 1, i));
+  }
+  in.singular = true;
+}
+
+// Nearly of rank one, as is every block on the way. Not for one block's elimination, whose residual bears the condition of its first
+// panels where C > 32: up to 1e-8 here, while V^T S - I stays small.
+void draw_near_rank_one(Random& random, Input& in) {
+  const double noise = std::pow(10.0, -static_cast<double>(random.integer(1, 9)));
+  std::vector<double> row(static_cast<size_t>(in.C));
+  for (double& x : row) x = random.normal();
+  for (int64_t i = 0; i < in.C; ++i) {
+    const double size = random.normal();
+    for (int64_t j = 0; j < in.C; ++j) in.at(i, j) = size * row[static_cast<size_t>(j)] + noise * random.normal();
+  }
+}
+
 Input draw(Random& random, int64_t C) {
   Input in{.C = C, .S = std::vector<double>(static_cast<size_t>(C * C)), .n = std::vector<double>(static_cast<size_t>(C), 1.0)};
   using Draw = void (*)(Random&, Input&);
-  const Draw kinds[] = {draw_joint,       draw_joint,     draw_joint,  draw_condition, draw_condition,
-                        draw_permutation, draw_wilkinson, draw_graded, draw_equal,     draw_threshold};
-  kinds[random.integer(0, 9)](random, in);
+  const Draw kinds[] = {draw_joint,  draw_joint, draw_joint,     draw_condition,  draw_condition, draw_permutation,  draw_wilkinson,
+                        draw_graded, draw_equal, draw_threshold, draw_transition, draw_dependent, draw_near_rank_one};
+  kinds[random.integer(0, 11)](random, in);
   return in;
 }
 
@@ -262,9 +302,50 @@ Results launch_own(const test::Buffer<double>& S, const test::Buffer<double>& n,
                    const DeviceLimits& limits) {
   const test::Buffer<double> log_abs_det(count, "log_abs_det"), sign(count, "sign"), V(inverse ? count * C * C : 0, "V");
   const test::Buffer<int64_t> kept(count, "kept");
+  const test::Buffer<unsigned char> workspace(plan::cuda_logdet_inverse(count, C, limits, inverse).workspace_bytes, "workspace");
   test::require_success(logdet_inverse(S.data(), n.data(), count, C, strict, log_abs_det.data(), sign.data(), kept.data(),
-                                       inverse ? V.data() : nullptr, limits, simt::Stream{}),
+                                       inverse ? V.data() : nullptr, workspace.data(), limits, simt::Stream{}),
                         "logdet_inverse");
+  return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
+}
+
+// A grid of any number of blocks and threads, with a panel of any width: few classes have all the edges of many
+struct GridShape {
+  int64_t blocks;
+  int threads, slots, panel;
+};
+
+Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>& n, int64_t count, int64_t C, bool strict,
+                       bool inverse, int64_t lead, const GridShape& shape) {
+  const test::Buffer<double> log_abs_det(count, "log_abs_det"), sign(count, "sign"), V(inverse ? count * C * C : 0, "V", lead);
+  const test::Buffer<int64_t> kept(count, "kept");
+  const int sms = static_cast<int>(shape.blocks);
+  Workspace size;
+  grid_space(static_cast<int>(C), shape.panel, sms, inverse, size);
+  const test::Buffer<unsigned char> workspace(size.bytes(), "workspace");
+  Workspace work(workspace.data());
+  const GridSpace space = grid_space(static_cast<int>(C), shape.panel, sms, inverse, work);
+  const Matrices matrices{
+      S.data(),           n.data(),    count,       static_cast<int>(C),          strict,
+      log_abs_det.data(), sign.data(), kept.data(), inverse ? V.data() : nullptr,
+  };
+  simt::Carve carve;
+  take_grid_shared(carve);
+  test::require(static_cast<int64_t>(carve.bytes()) == plan::kGridSmem, "the plan's shared memory is not the kernel's");
+  const simt::Grid grid{shape.blocks, shape.threads, carve.bytes(), 1, true};
+  const auto start = [&](auto kernel) { return simt::launch(kernel, grid, simt::Stream{}, matrices, space, shape.panel); };
+  const auto with_slots = [&](auto threads) {
+    constexpr int kThreads = decltype(threads)::value;
+    return shape.slots == 1   ? start(factor::logdet_inverse_grid<1, 8, kThreads>)
+           : shape.slots == 2 ? start(factor::logdet_inverse_grid<2, 8, kThreads>)
+           : shape.slots == 4 ? start(factor::logdet_inverse_grid<4, 8, kThreads>)
+           : shape.slots == 8 ? start(factor::logdet_inverse_grid<8, 8, kThreads>)
+                              : start(factor::logdet_inverse_grid<16, 4, kThreads>);
+  };
+  test::require_success(shape.threads == 32   ? with_slots(std::integral_constant<int, 32>{})
+                        : shape.threads == 96 ? with_slots(std::integral_constant<int, 96>{})
+                                              : with_slots(std::integral_constant<int, 256>{}),
+                        "logdet_inverse_grid");
   return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
 }
 
@@ -391,6 +472,63 @@ Results launch_in_place(Random& random, const test::Buffer<double>& S, const tes
   return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
 }
 
+struct Batch {
+  std::vector<Input> inputs;
+  std::vector<double> S, n;
+};
+
+Batch draw_batch(Random& random, int64_t count, int64_t C, bool strict, double near_rank_one) {
+  Batch batch;
+  for (int64_t m = 0; m < count; ++m) {
+    Input& in = batch.inputs.emplace_back(draw(random, C));
+    if (random.chance(near_rank_one)) {
+      in = Input{.C = C, .S = std::vector<double>(in.S.size()), .n = std::vector<double>(in.n.size(), 1.0)};
+      draw_near_rank_one(random, in);
+    }
+    in.strict = strict;
+    batch.S.insert(batch.S.end(), in.S.begin(), in.S.end());
+    batch.n.insert(batch.n.end(), in.n.begin(), in.n.end());
+  }
+  return batch;
+}
+
+void compare_all(const Batch& batch, const Results& results) {
+  for (size_t m = 0; m < batch.inputs.size(); ++m) {
+    const Input& in = batch.inputs[m];
+    compare(in, {results.log_abs_det[m], results.sign[m], results.kept[m]}, results.V.data() + static_cast<int64_t>(m) * in.C * in.C);
+  }
+}
+
+void require_same_determinants(const Results& a, const Results& b, const char* message) {
+  test::require(same_bits(a.log_abs_det, b.log_abs_det) && same_bits(a.sign, b.sign) && a.kept == b.kept, message);
+}
+
+// The grid's elimination in every shape; its bits do not depend on the number of blocks, nor the determinants' on the inverse
+void check_grid(Random& random, const simt::Device& device) {
+  GridShape shape{};
+  shape.blocks = random.integer(1, device.sms);
+  shape.slots = 1 << random.integer(0, 4);
+  const int strip = shape.slots == 16 ? 4 : 8;
+  shape.threads = random.one_of({32, 32, 96, 256});
+  shape.panel = strip * static_cast<int>(random.one_of({1, 2, 3, 4, 5, 9, 16}));
+  const int64_t C = draw_classes(random, std::min<int64_t>(shape.slots * shape.threads, 100));
+  const int64_t count = C <= 24 && random.chance(0.5) ? random.integer(1, 4) : 1;
+  const bool strict = random.chance(0.3);
+  const Batch batch = draw_batch(random, count, C, strict, 0.1);
+  const test::Buffer<double> S(batch.S, "S", random.integer(0, 1)), n(batch.n, "n", random.integer(0, 1));
+  const int64_t lead = random.integer(0, 1);
+  const Results results = launch_on_grid(S, n, count, C, strict, true, lead, shape);
+  compare_all(batch, results);
+  GridShape other = shape;
+  other.blocks = random.integer(1, device.sms);
+  require_same_determinants(launch_on_grid(S, n, count, C, strict, false, lead, other), results,
+                            "without the inverse the determinant differs");
+  if (random.chance(0.5)) return;
+  const Results again = launch_on_grid(S, n, count, C, strict, true, 1 - lead, other);
+  require_same_determinants(again, results, "with another number of blocks the determinant differs");
+  test::require(same_bits(again.V, results.V), "with another number of blocks V differs");
+}
+
 void check(Random& random) {
 #ifndef __CUDACC__
   if (random.chance(0.4)) {  // a toy, with room for few classes
@@ -400,45 +538,65 @@ void check(Random& random) {
 #endif
   simt::Device device;
   test::require_success(simt::device(&device), "device");
-  const DeviceLimits limits{device.sms, static_cast<int64_t>(device.smem_block), static_cast<int64_t>(device.smem_sm),
-                            static_cast<int64_t>(device.l2), device.capability};
-  if (random.chance(0.2)) check_log_product(random);
-  const int64_t C = draw_classes(random, 170), count = C <= 40 && random.chance(0.5) ? random.integer(1, 9) : 1;
-  std::vector<Input> inputs;
-  std::vector<double> all_S, all_n;
-  const bool strict = random.chance(0.3);
-  for (int64_t m = 0; m < count; ++m) {
-    inputs.push_back(draw(random, C));
-    inputs.back().strict = strict;
-    all_S.insert(all_S.end(), inputs.back().S.begin(), inputs.back().S.end());
-    all_n.insert(all_n.end(), inputs.back().n.begin(), inputs.back().n.end());
+  DeviceLimits limits{device.sms,
+                      static_cast<int64_t>(device.smem_block),
+                      static_cast<int64_t>(device.smem_sm),
+                      static_cast<int64_t>(device.l2),
+                      device.capability,
+                      random.chance(0.7)};  // a grid where one block ends, or a library
+  if (static_cast<int64_t>(device.smem_block) >= plan::kGridSmem) {
+    if (random.chance(0.5)) return check_grid(random, device);
+    if (random.chance(0.3)) limits.smem_block = plan::kGridSmem;
   }
-  const test::Buffer<double> S(all_S, "S", random.integer(0, 1)), n(all_n, "n", random.integer(0, 1));
+  if (random.chance(0.2)) check_log_product(random);
+  const bool huge = limits.cooperative && limits.smem_block == plan::kGridSmem && random.chance(0.15);  // more rows than threads
+  const int64_t C = huge ? random.integer(255, 262) : draw_classes(random, 170);
+  const int64_t count = random.chance(C <= 40 ? 0.5 : 0.2) ? random.integer(1, C <= 40 ? 9 : 3) : 1;
+  const bool strict = random.chance(0.3);
+  const Batch batch = draw_batch(random, count, C, strict, 0);
+  const test::Buffer<double> S(batch.S, "S", random.integer(0, 1)), n(batch.n, "n", random.integer(0, 1));
   const plan::CudaLogdetInverse plan = plan::cuda_logdet_inverse(count, C, limits);
   for (const auto& [kilobytes, classes] : {std::pair{227, 170}, {163, 144}, {99, 112}}) {
     test::require(plan::factor_classes({.smem_block = kilobytes * 1024}) == classes, "the most classes of one block");
   }
-  test::require((plan.factor == plan::CudaFactor::kLibrary) == (C > plan::factor_classes(limits)), "where one block ends");
+  const bool large = plan.factor == plan::CudaFactor::kLibrary || plan.factor == plan::CudaFactor::kGrid;
+  test::require(large == (C > plan::factor_classes(limits)), "where one block ends");
   const bool library = plan.factor == plan::CudaFactor::kLibrary;
   const Results results =
       library ? launch_library(S, n, count, C, strict, plan, limits) : launch_own(S, n, count, C, strict, true, limits);
-  for (int64_t m = 0; m < count; ++m) {
-    const auto at = static_cast<size_t>(m);
-    compare(inputs[at], {results.log_abs_det[at], results.sign[at], results.kept[at]}, results.V.data() + m * C * C);
-  }
+  compare_all(batch, results);
   if (library) return;
-  const Results alone = launch_own(S, n, count, C, strict, false, limits);
-  test::require(same_bits(alone.log_abs_det, results.log_abs_det) && same_bits(alone.sign, results.sign) && alone.kept == results.kept,
-                "without the inverse the determinant differs");
+  require_same_determinants(launch_own(S, n, count, C, strict, false, limits), results, "without the inverse the determinant differs");
+  if (large) return;
   const int64_t stride = plan::factor_stride(C, limits.smem_block), own = (C * C + 1) / 2 * 16 + (C + 1) / 2 * 16;
   if (C > 64 || plan::factor_smem(C, stride) + own > limits.smem_block) return;
   const Results again = launch_in_place(random, S, n, count, static_cast<int>(C), strict, limits);
-  test::require(same_bits(again.log_abs_det, results.log_abs_det) && same_bits(again.sign, results.sign) &&
-                    again.kept == results.kept && same_bits(again.V, results.V),
-                "with another number of threads, and in place, the bits differ");
+  require_same_determinants(again, results, "with another number of threads, and in place, the determinant differs");
+  test::require(same_bits(again.V, results.V), "with another number of threads, and in place, V differs");
+}
+
+// One matrix of so many classes, by the launcher: --classes C
+void check_size(Random& random, int64_t C) {
+  simt::Device device;
+  test::require_success(simt::device(&device), "device");
+  const DeviceLimits limits{device.sms, static_cast<int64_t>(device.smem_block), static_cast<int64_t>(device.smem_sm),
+                            static_cast<int64_t>(device.l2), device.capability};
+  const Batch batch = draw_batch(random, 1, C, false, 0.2);
+  const test::Buffer<double> S(batch.S, "S"), n(batch.n, "n");
+  compare_all(batch, launch_own(S, n, 1, C, false, true, limits));
 }
 
 }  // namespace
 }  // namespace ldmi::cuda
 
-int main(int count, char** words) { return ldmi::test::run("logdet_inverse", ldmi::test::Options(count, words), ldmi::cuda::check); }
+int main(int count, char** words) {
+  const ldmi::test::Options options(count, words);
+  const int64_t classes = std::strtoll(options.value("classes", "0").c_str(), nullptr, 0);
+  return ldmi::test::run("logdet_inverse", options, [&](ldmi::test::Random& random) {
+    if (classes > 0) {
+      ldmi::cuda::check_size(random, classes);
+    } else {
+      ldmi::cuda::check(random);
+    }
+  });
+}

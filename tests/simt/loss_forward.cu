@@ -37,7 +37,8 @@ void check_forward(const test::Case& from, bool packed, const LossOptions& optio
   const test::DeviceBatch on_device(from, packed);
   const int64_t N = problem.rows, C = problem.classes;
   const int64_t bytes = test::size_of(from.batch.logits.type);
-  const plan::CudaLossForward plan = plan::cuda_loss_forward(N, C, problem.soft, bytes, from.batch.weights.data != nullptr, limits);
+  const plan::CudaLossForward plan =
+      plan::cuda_loss_forward(N, C, problem.soft, bytes, from.batch.weights.data != nullptr, limits, gradient);
   if (plan.how == plan::CudaLoss::kLibrary) {
     test::require(C > 32, "a library for so few classes");
     return;
@@ -76,12 +77,14 @@ void check_forward(const test::Case& from, bool packed, const LossOptions& optio
 void check(test::Random& random) {
   Device device{};
   test::require_success(simt::device(&device), "device");
-  const DeviceLimits limits{device.sms,
-                            static_cast<int64_t>(device.smem_block),
-                            static_cast<int64_t>(device.smem_sm),
-                            static_cast<int64_t>(device.l2),
-                            device.capability,
-                            random.chance(0.7)};  // in one launch, or step by step
+  DeviceLimits limits{device.sms,
+                      static_cast<int64_t>(device.smem_block),
+                      static_cast<int64_t>(device.smem_sm),
+                      static_cast<int64_t>(device.l2),
+                      device.capability,
+                      random.chance(0.7)};  // in one launch, or step by step
+  // one block holds fewer classes: a grid factors, or with the step by step a library
+  if (random.chance(0.25)) limits.smem_block = plan::kGridSmem;
   const test::Case from = draw(random);
   const LossOptions options = test::draw_options(random);
   const bool gradient = random.chance(0.8), packed = random.chance(0.6);
