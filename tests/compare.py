@@ -15,8 +15,11 @@ from tests import oracle
 from tests.problems import Problem, as_array
 
 #: The error budget of a gradient, relative to its largest entry, in units u of the dtype that the softmax runs in:
-#: K * cond(R) * u + SOFTMAX * cancellation * u + FLOOR. Measured at cond 1e6: K = 0.22 in fp32, 0.38 in fp64.
-K = 1.0
+#: K * cond(R) * u + SOFTMAX * cancellation * u + FLOOR. Measured at cond 1e6, the largest of 300 draws at each of C = 2, 3, 5, 10, 14,
+#: flat and twins: 0.14 in fp32, where the rows' roundings average out in a joint kept in fp64; 5.3 in fp64, where the joint's own
+#: additions round as much as its terms do, at C = 2 (C = 10: 1.8), alike in all engines and instruction sets. What is usual lies well
+#: below the worst draw: test_numerics.test_usual_error_in_double holds the median to it.
+K = {torch.float32: 1.0, torch.float64: 8.0}
 #: Measured: 1 to 2 for 14 classes, 4 for 100. Predictions that are right and sure leave a gradient far smaller than the
 #: terms that it is a difference of (as in cross entropy's p - 1): the softmax's rounding counts relative to the terms.
 SOFTMAX = 4.0
@@ -65,7 +68,7 @@ def loss_budget(answer: oracle.Answer, dtype: torch.dtype) -> float:
     """What the contract allows a loss, relative to it, in the dtype that the op computes in."""
     wide = loss_dtype(dtype)
     cond = answer.cond if math.isfinite(answer.cond) else 1.0
-    return K * cond * UNIT_ROUNDOFF[wide] + LOSS_FLOOR[wide]
+    return K[wide] * cond * UNIT_ROUNDOFF[wide] + LOSS_FLOOR[wide]
 
 
 def budget(answer: oracle.Answer, dtype: torch.dtype) -> float:
@@ -75,7 +78,7 @@ def budget(answer: oracle.Answer, dtype: torch.dtype) -> float:
     # With eps far above |det| the gradient holds exp(l - log eps): the rounding of l, an fp64 number of the size of the
     # loss, becomes a relative error.
     level = (1 - answer.share) * abs(answer.log_abs_det) * 2.0**-52 if math.isfinite(answer.log_abs_det) else 0.0
-    return (K * cond + SOFTMAX * answer.cancellation) * UNIT_ROUNDOFF[wide] + FLOOR[wide] + level
+    return (K[wide] * cond + SOFTMAX * answer.cancellation) * UNIT_ROUNDOFF[wide] + FLOOR[wide] + level
 
 
 def assert_matches(result: Result, answer: oracle.Answer, dtype: torch.dtype) -> None:

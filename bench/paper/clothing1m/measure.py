@@ -24,7 +24,7 @@ from bench.kernels.results import environment, write_atomic
 from bench.markdown import markdown_table
 from bench.paper.clothing1m.model import build
 from bench.paper.clothing1m.options import Options, check
-from bench.paper.clothing1m.sampler import Seeded
+from bench.paper.clothing1m.sampler import Seeded, worker_start
 from bench.paper.clothing1m.sets import open_sets
 from ldmi_fast import DMILoss
 
@@ -130,7 +130,7 @@ def time_network(options: Options, fabric: Fabric, batch: int, seconds: float) -
 def time_loader(data: Any, batch: int, workers: int, seconds: float) -> float:
     """Images a second that the loader makes when nobody holds it up, its start not counted."""
     keys = [[(step * batch + i, (step * batch + i) % len(data)) for i in range(batch)] for step in range(100_000)]
-    loader = DataLoader(Seeded(data), batch_sampler=keys, num_workers=workers)
+    loader = DataLoader(Seeded(data), batch_sampler=keys, num_workers=workers, multiprocessing_context=worker_start(workers))
     batches = iter(loader)
     for _ in range(max(1, workers)):
         next(batches)

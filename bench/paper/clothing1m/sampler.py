@@ -6,6 +6,7 @@ any step without drawing again what was drawn before.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,6 +115,20 @@ class Batches(Sampler[list[tuple[int, int]]]):
             mine = indices[step, start : start + self.local].tolist()
             at = step * self.order.batch_size + start
             yield [(mixed(self.order.seed, 3, self.number, at + i), index) for i, index in enumerate(mine)]
+
+
+def worker_start(workers: int) -> str | None:
+    """How a DataLoader starts so many workers: never by a fork of the training process.
+
+    That has the threads of gloo, NCCL and autograd, and a lock that one of them holds at the fork is never released in the worker,
+    which waits for it for ever, and so does the training. A server that has none is forked instead; it has what workers import.
+    """
+    if workers == 0:
+        return None
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.set_forkserver_preload(["torch", "bench.paper.clothing1m.sampler", "bench.paper.data.clothing1m"])
+    return "forkserver"
 
 
 class Seeded(Dataset[tuple[Tensor, int]]):

@@ -32,7 +32,7 @@ from bench.paper.clothing1m import checkpoint
 from bench.paper.clothing1m.log import Log
 from bench.paper.clothing1m.model import build
 from bench.paper.clothing1m.options import STAGES, Options, check, decisive, to_arguments
-from bench.paper.clothing1m.sampler import Batches, Order, Seeded, mixed
+from bench.paper.clothing1m.sampler import Batches, Order, Seeded, mixed, worker_start
 from bench.paper.clothing1m.sets import Sets
 from bench.paper.clothing1m.show import Display
 from ldmi_fast import DMILoss, JointState
@@ -167,6 +167,7 @@ class Trainer:
         return DataLoader(
             data,
             num_workers=workers,
+            multiprocessing_context=worker_start(workers),
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.options.seed),  # or it would draw from the model's
@@ -180,6 +181,7 @@ class Trainer:
             Subset(data, indices),
             batch_size=max(1, self.options.batch_size // self.size),
             num_workers=self.options.workers,
+            multiprocessing_context=worker_start(self.options.workers),
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(0),
         )

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import colorsys
 import io
+import itertools
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -181,6 +183,22 @@ def eval_transform(size: int = 224) -> Callable[[Image.Image], Tensor]:
     )
 
 
+class _Names:
+    """Strings in a tensor: loader processes share its memory, where a list of a million would be sent to and held by each."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._text = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+        self._ends = torch.tensor([0, *itertools.accumulate(map(len, encoded))])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, end = self._ends[index : index + 2].tolist()
+        return os.fsdecode(self._text[start:end].numpy().tobytes())
+
+
 class Images(Dataset[tuple[Tensor, int, int]]):
     """The images of a split: (image, label, index).
 
@@ -209,7 +227,7 @@ class Images(Dataset[tuple[Tensor, int, int]]):
         if not samples:
             raise ValueError("no samples")
         self.folder = Path(folder)
-        self.paths = np.array([path for path, _ in samples])  # one buffer: forked workers do not copy a million strings
+        self.paths = _Names([path for path, _ in samples])
         self.labels = torch.tensor([label for _, label in samples])
         self.transform = transform
         # A folder of its own for each size, so that another one's images are not taken for these.
@@ -223,7 +241,7 @@ class Images(Dataset[tuple[Tensor, int, int]]):
 
     def unreadable(self) -> list[str]:
         """The paths that could not be read so far, in the list's order."""
-        return [str(self.paths[index]) for index in self._unreadable.nonzero()[:, 0].tolist()]
+        return [self.paths[index] for index in self._unreadable.nonzero()[:, 0].tolist()]
 
     def _blank(self) -> Tensor:
         if self._shape is None:
@@ -243,7 +261,7 @@ class Images(Dataset[tuple[Tensor, int, int]]):
                     return image.convert("RGB")
             except (OSError, SyntaxError, ValueError):
                 pass  # made again from the original
-        with Image.open(self.folder / str(self.paths[index])) as image:
+        with Image.open(self.folder / self.paths[index]) as image:
             image = image.convert("RGB")
         if self.cache is not None:
             image = image.resize((self.cache_pixels, self.cache_pixels), Image.Resampling.BILINEAR)

@@ -47,6 +47,7 @@ class Run:
 
     def __init__(self, options: Options, processes: int = 1, **environment: str) -> None:
         base = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+        base["PYTHONFAULTHANDLER"] = "1"  # whoever hangs says where: see wait
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
@@ -70,6 +71,10 @@ class Run:
         try:
             return [process.wait(max(0.1, end - time.monotonic())) for process, _ in self.processes]
         except subprocess.TimeoutExpired:
+            for process, _ in self.processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGABRT)  # its loaders too: each prints its stack
+            time.sleep(2)
             self.kill()
             raise AssertionError(f"still running after {patience} s:\n{self.text}") from None
 
