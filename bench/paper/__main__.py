@@ -89,7 +89,7 @@ def _run(wanted: list[Cell], options: Options, out: Path, jobs: int) -> None:
 @app.command()
 def run(
     set_: Set = "fashion",
-    noise: Annotated[str, typer.Option(help="kind of noise, or clean")] = "3",
+    noise: Annotated[str, typer.Option(help="kind of noise, or clean (default: 3, or the data set's first)")] = "",
     r: Annotated[float | None, typer.Option(help="its amount, where it has one")] = None,
     method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}, or several, comma-separated")] = "dmi",
     seeds: Annotated[int, typer.Option(help="how many, 0, 1, ...")] = 1,
@@ -102,6 +102,9 @@ def run(
     jobs: Jobs = 1,
 ) -> None:
     """One setting: a method, or several, on one noise, with some seeds."""
+    _names(set_, EXPERIMENTS, "set")
+    kinds = EXPERIMENTS[set_].noises
+    noise = noise or ("3" if "3" in kinds else next(iter(kinds)))
     grid(set_, noise, None if r is None else str(r), method, seeds, profile, out, limit, data, epochs_first, epochs, jobs)
 
 

@@ -139,7 +139,7 @@ def draw(lines: Lines) -> bytes:
     ]
     columns = min(3, len(panels))
     height = -(-len(panels) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(5.2 * columns, 3.8 * height), squeeze=False)
+    figure, axes = plt.subplots(height, columns, figsize=(5.2 * columns, 3.8 * height), squeeze=False, layout="constrained")
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -164,8 +164,9 @@ def draw(lines: Lines) -> bytes:
             axis.set_xlabel("amount r")
         axis.set_ylabel("clean test accuracy, %")
         axis.grid(True, alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    shown = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    order = [method for method in methods if method in shown]
+    figure.legend([shown[method] for method in order], order, fontsize=8, ncols=6, loc="outside lower center")
     return png(figure)
 
 
