@@ -17,7 +17,7 @@ from tests.problems import Problem, as_array
 #: The error budget of a gradient, relative to its largest entry, in units u of the dtype that the softmax runs in:
 #: K * cond(R) * u + SOFTMAX * cancellation * u + FLOOR. Measured at cond 1e6, the largest of 300 draws at each of C = 2, 3, 5, 10, 14,
 #: flat and twins: 0.14 in fp32, where the rows' roundings average out in a joint kept in fp64; 5.3 in fp64, where the joint's own
-#: additions round as much as its terms do, at C = 2 (C = 10: 1.8), alike in all engines and instruction sets. What is usual lies well
+#: additions round as much as its terms do, at C = 2 (C = 10: 1.8), alike in the cpu and the composite engine. What is usual lies well
 #: below the worst draw: test_numerics.test_usual_error_in_double holds the median to it.
 K = {torch.float32: 1.0, torch.float64: 8.0}
 #: Measured: 1 to 2 for 14 classes, 4 for 100. Predictions that are right and sure leave a gradient far smaller than the

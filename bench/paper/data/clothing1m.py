@@ -195,6 +195,7 @@ class _Names:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]  # IndexError outside, and -1 is the last
         start, end = self._ends[index : index + 2].tolist()
         return os.fsdecode(self._text[start:end].numpy().tobytes())
 

@@ -166,3 +166,16 @@ def test_transforms_normalise(tmp_path: Path) -> None:
         x = transform(white)
         assert x.shape == (3, 224, 224)
         assert x.mean(dim=(1, 2)).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_indices_and_names_as_in_a_list(tmp_path: Path) -> None:
+    """A name of several bytes a letter; -1 is the last image; an index outside is an error, not an image that cannot be read."""
+    names = ["a.jpg", "größer, 衣.jpg", "b.jpg"]
+    for shade, name in enumerate(names):
+        Image.new("RGB", (24, 24), (80 * shade,) * 3).save(tmp_path / name)
+    images = Images(tmp_path, [(name, label) for label, name in enumerate(names)], eval_transform(24))
+    assert [images.paths[index] for index in range(3)] == names
+    assert torch.equal(images[-1][0], images[2][0])
+    with pytest.raises(IndexError):
+        images[3]
+    assert images.unreadable() == []

@@ -170,7 +170,6 @@ def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert len(again) == len(by_key) == 8
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "noise", "r"), [("mr-human", "human", None), ("letter", "pair", 0.2), ("fashion", "3", 0.2)])
 def test_one_run_has_the_data_sets_noise(name: str, noise: str, r: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
@@ -180,6 +179,7 @@ def test_one_run_has_the_data_sets_noise(name: str, noise: str, r: float | None,
     assert [(cell.set, cell.noise, cell.r, cell.method) for cell in asked] == [(name, noise, r, "dmi")]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_no_run_is_lost_or_doubled(tmp_path: Path) -> None:
     out = tmp_path / "runs.jsonl"
     command = [sys.executable, "-m", "bench.paper", "grid", *GRID, *SMALL, "--jobs", "2", "--out", str(out)]
