@@ -94,6 +94,8 @@ class _LinearSums(torch.autograd.Function):
                     lse, part = _add_joint(S, n, logits, y, w, options)
                 lses.append(lse)
                 ce = part if ce is None else ce + part
+        if torch.compiler.is_compiling():  # under torch 2.11 no gradient reaches an output that was written in place
+            S, n = S.clone(), n.clone()
         ctx.options, ctx.engine, ctx.chunk = options, engine, chunk
         ctx.save_for_backward(hidden, weight, bias, target, sample_weight, torch.cat(lses))
         ctx.mark_non_differentiable(n)

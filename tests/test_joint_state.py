@@ -211,15 +211,15 @@ def test_bad_arguments() -> None:
     assert torch.equal(state.sums.S, before)
 
 
-def test_score_of_a_data_set(engine: str) -> None:
+def test_score_of_a_data_set(engine: str, device: torch.device) -> None:
     """Noise moves the score of every model by the same constant."""
     torch.manual_seed(0)
-    x, y = torch.randn(200, 4, dtype=torch.float64), torch.arange(200) % 4
-    noise = 0.6 * torch.eye(4, dtype=torch.float64) + 0.1
+    x, y = torch.randn(200, 4, dtype=torch.float64).to(device), torch.arange(200, device=device) % 4
+    noise = 0.6 * torch.eye(4, dtype=torch.float64, device=device) + 0.1
     clean, noisy = [], []
     for seed in range(3):
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).double()
+        model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).double().to(device)
         for scores, target in ((clean, y), (noisy, noise[y])):
             solution = dmi_score(model, [(x[:120], target[:120]), (x[120:], target[120:])], 4, engine=engine)
             scores.append(solution.log_abs_det.item())

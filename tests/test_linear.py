@@ -190,14 +190,15 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("chunk", [40, 4])
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_one_graph(engine: str, device: torch.device) -> None:
+def test_one_graph(engine: str, device: torch.device, chunk: int) -> None:
     batch = problem(100, 7, weighted=True, dtype=torch.float64)
     leaves = layer(batch, device)
     target = batch.target.to(device)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return linear_dmi_loss(hidden, weight, target, bias, chunk_size=40, engine=engine)
+        return linear_dmi_loss(hidden, weight, target, bias, chunk_size=chunk, engine=engine)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
     torch.testing.assert_close(results(compiled(*leaves), *leaves), results(loss(*leaves), *leaves))

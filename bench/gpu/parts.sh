@@ -17,7 +17,7 @@ rehearsed() { [ "$REHEARSE" = 1 ]; }
 
 run_pytest() {
   local workers=()
-  if ! rehearsed && "$PYTHON" -c 'import xdist' 2> /dev/null; then workers=(-n 6 --dist worksteal); fi
+  if ! rehearsed && "$PYTHON" -c 'import xdist' 2> /dev/null; then workers=(-n 10 --dist worksteal); fi
   "$PYTHON" -m pytest -q --tb=short --maxfail=40 --durations=8 --disable-warnings -p no:cacheprovider -p no:logging "${workers[@]}" "$@"
 }
 

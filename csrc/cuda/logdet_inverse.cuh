@@ -229,6 +229,7 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
   const Screening seen{all(finite), strict, popcount(present), C};
   const auto everywhere = [&](double value) {
     if (!inverse) return;
+    sync_warp();  // emit may overwrite what other lanes have read
     for (int at = lane(); at < C * C; at += kWarp) emit(at / C, at % C, value);
     sync_warp();
   };
@@ -257,6 +258,7 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
     odd ^= l < i && i < C && before > p;
   }
   if (inverse) {
+    sync_warp();  // emit may overwrite what other lanes have read
     LDMI_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       const int l = c - (kColumns - C);

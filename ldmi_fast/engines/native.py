@@ -20,6 +20,9 @@ DEVICES: tuple[str, ...] = ()
 if ops.compiled is not None:
     DEVICES = ("cpu",) if ops.compiled.cuda_archs == "none" else ("cpu", "cuda")
 
+# Asked here: torch.compile cannot trace a call of the module
+_CUDA_TORCH = ops.compiled is not None and ops.compiled.cuda_torch()
+
 # One call for the whole problem up to these; csrc/plan says why.
 _FUSED_ELEMENTS, _FUSED_ROWS_PER_CLASS = ops.compiled.fused_limits() if ops.compiled is not None else (-1, -1)
 _CUDA_FUSED_ELEMENTS, _CUDA_FUSED_CLASSES = ops.compiled.cuda_fused_limits() if ops.compiled is not None else (-1, -1)
@@ -36,7 +39,7 @@ def can_run(device: torch.device) -> str:
         return f"it has kernels for the CPU and for NVIDIA GPUs, and the logits are on {device}"
     if "cuda" not in DEVICES:
         return "this installation was built without CUDA kernels (LDMI_FAST_CUDA)"
-    if not ops.compiled.cuda_torch() or not torch.cuda.is_available():
+    if not _CUDA_TORCH or not torch.cuda.is_available():
         return "this torch can use no CUDA device"
     return _architecture_missing(*torch.cuda.get_device_capability(device))
 
