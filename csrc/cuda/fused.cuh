@@ -222,9 +222,9 @@ LDMI_KERNEL void LDMI_BOUNDS((FusedSpace<Compute<E>, kWidth>::kThreads), 1)
   sync_block();
 
   {
-    const int pairs = wide * wide, split = pairs < kBlock ? thread_idx() / pairs : 0;
+    const int pairs = wide * wide, split = pairs < kBlock ? thread_idx() / pairs : 0;  // some threads may be too many
     const int c = thread_idx() % wide, first = thread_idx() / wide % wide, step = pairs < kBlock ? wide : kBlock / wide;
-    for (int k = first; k < C && c < C; k += step) {
+    for (int k = first; k < C && c < C && split < splits; k += step) {
       double sum = 0.0, total = 0.0;
       int count = 0;
       for (int chunk = split; chunk * kWarp < N; chunk += splits) {

@@ -667,10 +667,13 @@ LDMI_DEVICE void label_sums(const Batch& batch, const LabelOrder& sort, int64_t 
         if (current == before) side = current;
         run_weight = 0;
       };
+      const auto row_at = [&](int64_t at) { return lane() < kRows && at + lane() < end ? load(sort.order + at + lane()) : kUnused; };
+      int64_t following = row_at(begin);
       for (int64_t at = begin; at < end; at += kRows) {
         F x[kRows][kColumns], maximum[kRows], sum[kRows];
         // lane u of each warp knows about row u
-        const int64_t mine = lane() < kRows && at + lane() < end ? load(sort.order + at + lane()) : kUnused;
+        const int64_t mine = following;
+        following = row_at(at + kRows);
         int64_t row[kRows];
         LDMI_UNROLL
         for (int u = 0; u < kRows; ++u) {
@@ -768,9 +771,10 @@ LDMI_DEVICE void label_sums(const Batch& batch, const LabelOrder& sort, int64_t 
 }
 
 template <class E, int kAccess, int kGroup, int kColumns, int kRows, bool kGiven>
-LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == kThreads ? 1
-                                                                     : kGroup == kWarp  ? 2
-                                                                                        : 3))
+LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? static_cast<int>(plan::walk_threads(kWarp* kColumns)) : kGroup),
+                             (kGroup == kThreads ? 1
+                              : kGroup == kWarp  ? static_cast<int>(plan::walk_blocks(kWarp* kColumns))
+                                                 : 3))
     joint_by_label(Batch batch, LabelOrder sort, int64_t segments, const Compute<E>* shift, const Compute<E>* inverse, Compute<E>* lse,
                    double* S, double* n, Sides sides) {
   label_sums<E, kAccess, kGroup, kColumns, kRows, kGiven>(batch, sort, segments, shift, inverse, lse, S, n, sides);
@@ -1023,7 +1027,7 @@ int launch_row_sums(const Batch& batch, Compute<E>* lse, Compute<E>* shift, Comp
   grid.blocks = blocks;
   grid.threads = kThreads;
   grid.smem = row_sums_smem<Compute<E>>();
-  if (batch.logits.columns <= plan::kWarpClasses) {
+  if (batch.logits.columns <= plan::kWarpSums) {
     return launch(joint_row_sums<E, kWarp>, grid, stream, batch, lse, shift, inverse, ce_part, bad_part);
   }
   return launch(joint_row_sums<E, kThreads>, grid, stream, batch, lse, shift, inverse, ce_part, bad_part);
@@ -1057,15 +1061,25 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
     constexpr int kWide = sizeof(E) == 8 ? 1 : 2;
     const auto start = [&](auto kernel, int group, int kernel_rows) {
       Grid grid;
-      grid.threads = group == kWarp ? kThreads : group;
-      grid.blocks = plan.blocks;
+      grid.threads = group == kWarp ? static_cast<int>(plan::walk_threads(C)) : group;
+      grid.blocks = group == kWarp ? plan.blocks : plan.segments;
       Carve carve;
       carve.take<F>(2 * kernel_rows * (group / kWarp));
       grid.smem = carve.bytes();
       return launch(kernel, grid, stream, batch, sort, plan.segments, shift, inverse, lse, S, n, sides);
     };
-    if (C <= plan::kWarpClasses) return start(joint_by_label<E, kAccess, kWarp, 8, 2 * kWide, false>, kWarp, 2 * kWide);
-    if (C <= plan::kBlockClasses / 4) return start(joint_by_label<E, kAccess, 128, 8, 2 * kWide, false>, 128, 2 * kWide);
+    // value by value the addresses take registers: fewer rows under way, and fewer columns a thread
+    constexpr int kRows = kAccess == 1 ? kWide : 2 * kWide;
+    if constexpr (kAccess <= 4) {
+      if (C <= plan::kLanes * 4) return start(joint_by_label<E, kAccess, kWarp, 4, kRows, false>, kWarp, kRows);
+    }
+    if (C <= plan::kLanes * 8) return start(joint_by_label<E, kAccess, kWarp, 8, kRows, false>, kWarp, kRows);
+    if constexpr (sizeof(E) < 8 && kAccess > 1) {
+      if (C <= plan::kLanes * 16) return start(joint_by_label<E, kAccess, kWarp, 16, 2, false>, kWarp, 2);
+      if (C <= plan::kLanes * 32) return start(joint_by_label<E, kAccess, kWarp, 32, 2, false>, kWarp, 2);
+    } else {
+      if (C <= plan::kBlockClasses / 4) return start(joint_by_label<E, kAccess, 128, 8, 2 * kWide, false>, 128, 2 * kWide);
+    }
     if (!given) return start(joint_by_label<E, kAccess, kThreads, 16, kWide, false>, kThreads, kWide);
     return start(joint_by_label<E, kAccess, kThreads, 16, kWide, true>, kThreads, kWide);
   });

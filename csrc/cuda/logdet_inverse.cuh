@@ -7,20 +7,21 @@
 // operations for both. The product of the pivots is the determinant. Without the inverse, the columns before the panel are left alone:
 // an LU factorisation, whose determinant has the same bits.
 //
-// Rows never move. The pivot of step k is the largest entry of column k among the rows that have not been a pivot's; that it stood in
-// row p_k is noted, and with G what elimination leaves in the place of R, R^{-1}[k, p_l] = G[p_k, l]. With no exchange to save, a
-// preference for the diagonal would win nothing. Magnitudes are compared by their exponent and the first 12 bits of their fraction,
-// beside which the row fits into 32 bits, so that one maximum of integers finds the pivot and its row. So a multiplier may be
-// 1 + 2^-12 instead of 1, and the bound on the growth of C steps is (1 + 2^-13)^C < 1.03 times that of partial pivoting.
+// Rows never move. First the pivot of step k is the entry of row k, without a search: its row is on its way to the others at once, and
+// one reciprocal is all that a step waits for. If in any step of the panel that was less than half of the column's largest open entry
+// (a multiplier above 2), the panel starts again, and the pivot of step k is the largest entry of column k among the rows that have
+// not been a pivot's; that it stood in row p_k is noted, and with G what elimination leaves in the place of R, R^{-1}[k, p_l] =
+// G[p_k, l]. With a class signal the diagonal does nearly always. Magnitudes are compared by their exponent and the first 12 bits of
+// their fraction, beside which the row fits into 32 bits, so that one maximum of integers finds the pivot and its row.
 //
 // The block takes its steps in panels J of 8 columns, whose effect on the rest is one matrix product. Eliminating the panel by itself
 // leaves G[:, J] in its place; then
 //
 //     R[:, c] <- (R[:, c] with zeros in the rows p_J) + G[:, J] R[p_J, c]          for every column c outside the panel
 //
-// in 8 x 8 tiles on the tensor cores, a stripe of 8 columns a warp. Warp 0 takes the stripe of the next panel first and eliminates
-// that panel while the others go on: one barrier a panel. Whoever takes a stripe, its operations are the same, so the bits do not
-// depend on the number of threads.
+// in 8 x 8 tiles on the tensor cores. The tiles of the next panel are everybody's; then warp 0 eliminates that panel while the others
+// take the remaining stripes of 8 columns, a warp a stripe: three barriers a panel. Whoever takes a tile, its operations are the same,
+// so the bits do not depend on the number of threads.
 #pragma once
 
 #include <limits>
@@ -191,6 +192,44 @@ LDMI_DEVICE bool eliminate(double (&a)[kSlots][kColumns], int rows, int columns,
   return true;
 }
 
+inline constexpr double kMultiplier = 2.0;  // at most, for the diagonal's entry to be the pivot
+
+// The same with the diagonal's entries as pivots: of step j that in row `source` + j of the lanes' first rows. False: in some step it was
+// too small beside the open rows' entries or the threshold, and what is in `a` is of no use.
+template <int kSlots, int kColumns, class Step>
+LDMI_DEVICE bool eliminate_diagonal(double (&a)[kSlots][kColumns], int source, int columns, double threshold, unsigned used,
+                                    const Step& step) {
+  bool good = true;
+  double pivot = shfl(a[0][0], source), inverse = reciprocal(pivot);
+  for (int j = 0; j < columns; ++j) {
+    double pivot_row[kColumns], minus[kSlots];  // the multipliers
+    LDMI_UNROLL
+    for (int c = 1; c < kColumns; ++c) pivot_row[c] = shfl(a[0][c], source);
+    const bool own = lane() == source;
+    good &= abs(pivot) > threshold && !(own && (used & 1u) != 0);
+    step(j, pivot);
+    source = (source + 1) % kWarp;
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      minus[s] = -a[s][0] * inverse;
+      good &= (used >> s & 1u) != 0 || abs(minus[s]) <= kMultiplier;
+      if (s == 0) minus[s] = own ? inverse : minus[s];  // the row becomes (itself with 1 instead of the pivot) / pivot
+    }
+    used |= own ? 1u : 0u;
+    LDMI_UNROLL
+    for (int c = 1; c < kColumns; ++c) {
+      LDMI_UNROLL
+      for (int s = 0; s < kSlots; ++s) a[s][c - 1] = fma(minus[s], pivot_row[c], s == 0 && own ? 0.0 : a[s][c]);
+      if (c > 1) continue;
+      pivot = shfl(a[0][0], source);  // of the next step, on its way while this one goes on
+      inverse = reciprocal(pivot);
+    }
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) a[s][kColumns - 1] = minus[s];
+  }
+  return all(good);
+}
+
 // Which answer a matrix has before anything is eliminated
 struct Screening {
   bool finite;  // S and n
@@ -215,37 +254,47 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
   const bool here = n > 0.0;
   const unsigned present = ballot(here);
   const double scale = here ? 1.0 / n : 0.0;
-  double a[1][kColumns];
-  LDMI_UNROLL
-  for (int j = 0; j < kColumns; ++j) a[0][j] = i < C && j < C ? entry(i, j) : 0.0;
-  bool finite = isfinite(n);
-  double sum = 0.0;
-  LDMI_UNROLL
-  for (int j = 0; j < kColumns; ++j) {
-    finite &= isfinite(a[0][j]);
-    a[0][j] = here && (present >> j & 1u) != 0 ? a[0][j] * scale : (i == j && i < C ? 1.0 : 0.0);
-    sum += abs(a[0][j]);
-  }
-  const Screening seen{all(finite), strict, popcount(present), C};
   const auto everywhere = [&](double value) {
     if (!inverse) return;
     sync_warp();  // emit may overwrite what other lanes have read
     for (int at = lane(); at < C * C; at += kWarp) emit(at / C, at % C, value);
     sync_warp();
   };
-  if (!seen.regular()) {
-    everywhere(seen.finite ? 0.0 : kNaN);
-    return seen.answer();
-  }
+  double a[1][kColumns];
+  Screening seen{};
   Pivots pivots;
-  unsigned used = 0;
-  int p = 0;         // of step `lane`
-  int variable = 0;  // the step whose pivot was in row `lane`
-  const bool regular = eliminate<1>(a, C, C, threshold(C, warp_max(sum)), used, [&](int step, int row, double pivot) {
-    pivots.take(step, pivot);
-    if (lane() == step) p = row;
-    if (lane() == row) variable = step;
-  });
+  int p = i;         // of step `lane`
+  int variable = i;  // the step whose pivot was in row `lane`
+  bool regular = false;
+  LDMI_UNROLL_BY(1)
+  for (int attempt = 0; attempt < 2 && !regular; ++attempt) {
+    LDMI_UNROLL
+    for (int j = 0; j < kColumns; ++j) a[0][j] = i < C && j < C ? entry(i, j) : 0.0;
+    bool finite = isfinite(n);
+    double sum = 0.0;
+    LDMI_UNROLL
+    for (int j = 0; j < kColumns; ++j) {
+      finite &= isfinite(a[0][j]);
+      a[0][j] = here && (present >> j & 1u) != 0 ? a[0][j] * scale : (i == j && i < C ? 1.0 : 0.0);
+      sum += abs(a[0][j]);
+    }
+    seen = {all(finite), strict, popcount(present), C};
+    if (!seen.regular()) {
+      everywhere(seen.finite ? 0.0 : kNaN);
+      return seen.answer();
+    }
+    const double least = threshold(C, warp_max(sum));
+    unsigned used = 0;
+    if (attempt == 0) {
+      regular = eliminate_diagonal(a, 0, C, least, used, [&](int step, double pivot) { pivots.take(step, pivot); });
+    } else {
+      regular = eliminate<1>(a, C, C, least, used, [&](int step, int row, double pivot) {
+        pivots.take(step, pivot);
+        if (lane() == step) p = row;
+        if (lane() == row) variable = step;
+      });
+    }
+  }
   if (!regular) {
     everywhere(0.0);
     return seen.singular();
@@ -273,34 +322,37 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
   return {pivots.product.log(), popcount(ballot(odd)) % 2 == 0 ? 1.0 : -1.0, seen.kept()};
 }
 
-// The columns c0..c0+7 (those below C) after panel k has been eliminated; a warp.
-LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0) {
+// The columns c0..c0+7 (those below C) after panel k has been eliminated: of their tiles of 8 rows a warp's, those from `from` on, each
+// `by`-th. read() is called when the warp has read what tiles of others overwrite.
+template <int kTiles, class Read>
+LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0, int from, int by, const Read& read) {
   // Row m of the tile is column c0 + order(m): rows 2 columns apart come together, whose places in memory are 64 bytes apart in 128
   const int m = lane() / 4, q = lane() % 4;
   const int c = c0 + (m & 1) * 2 + (m >> 1 & 1) + (m & 4);
   double* const column = space.columns + c * space.stride;
   constexpr int kHalves = kFactorPanel / 4;
   double x[kHalves];
-  int g[kHalves];
+  int g[kHalves], row[kHalves];
   LDMI_UNROLL
   for (int h = 0; h < kHalves; ++h) {
     const int step = k + 4 * h + q;
-    x[h] = 0.0;
-    if (c < C && step < C) {
-      double* const at = column + space.pivot_row[step];
-      x[h] = *at;
-      *at = 0.0;
-    }
+    const bool there = c < C && step < C;
+    row[h] = there ? space.pivot_row[step] : -1;
+    x[h] = there ? column[row[h]] : 0.0;
     g[h] = (step < C ? step : C - 1) * space.stride;  // times 0 if there is no such step
   }
+  read();
+  LDMI_UNROLL
+  for (int h = 0; h < kHalves; ++h) {
+    if (row[h] >= 0 && row[h] / 8 % by == from) column[row[h]] = 0.0;
+  }
   sync_warp();
-  constexpr int kTiles = 4;  // under way together
-  for (int i0 = 0; i0 < C; i0 += 8 * kTiles) {
+  for (int first = from; 8 * first < C; first += kTiles * by) {  // kTiles under way together
     M8N8K4::C tile[kTiles];
     double b[kTiles][kHalves];
     LDMI_UNROLL
     for (int t = 0; t < kTiles; ++t) {
-      const int i = i0 + 8 * t + 2 * q, own = i0 + 8 * t + m;
+      const int i = 8 * (first + t * by) + 2 * q, own = 8 * (first + t * by) + m;
       LDMI_UNROLL
       for (int h = 0; h < kHalves; ++h) b[t][h] = space.columns[g[h] + (own < C ? own : C - 1)];
       tile[t] = {};
@@ -317,7 +369,7 @@ LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0) {
     }
     LDMI_UNROLL
     for (int t = 0; t < kTiles; ++t) {
-      const int i = i0 + 8 * t + 2 * q;
+      const int i = 8 * (first + t * by) + 2 * q;
       if (c < C && i < C) shared_store16(column + i, Pack<double>{{tile[t].value[0], tile[t].value[1]}});
     }
   }
@@ -330,25 +382,43 @@ LDMI_DEVICE bool eliminate_panel(const FactorSpace& space, int C, int k, double 
   const int columns = C - k < kFactorPanel ? C - k : kFactorPanel;
   double a[kSlots][kFactorPanel];
   double* const panel = space.columns + k * space.stride + lane();
-  LDMI_UNROLL
-  for (int s = 0; s < kSlots; ++s) {
+  double* const first = panel + (columns - kFactorPanel) * space.stride;
+  int turn = 0;
+  bool regular = false;
+  LDMI_UNROLL_BY(1)
+  for (int attempt = 0; attempt < 2 && !regular; ++attempt) {
+    // With the diagonal's pivots the rows k, k + 1, ... are the lanes' first: slot s has the rows of s + turn
+    turn = attempt == 0 ? k / kWarp : 0;
+    const auto rows = [&](int s) { return s + turn < kSlots ? s + turn : s + turn - kSlots; };
     LDMI_UNROLL
-    for (int j = 0; j < kFactorPanel; ++j) {
-      a[s][j] = j < columns && lane() + kWarp * s < C ? panel[j * space.stride + kWarp * s] : 0.0;
+    for (int s = 0; s < kSlots; ++s) {
+      LDMI_UNROLL
+      for (int j = 0; j < kFactorPanel; ++j) {
+        a[s][j] = j < columns && lane() + kWarp * rows(s) < C ? panel[j * space.stride + kWarp * rows(s)] : 0.0;
+      }
+    }
+    if (attempt == 0) {
+      const unsigned turned = used >> turn | used << (kSlots - turn);
+      regular = eliminate_diagonal(a, k % kWarp, columns, threshold, turned, [&](int step, double pivot) {
+        pivots.take(k + step, pivot);
+        if (lane() == 0) space.pivot_row[k + step] = static_cast<uint8_t>(k + step);
+      });
+      if (regular && lane() - k % kWarp >= 0 && lane() - k % kWarp < columns) used |= 1u << turn;
+    } else {
+      regular = eliminate(a, C, columns, threshold, used, [&](int step, int row, double pivot) {
+        pivots.take(k + step, pivot);
+        if (lane() == 0) space.pivot_row[k + step] = static_cast<uint8_t>(row);
+      });
     }
   }
-  const bool regular = eliminate(a, C, columns, threshold, used, [&](int step, int row, double pivot) {
-    pivots.take(k + step, pivot);
-    if (lane() == 0) space.pivot_row[k + step] = static_cast<uint8_t>(row);
-  });
   if (!regular) return false;
   pivots.count(k, columns);
-  double* const first = panel + (columns - kFactorPanel) * space.stride;
   LDMI_UNROLL
   for (int s = 0; s < kSlots; ++s) {
+    const int at = kWarp * (s + turn < kSlots ? s + turn : s + turn - kSlots);
     LDMI_UNROLL
     for (int j = 0; j < kFactorPanel; ++j) {
-      if (j >= kFactorPanel - columns && lane() + kWarp * s < C) first[j * space.stride + kWarp * s] = a[s][j];
+      if (j >= kFactorPanel - columns && lane() + at < C) first[j * space.stride + at] = a[s][j];
     }
   }
   return true;
@@ -432,9 +502,13 @@ LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, b
   unsigned used = 0;
   const int stripes = (C + kFactorPanel - 1) / kFactorPanel;
   bool regular = true;
-  // Round `done` applies that panel; round -1 has none. Meanwhile warp 0 eliminates the next one.
+  // Round `done` applies that panel, to the next one first; round -1 has none. Then warp 0 eliminates the next one.
   for (int done = -1; done < stripes && regular; ++done) {
     const int next = done + 1;
+    if (done >= 0 && next < stripes) {
+      update_stripe<2>(space, C, done * kFactorPanel, next * kFactorPanel, warp(), warps, [] { sync_block(); });
+      sync_block();
+    }
     int* const tickets = space.tickets + (next & 1);
     // the stripes after the next panel, then those before this one
     const int rest = done < 0 ? 0 : inverse ? stripes - (next < stripes ? 2 : 1) : stripes - next - 1;
@@ -447,9 +521,11 @@ LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, b
       return stripe < stripes ? stripe : stripe - (next < stripes ? stripes : stripes + 1);
     };
     if (thread_idx() == 0) space.tickets[done & 1] = 0;
-    for (int stripe = warp() == 0 && next < stripes ? next : draw(); stripe >= 0; stripe = draw()) {
-      if (done >= 0) update_stripe(space, C, done * kFactorPanel, stripe * kFactorPanel);
-      if (stripe == next) regular = eliminate_panel<kSlots>(space, C, next * kFactorPanel, threshold(C, norm), used, pivots);
+    if (warp() == 0 && next < stripes) {
+      regular = eliminate_panel<kSlots>(space, C, next * kFactorPanel, threshold(C, norm), used, pivots);
+    }
+    for (int stripe = draw(); stripe >= 0; stripe = draw()) {
+      update_stripe<4>(space, C, done * kFactorPanel, stripe * kFactorPanel, 0, 1, [] { sync_warp(); });
     }
     regular = !sync_block_or(!regular);
   }

@@ -26,7 +26,8 @@
 // so at the end the numbers in each row of V are put in the order p, V is transposed, and the numbers are put in the order p again,
 // but not if p is the identity. So the pivot is the diagonal's entry if that is at least half of the column's largest, which with a
 // class signal it is, or else the largest. (Beside the diagonal's, magnitudes are compared by the exponent and the first 20 bits
-// of the fraction.) A multiplier is at most 2.
+// of the fraction.) A multiplier is at most 2. Block 0 first takes the diagonal's for all of a strip, without a search, and starts the
+// strip again with one if that was wrong; after kGridFailures strips it does not try any more.
 #pragma once
 
 #include "logdet_inverse.cuh"
@@ -37,6 +38,7 @@ inline constexpr int kGridThreads = 256;                       // at most: rows 
 inline constexpr int kGridTile = 64, kGridDepth = 32;          // rows and columns of a tile; columns of G that are in shared memory
 inline constexpr int kGridCandidates = kGridThreads / 32 + 1;  // for the pivot: one a warp, and the diagonal
 inline constexpr double kGridDiagonal = 0.5;                   // of the column's largest, at least, for the diagonal's to be the pivot
+inline constexpr int kGridFailures = 4;
 inline constexpr int kGridTurn = 32;                           // rows and columns of V that a block transposes at a time
 
 // Global memory besides M, for one matrix at a time; see plan::grid_workspace
@@ -187,6 +189,73 @@ LDMI_DEVICE void update_strip(const GridProblem<kThreads>& problem, const GridSh
       for (int c = 0; c < kColumns; ++c) a[s][c] = fma(g[s], x[c], a[s][c]);
     }
   }
+}
+
+// Eliminates the strip of the steps k..k+columns-1 by itself, with the diagonal's entries as pivots: one barrier a column, at which the
+// thread of its row has laid that down. False: one of them was too small, and what is in `a` is of no use.
+template <int kSlots, int kColumns, int kThreads>
+LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, const GridShared& shared, int k, int columns,
+                                          double threshold, unsigned& used, double (&a)[kSlots][kColumns]) {
+  const auto slots = std::make_integer_sequence<int, kSlots>{};
+  double* const pivots = shared.candidates + 2 * 8;
+  unsigned mine = used;
+  bool good = true;
+  double pivot = 0.0, inverse = 0.0;  // of the next step, in the warp that has its row
+  const auto look = [&](int row) {
+    if (row % kThreads / kWarp != warp()) return;
+    for_each_slot(slots, [&](auto slot) {
+      constexpr int s = decltype(slot)::value;
+      if (row / kThreads == s) pivot = a[s][0];
+    });
+    inverse = reciprocal(pivot);
+  };
+  look(k);
+  for (int j = 0; j < columns; ++j) {
+    const int row = k + j;
+    double* const line = shared.candidates + (j & 1) * 8;  // two: this column's is read while the next one's is written
+    if (row % kThreads == thread_idx()) {
+      for_each_slot(slots, [&](auto slot) {
+        constexpr int s = decltype(slot)::value;
+        if (row / kThreads != s) return;
+        good &= abs(pivot) > threshold && (mine >> s & 1u) == 0;
+        LDMI_UNROLL
+        for (int c = 1; c < kColumns; ++c) line[c] = a[s][c];
+      });
+      line[0] = inverse;
+      pivots[j] = pivot;
+    }
+    sync_block();
+    const double factor = line[0];
+    double minus[kSlots];  // the multipliers
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      minus[s] = -a[s][0] * factor;
+      good &= (mine >> s & 1u) != 0 || thread_idx() + kThreads * s >= problem.C || abs(minus[s]) <= kMultiplier;
+      if (thread_idx() + kThreads * s == row) {  // becomes (the row with 1 instead of the pivot) / pivot below
+        minus[s] = factor;
+        mine |= 1u << s;
+        LDMI_UNROLL
+        for (int c = 1; c < kColumns; ++c) a[s][c] = 0.0;
+      }
+    }
+    LDMI_UNROLL
+    for (int c = 1; c < kColumns; ++c) {
+      const double entry = line[c];
+      LDMI_UNROLL
+      for (int s = 0; s < kSlots; ++s) a[s][c - 1] = fma(minus[s], entry, a[s][c]);
+      if (c == 1) look(row + 1);  // while the rest of this step goes on
+    }
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) a[s][kColumns - 1] = minus[s];
+  }
+  if (sync_block_or(!good)) return false;
+  used = mine;
+  if (thread_idx() < columns) {
+    store(problem.space.pivots + k + thread_idx(), pivots[thread_idx()]);
+    store(problem.space.row + k + thread_idx(), k + thread_idx());
+    store(problem.space.step + k + thread_idx(), k + thread_idx());
+  }
+  return true;
 }
 
 // Eliminates the strip of the steps k..k+columns-1 by itself: one barrier a column, at which each warp has laid down the row of its
@@ -369,6 +438,7 @@ LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads>& problem, const G
   const int block = static_cast<int>(block_idx()), blocks = static_cast<int>(grid_dim());
   unsigned used = 0;  // of block 0's threads: a bit for each of the thread's rows that have been a pivot's
   bool regular = true;
+  int failures = 0;  // strips whose pivots are not on the diagonal
   double a[kSlots][kColumns];
   for (int k = 0; k < panels + (problem.inverse ? 1 : 0); ++k) {
     const int begin = k < panels ? k * panel : C, end = C - begin < panel ? C : begin + panel;
@@ -389,11 +459,20 @@ LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads>& problem, const G
         turn = !eliminates ? turn + crew : me >= 0 ? me : strips;
         if (!eliminates && (width == 0 || s == t || s == t - 1)) continue;
         const int c0 = begin + s * kColumns, columns = end - c0 < kColumns ? end - c0 : kColumns;
-        load_strip(problem, c0, columns, a);
-        if (width > 0) update_strip(problem, shared, c0, columns, first, width, a);
+        LDMI_UNROLL_BY(1)
+        for (bool diagonal = failures < kGridFailures;; diagonal = false) {
+          load_strip(problem, c0, columns, a);
+          if (width > 0) update_strip(problem, shared, c0, columns, first, width, a);
+          if (!eliminates || !regular) break;
+          if (!diagonal) {
+            regular = eliminate_strip(problem, shared, c0, columns, threshold, used, a);
+            break;
+          }
+          if (eliminate_strip_diagonal(problem, shared, c0, columns, threshold, used, a)) break;
+          ++failures;
+        }
         int lead = 0;
         if (eliminates) {
-          if (regular) regular = eliminate_strip(problem, shared, c0, columns, threshold, used, a);
           lead = kColumns - columns;
           if (!regular) {
             if (thread_idx() == 0) store(space.singular, static_cast<uint32_t>(k) + 1u);

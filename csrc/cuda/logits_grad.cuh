@@ -193,12 +193,21 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
 
 // -------------------------------------------------------------------------------------------------------------- many classes
 
+// What a lane knows of a row: which it is (kUnused: none), its label (-1: it does not count) and its factors.
+template <class F>
+struct RowOf {
+  int64_t row = kUnused;
+  int label = -1;
+  F alpha = 0, gamma = 0, shift = 0;
+};
+
 // A group of kGroup threads a row, kColumns columns a thread at a time in accesses of kAccess values. kLong: rows longer than the
-// group's registers are read twice. `order` may be null: rows as they come.
+// group's registers are read twice. `order` may be null: rows as they come. Lane u of each warp looks up what row u of the next kRows
+// needs while these are under way.
 template <class E, int kAccess, int kGroup, int kColumns, int kRows, bool kLong>
 LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == kThreads ? 1
                                                                      : kGroup == kWarp  ? 2
-                                                                                        : 4))
+                                                                                        : 3))
     grad_by_row(Batch batch, const Compute<E>* lse, Table<Compute<E>> table, const double* scale, const double* ce_scale,
                 const int64_t* order, E* grad) {
   using F = Compute<E>;
@@ -207,109 +216,147 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == k
   F* const scratch = carve.take<F>(4 * kRows * kWarps);
   const int64_t rows = batch.logits.rows, C = batch.logits.columns;
   const double minus_scale = -load_const(scale), with_ce = load_const(ce_scale);
-  const int groups = block_dim() / kGroup, t = thread_idx() % kGroup;
+  const int groups = block_dim() / kGroup;
+  const Columns<kAccess, kGroup> column{thread_idx() % kGroup};
   const int64_t group = block_idx() * groups + thread_idx() / kGroup, all = grid_dim() * groups;
   // a run of rows for each group, so that in the order of the labels V's row stays near
   const int64_t end = cut(rows, all, group + 1);
   int stage = 0;
   bool ignored = false;
-  for (int64_t at = cut(rows, all, group); at < end; at += kRows, stage ^= 1) {
-    int64_t row[kRows], label[kRows];
-    RowFactors factors[kRows];
-    F shift[kRows], sum[kRows], product[kRows];
+  const auto look_up = [&](int64_t at) {
+    RowOf<F> found;
+    if (lane() >= kRows || at + lane() >= end) return found;
+    found.row = order == nullptr ? at + lane() : load_const(order + at + lane());
+    double weight;
+    const int64_t label = used_label(batch, found.row, weight, ignored);
+    found.label = static_cast<int>(label);
+    if (label >= 0) found.alpha = static_cast<F>(weight * (minus_scale * load_const(table.magnitude + label)));
+    found.gamma = static_cast<F>(weight * with_ce);
+    found.shift = load_const(lse + found.row);
+    return found;
+  };
+  int64_t at = cut(rows, all, group);
+  RowOf<F> mine = look_up(at);
+  for (; at < end; at += kRows, stage ^= 1) {
+    int64_t row[kRows];
+    int label[kRows];
     LDMI_UNROLL
     for (int u = 0; u < kRows; ++u) {
-      row[u] = at + u >= end ? kUnused : order == nullptr ? at + u : load_const(order + at + u);
-      double weight = 0;
-      label[u] = row[u] >= 0 ? used_label(batch, row[u], weight, ignored) : kUnused;
-      factors[u] = {label[u] >= 0 ? weight * (minus_scale * load_const(table.magnitude + label[u])) : 0.0, weight * with_ce};
-      shift[u] = row[u] >= 0 ? load_const(lse + row[u]) : F{0};
-      sum[u] = product[u] = 0;
+      row[u] = order == nullptr ? (at + u < end ? at + u : kUnused) : shfl(mine.row, u);
+      label[u] = shfl(mine.label, u);
     }
     F x[kRows][kColumns], v[kRows][kColumns];
-    const auto column = [&](int64_t first, int j) {
-      return first + (t + static_cast<int64_t>(j / kAccess) * kGroup) * kAccess + j % kAccess;
-    };
-    // logits and V of the columns from `first` on
+    // logits (-inf outside) and V of the columns from `first` on. Rows that do not count read label 0's V, and rows that are not there
+    // the first one: they are left out at the end.
     const auto fetch = [&](int64_t first) {
+      const int left = static_cast<int>(C - first < kGroup * kColumns ? C - first : kGroup * kColumns);
       LDMI_UNROLL
       for (int u = 0; u < kRows; ++u) {
+        load_columns(element<E>(batch.logits, row[u] < 0 ? row[0] : row[u], first), batch.logits.column_stride, column, left,
+                     -infinity<F>(), x[u]);
+        const F* const V = table.values + (label[u] < 0 ? 0 : label[u]) * table.pitch + first;
         LDMI_UNROLL
         for (int j = 0; j < kColumns; j += kAccess) {
-          E raw[kAccess];
-          const bool inside = label[u] >= 0 && column(first, j) < C;
-          if (inside) load_values<E, kAccess>(element<E>(batch.logits, row[u], column(first, j)), raw);
-          LDMI_UNROLL
-          for (int k = 0; k < kAccess; ++k) x[u][j + k] = inside ? static_cast<F>(widen(raw[k])) : F{0};
-          const F* const V = table.values + (label[u] >= 0 ? label[u] : 0) * table.pitch + column(first, j);
           constexpr int kVector = kAccess * sizeof(F) >= 16 ? static_cast<int>(16 / sizeof(F)) : 1;
           LDMI_UNROLL
           for (int k = 0; k < kAccess; k += kVector) {
             if constexpr (kVector > 1) {
-              Pack<F> four{};
-              if (inside) four = load16_const(V + k);
+              Pack<F> some{};
+              if (column(j) < left) some = load16_const(V + column(j) + k);
               LDMI_UNROLL
-              for (int i = 0; i < kVector; ++i) v[u][j + k + i] = four[i];
+              for (int i = 0; i < kVector; ++i) v[u][j + k + i] = some[i];
             } else {
-              v[u][j + k] = inside ? load_const(V + k) : F{0};
+              v[u][j + k] = column(j) < left ? load_const(V + column(j) + k) : F{0};
             }
           }
         }
       }
     };
-    const auto exponentials = [&](int64_t first) {
-      LDMI_UNROLL
-      for (int u = 0; u < kRows; ++u) {
-        LDMI_UNROLL
-        for (int j = 0; j < kColumns; ++j) x[u][j] = column(first, j) < C ? exp(x[u][j] - shift[u]) : F{0};
-      }
-    };
-    for (int64_t first = 0; first < C && !batch.probs; first += kGroup * kColumns) {
-      fetch(first);
-      exponentials(first);
-      LDMI_UNROLL
-      for (int u = 0; u < kRows; ++u) {
-        LDMI_UNROLL
-        for (int j = 0; j < kColumns; ++j) {
-          sum[u] += x[u][j];
-          product[u] = fma(x[u][j], v[u][j], product[u]);
-        }
-      }
-      if (!kLong) break;
-    }
-    if (!batch.probs) {
-      group_reduce<kGroup, false>(sum, scratch + 2 * stage * kRows * kWarps);
-      group_reduce<kGroup, false>(product, scratch + (2 * stage + 1) * kRows * kWarps);
-    }
-    for (int64_t first = 0; first < C; first += kGroup * kColumns) {
-      if (kLong || batch.probs) fetch(first);
-      if (kLong && !batch.probs) exponentials(first);
+    const auto write = [&](int64_t first, const auto& value_of) {
+      const int left = static_cast<int>(C - first < kGroup * kColumns ? C - first : kGroup * kColumns);
       LDMI_UNROLL
       for (int u = 0; u < kRows; ++u) {
         if (row[u] < 0) continue;
-        const int64_t own = with_ce != 0 && label[u] >= 0 ? column_of(label[u], C) : kUnused;
-        const ColumnFactors<F> factor(batch.probs ? F{1} : sum[u], product[u], factors[u]);
+        E* const to = grad + row[u] * C + first;
         LDMI_UNROLL
         for (int j = 0; j < kColumns; j += kAccess) {
           E out[kAccess];
           LDMI_UNROLL
-          for (int k = 0; k < kAccess; ++k) {
-            const int64_t c = column(first, j + k);
-            F value;
-            if (batch.probs) {
-              value = factor.a * v[u][j + k];
-              if (c == own) value -= static_cast<F>(factors[u].gamma / static_cast<double>(x[u][j + k]));
-            } else {
-              value = factor(x[u][j + k], v[u][j + k]);
-              if (c == own) value -= static_cast<F>(factors[u].gamma);
-            }
-            out[k] = label[u] >= 0 ? narrow<E>(value) : E{};
-          }
-          if (column(first, j) < C) store_values<E, kAccess>(grad + row[u] * C + column(first, j), out);
+          for (int k = 0; k < kAccess; ++k) out[k] = label[u] >= 0 ? narrow<E>(value_of(u, j + k)) : E{};
+          if (column(j) < left) store_values<E, kAccess>(to + column(j), out);
         }
       }
-      if (!kLong) break;
+    };
+    // which of this thread's columns is the row's own, if the cross entropy counts; -1: none
+    const auto own_column = [&](int u, int64_t first) {
+      if (with_ce == 0 || label[u] < 0) return -1;
+      const int64_t own = column_of(label[u], C) - first;
+      return own >= 0 && own < kGroup * kColumns ? static_cast<int>(own) : -1;
+    };
+    fetch(0);
+    const RowOf<F> next = look_up(at + kRows);
+    if (batch.probs) {
+      for (int64_t first = 0; first < C; first += kGroup * kColumns) {
+        if (first > 0) fetch(first);
+        LDMI_UNROLL
+        for (int u = 0; u < kRows; ++u) {
+          const F alpha = shfl(mine.alpha, u), gamma = shfl(mine.gamma, u);
+          const int own = own_column(u, first);
+          LDMI_UNROLL
+          for (int j = 0; j < kColumns; ++j) v[u][j] = alpha * v[u][j] - (own == column(j) ? gamma / x[u][j] : F{0});
+        }
+        write(first, [&](int u, int j) { return v[u][j]; });
+      }
+    } else {
+      F sum[kRows], product[kRows], shift[kRows];
+      LDMI_UNROLL
+      for (int u = 0; u < kRows; ++u) {
+        sum[u] = product[u] = 0;
+        shift[u] = shfl(mine.shift, u);
+      }
+      for (int64_t first = 0; first < C; first += kGroup * kColumns) {
+        if (first > 0) fetch(first);
+        LDMI_UNROLL
+        for (int u = 0; u < kRows; ++u) {
+          LDMI_UNROLL
+          for (int j = 0; j < kColumns; ++j) {
+            x[u][j] = exp(x[u][j] - shift[u]);
+            sum[u] += x[u][j];
+            product[u] = fma(x[u][j], v[u][j], product[u]);
+          }
+        }
+        if (!kLong) break;
+      }
+      group_reduce<kGroup, false>(sum, scratch + 2 * stage * kRows * kWarps);
+      group_reduce<kGroup, false>(product, scratch + (2 * stage + 1) * kRows * kWarps);
+      F mean[kRows], a[kRows], g[kRows], gamma[kRows];
+      LDMI_UNROLL
+      for (int u = 0; u < kRows; ++u) {
+        const F inverse = 1 / sum[u];
+        gamma[u] = shfl(mine.gamma, u);
+        mean[u] = product[u] * inverse;
+        a[u] = shfl(mine.alpha, u) * inverse;
+        g[u] = gamma[u] * inverse;
+      }
+      for (int64_t first = 0; first < C; first += kGroup * kColumns) {
+        if (kLong) fetch(first);
+        LDMI_UNROLL
+        for (int u = 0; u < kRows; ++u) {
+          LDMI_UNROLL
+          for (int j = 0; j < kColumns; ++j) {
+            const F e = kLong ? exp(x[u][j] - shift[u]) : x[u][j];
+            x[u][j] = e * fma(a[u], v[u][j] - mean[u], g[u]);
+          }
+          const int own = own_column(u, first);
+          if (own < 0) continue;  // alike in the whole group
+          LDMI_UNROLL
+          for (int j = 0; j < kColumns; ++j) x[u][j] -= own == column(j) ? gamma[u] : F{0};
+        }
+        write(first, [&](int u, int j) { return x[u][j]; });
+        if (!kLong) break;
+      }
     }
+    mine = next;
   }
 }
 
@@ -466,7 +513,7 @@ int launch_grad_by_row(const Batch& batch, const Compute<E>* lse, const Table<Co
     constexpr int kWide = sizeof(E) == 8 ? 1 : 2;
     const auto start = [&](auto kernel, int group, int kernel_rows) {
       Grid grid;
-      grid.blocks = plan.blocks;
+      grid.blocks = group == 128 ? 2 * plan.blocks : plan.blocks;
       grid.threads = group == kWarp ? kThreads : group;
       Carve carve;
       carve.take<F>(4 * kernel_rows * (group / kWarp));
@@ -474,8 +521,16 @@ int launch_grad_by_row(const Batch& batch, const Compute<E>* lse, const Table<Co
       return launch(kernel, grid, stream, batch, lse, table, scale, ce_scale, order, grad);
     };
     const int64_t C = batch.logits.columns;
-    if (C <= plan::kWarpClasses) return start(grad_by_row<E, kAccess, kWarp, 8, kWide, false>, kWarp, kWide);
-    if (C <= plan::kBlockClasses / 4) return start(grad_by_row<E, kAccess, 128, 8, kWide, false>, 128, kWide);
+    if constexpr (kAccess <= 4) {
+      if (C <= plan::kLanes * 4) return start(grad_by_row<E, kAccess, kWarp, 4, 2 * kWide, false>, kWarp, 2 * kWide);
+    }
+    if (C <= plan::kLanes * 8) return start(grad_by_row<E, kAccess, kWarp, 8, kWide, false>, kWarp, kWide);
+    if constexpr (sizeof(E) < 8 && kAccess > 1) {
+      if (C <= plan::kLanes * 16) return start(grad_by_row<E, kAccess, kWarp, 16, 1, false>, kWarp, 1);
+      if (C <= plan::kLanes * 32) return start(grad_by_row<E, kAccess, kWarp, 32, 1, false>, kWarp, 1);
+    } else {
+      if (C <= plan::kBlockClasses / 4) return start(grad_by_row<E, kAccess, 128, 8, 1, false>, 128, 1);
+    }
     if (C <= plan::kBlockClasses) return start(grad_by_row<E, kAccess, kThreads, 16, 1, false>, kThreads, 1);
     return start(grad_by_row<E, kAccess, kThreads, 16, 1, true>, kThreads, 1);
   });

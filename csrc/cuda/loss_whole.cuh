@@ -2,14 +2,12 @@
 // 0 through the end. The steps are the device functions that the launches of joint are made of.
 //
 //     few classes      rows_sums or tile_sums | finish_sums | end_of_loss
-//     more             count_labels | scan_pieces | scan_starts | scatter_labels | label_sums | add_sides | end_of_loss
 //     soft targets     sums_of_rows, and the sum of the weights | soft_sums | finish_sums | end_of_loss
 //
 // A barrier costs what a launch does (1.1 and 1.24 us on an H100), so the device gains nothing. The host does: a launch takes it some
-// 3 us, and in eager mode a small step waits for the host. The price: registers and shared memory are those of the hungriest step,
-// which above kTileClasses is the elimination, so that the steps over the rows have one block a multiprocessor instead of two. Its 8
-// warps have 4 rows of up to 256 classes under way, 32 KB a multiprocessor in fp32, twice what 3 TB/s with a latency of 0.7 us ask
-// for.
+// 3 us, and in eager mode a small step waits for the host. The price: registers and shared memory are those of the hungriest step.
+// Above kTileClasses that is the elimination, with which the steps over the rows have one block a multiprocessor instead of two: at
+// N = 65536, C = 100 that took 188 us instead of 163 (H100), so there the steps are launches.
 #pragma once
 
 #include "joint.cuh"
@@ -51,28 +49,6 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, (kWidth == 32 ? 1 : 2))
   tile_sums<E, kWidth>(batch, lse, partial);
   finish_whole(partial, at);
   end_whole<kWidth>(at);
-}
-
-template <class E, int kAccess>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1)
-    loss_whole_by_label(Batch batch, Compute<E>* lse, LabelOrder sort, int64_t segments, Sides sides, Whole at) {
-  using F = Compute<E>;
-  const int64_t C = at.end.C;
-  double* const S = const_cast<double*>(at.end.S);
-  double* const n = const_cast<double*>(at.end.n);
-  count_labels<true>(batch, sort);
-  sync_grid();
-  scan_pieces(C + 1, sort);
-  sync_grid();
-  scan_starts(C + 1, sort);
-  sync_grid();
-  scatter_labels<true>(batch, sort);
-  sync_grid();
-  label_sums<E, kAccess, kWarp, 8, sizeof(E) == 8 ? 2 : 4, false>(batch, sort, segments, static_cast<const F*>(nullptr),
-                                                                  static_cast<const F*>(nullptr), lse, S, n, sides);
-  sync_grid();
-  add_sides(C, C, sort, segments, sides, sides.ce, segments, S, n, const_cast<double*>(at.end.ce));
-  end_whole<kFactorClasses>(at);
 }
 
 template <class E>
@@ -135,25 +111,6 @@ int launch_whole_tile(const Batch& batch, Compute<E>* lse, const Whole& at, void
 }
 
 template <class E>
-int launch_whole_by_label(const Batch& batch, Compute<E>* lse, const Whole& at, void* workspace, const plan::CudaJoint& plan,
-                          const plan::CudaLogdetInverse& elimination, const DeviceLimits& limits, Stream stream) {
-  const int64_t rows = batch.logits.rows, C = batch.logits.columns;
-  Carve carve;  // of the sort's counters, a warp each
-  carve.take<uint32_t>(kThreads / kWarp * (C + 1));
-  return with_access<E>(batch.logits, [&](auto access) {
-    const auto kernel = loss_whole_by_label<E, decltype(access)::value>;
-    Grid grid;
-    const int error = cooperative_grid(kernel, plan.blocks, kThreads, most(carve.bytes(), elimination.smem_bytes), limits, &grid);
-    if (error != 0) return error;
-    const int64_t room = grid.blocks * (kThreads / kWarp), segments = plan.segments < room ? plan.segments : room;
-    Workspace work(workspace);
-    const LabelOrder sort = take_order(work, plan.sort, rows, C);
-    const Sides sides = take_sides(work, segments, C);
-    return launch(kernel, grid, stream, batch, lse, sort, segments, sides, at);
-  });
-}
-
-template <class E>
 int launch_whole_soft(const Batch& batch, Compute<E>* lse, Whole at, void* workspace, const plan::CudaJoint& plan,
                       const plan::CudaLogdetInverse& elimination, const DeviceLimits& limits, Stream stream) {
   using F = Compute<E>;
@@ -180,8 +137,6 @@ int launch_whole(const Batch& batch, Compute<E>* lse, const Whole& at, void* wor
   const plan::CudaJoint plan =
       plan::cuda_joint(batch.logits.rows, C, C, batch.soft.data != nullptr, static_cast<int64_t>(sizeof(E)), limits);
   if (plan.order == plan::CudaOrder::kSoft) return launch_whole_soft<E>(batch, lse, at, workspace, plan, elimination, limits, stream);
-  if (plan.order == plan::CudaOrder::kByLabel)
-    return launch_whole_by_label<E>(batch, lse, at, workspace, plan, elimination, limits, stream);
   if (plan.width == 16) return launch_whole_tile<E, 16>(batch, lse, at, workspace, plan, elimination, limits, stream);
   if (plan.width == 32) return launch_whole_tile<E, 32>(batch, lse, at, workspace, plan, elimination, limits, stream);
   return launch_whole_tile<E, 64>(batch, lse, at, workspace, plan, elimination, limits, stream);

@@ -1,11 +1,11 @@
-// The rows in the order of their labels, stable, those that do not count last: a counting sort in three launches.
+// The rows in the order of their labels, stable, those that do not count last: a counting sort in two launches.
 //
 // The rows are cut into pieces, a block each, and those into parts, a warp each, which keeps a counter for every bucket (label, and
-// one bucket for the rows that do not count). sort_count adds them up, sort_scan turns the counts of the pieces into where each
-// piece's rows of a bucket go, and sort_scatter counts again and puts the rows there. Within a warp the lanes of one bucket are ranked
-// by a match, so the order is that of the rows, whatever the schedule.
-//
-// What one step leaves for the next is read by load(), so that the steps may also be parts of one launch, with grid barriers between.
+// one bucket for the rows that do not count). sort_count adds them up. sort_scatter adds up what all pieces, and those before its own,
+// have of each bucket, so that it knows where its rows go, counts again and puts them there. Every block does the same sums: one that
+// did them for all took four times as long as reading them from level 2. With so many labels that shared memory does not hold where
+// buckets begin, sort_scan does them, between the two. Within a warp the lanes of one bucket are ranked by a match, so the order is that
+// of the rows, whatever the schedule.
 #pragma once
 
 #include "rows.cuh"
@@ -13,6 +13,7 @@
 namespace ldmi::cuda {
 
 inline constexpr int kScanThreads = 1024, kScanPieces = 4;
+inline constexpr int kScanAhead = 16;  // counts that a thread has on their way from memory
 
 // What the three launches share, in the workspace.
 struct LabelOrder {
@@ -88,23 +89,14 @@ LDMI_DEVICE uint32_t* zeroed_counters(uint32_t* counters, int64_t buckets) {
 }
 
 template <bool kShared>
-LDMI_DEVICE uint32_t* counters_of(const LabelOrder& sort, int64_t piece, int64_t buckets) {
-  const int parts = block_dim() / kWarp;
-  if constexpr (kShared) {
-    Carve carve;
-    return carve.take<uint32_t>(parts * buckets);
-  } else {
-    return sort.counts + piece * parts * buckets;
-  }
-}
-
-template <bool kShared>
 LDMI_DEVICE void count_labels(const Batch& batch, const LabelOrder& sort) {
   const int64_t buckets = batch.num_labels + 1, rows = batch.logits.rows;
   const int parts = block_dim() / kWarp;
+  Carve carve;
+  uint32_t* const shared = kShared ? carve.take<uint32_t>(parts * buckets) : nullptr;
   for (int64_t piece = block_idx(); piece < sort.pieces; piece += grid_dim()) {
     const int64_t begin = cut(rows, sort.pieces, piece), count = cut(rows, sort.pieces, piece + 1) - begin;
-    uint32_t* const counters = counters_of<kShared>(sort, piece, buckets);
+    uint32_t* const counters = kShared ? shared : sort.counts + piece * parts * buckets;
     uint32_t* const mine = zeroed_counters<kShared>(counters, buckets);
     bool bad = false;
     visit_rows<kShared>(batch, begin + cut(count, parts, warp()), begin + cut(count, parts, warp() + 1), mine, bad,
@@ -147,15 +139,13 @@ LDMI_DEVICE void scan_pieces(int64_t buckets, const LabelOrder& sort) {
   }
 }
 
-// How many rows the buckets have to where they begin. One block.
-LDMI_DEVICE void scan_starts(int64_t buckets, const LabelOrder& sort) {
-  Carve carve;
-  int64_t* const warp_total = carve.take<int64_t>(kScanThreads / kWarp);
-  if (block_idx() != 0) return;
+// How many rows the buckets have, rows_of(b), to where they begin: begin(b, where), and begin(buckets, all). A block.
+template <class RowsOf, class Begin>
+LDMI_DEVICE void scan_starts(int64_t buckets, int64_t* warp_total, const RowsOf& rows_of, const Begin& begin) {
   int64_t carry = 0;
   for (int64_t base = 0; base < buckets; base += block_dim()) {
     const int64_t b = base + thread_idx();
-    const int64_t own = b < buckets ? load(sort.start + b) : 0, through = scan_warp(own);
+    const int64_t own = b < buckets ? rows_of(b) : 0, through = scan_warp(own);
     if (lane() == kWarp - 1) warp_total[warp()] = through;
     sync_block();
     int64_t at = carry + through - own, all = 0;
@@ -164,22 +154,51 @@ LDMI_DEVICE void scan_starts(int64_t buckets, const LabelOrder& sort) {
       all += warp_total[w];
     }
     carry += all;
-    if (b < buckets) store(sort.start + b, at);
+    if (b < buckets) begin(b, at);
     sync_block();
   }
-  if (thread_idx() == 0) store(sort.start + buckets, carry);
+  if (thread_idx() == 0) begin(buckets, carry);
 }
 
 template <bool kShared>
 LDMI_DEVICE void scatter_labels(const Batch& batch, const LabelOrder& sort) {
   const int64_t buckets = batch.num_labels + 1, rows = batch.logits.rows;
   const int parts = block_dim() / kWarp;
+  Carve carve;
+  uint32_t* const shared = kShared ? carve.take<uint32_t>(parts * buckets) : nullptr;
+  int64_t* const begins = kShared ? carve.take<int64_t>(buckets) : nullptr;  // where the rows of a piece go, a bucket each
+  int64_t* const warp_total = kShared ? carve.take<int64_t>(kThreads / kWarp) : nullptr;
   for (int64_t piece = block_idx(); piece < sort.pieces; piece += grid_dim()) {
     const int64_t begin = cut(rows, sort.pieces, piece), count = cut(rows, sort.pieces, piece + 1) - begin;
     const int64_t first = begin + cut(count, parts, warp()), last = begin + cut(count, parts, warp() + 1);
-    uint32_t* const counters = counters_of<kShared>(sort, piece, buckets);
+    uint32_t* const counters = kShared ? shared : sort.counts + piece * parts * buckets;
     uint32_t* const mine = zeroed_counters<kShared>(counters, buckets);
     bool bad = false;
+    if constexpr (kShared) {
+      scan_starts(
+          buckets, warp_total,
+          [&](int64_t b) {
+            int64_t all = 0, before = 0;
+            for (int64_t base = 0; base < sort.pieces; base += kScanAhead) {
+              int64_t part[kScanAhead];
+              LDMI_UNROLL
+              for (int j = 0; j < kScanAhead; ++j) {
+                part[j] = base + j < sort.pieces ? load(sort.offset + (base + j) * buckets + b) : 0;
+              }
+              LDMI_UNROLL
+              for (int j = 0; j < kScanAhead; ++j) {
+                all += part[j];
+                before += base + j < piece ? part[j] : 0;
+              }
+            }
+            begins[b] = before;
+            return all;
+          },
+          [&](int64_t b, int64_t where) {
+            if (b < buckets) begins[b] += where;
+            if (piece == 0) store(sort.start + b, where);
+          });
+    }
     visit_rows<kShared>(batch, first, last, mine, bad, [](int64_t, int64_t, uint32_t) {});
     sync_block();
     for (int64_t b = thread_idx(); b < buckets; b += block_dim()) {  // counts of the parts to where they begin in the piece
@@ -193,7 +212,8 @@ LDMI_DEVICE void scatter_labels(const Batch& batch, const LabelOrder& sort) {
     sync_block();
     const int64_t* const offset = sort.offset + piece * buckets;
     visit_rows<kShared>(batch, first, last, mine, bad, [&](int64_t i, int64_t bucket, uint32_t rank) {
-      store(sort.order + load(sort.start + bucket) + load(offset + bucket) + rank, i);
+      const int64_t from = kShared ? begins[bucket] : load(sort.start + bucket) + load(offset + bucket);
+      store(sort.order + from + rank, i);
     });
     sync_block();
   }
@@ -207,9 +227,13 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_count(Batch batch, LabelOrder sor
 // One block
 template <int kBlock>
 LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) sort_scan(int64_t buckets, LabelOrder sort) {
+  Carve carve;
+  int64_t* const warp_total = carve.take<int64_t>(kBlock / kWarp);
   scan_pieces(buckets, sort);
   sync_block();
-  scan_starts(buckets, sort);
+  scan_starts(
+      buckets, warp_total, [&](int64_t b) { return load(sort.start + b); },
+      [&](int64_t b, int64_t where) { store(sort.start + b, where); });
 }
 
 template <bool kShared>
@@ -233,18 +257,24 @@ inline int launch_sort(const Batch& batch, const LabelOrder& sort, const plan::C
   Grid grid;
   grid.blocks = plan.pieces;
   grid.threads = plan.warps * kWarp;
-  Carve carve;
-  if (plan.shared) carve.take<uint32_t>(plan.warps * (batch.num_labels + 1));
-  grid.smem = carve.bytes();
+  if (plan.shared) {
+    Carve carve;
+    carve.take<uint32_t>(plan.warps * (batch.num_labels + 1));
+    grid.smem = carve.bytes();
+    if (const int error = launch(sort_count<true>, grid, stream, batch, sort); error != 0) return error;
+    carve.take<int64_t>(batch.num_labels + 1);
+    carve.take<int64_t>(kThreads / kWarp);
+    grid.smem = carve.bytes();
+    return launch(sort_scatter<true>, grid, stream, batch, sort);
+  }
   Grid scan;
   scan.threads = kScanThreads;
-  Carve scan_carve;
-  scan_carve.take<int64_t>(kScanThreads / kWarp);
-  scan.smem = scan_carve.bytes();
-  int error = plan.shared ? launch(sort_count<true>, grid, stream, batch, sort) : launch(sort_count<false>, grid, stream, batch, sort);
-  if (error == 0) error = launch(sort_scan<kScanThreads>, scan, stream, batch.num_labels + 1, sort);
-  if (error != 0) return error;
-  return plan.shared ? launch(sort_scatter<true>, grid, stream, batch, sort) : launch(sort_scatter<false>, grid, stream, batch, sort);
+  Carve carve;
+  carve.take<int64_t>(kScanThreads / kWarp);
+  scan.smem = carve.bytes();
+  if (const int error = launch(sort_count<false>, grid, stream, batch, sort); error != 0) return error;
+  if (const int error = launch(sort_scan<kScanThreads>, scan, stream, batch.num_labels + 1, sort); error != 0) return error;
+  return launch(sort_scatter<false>, grid, stream, batch, sort);
 }
 
 }  // namespace ldmi::cuda

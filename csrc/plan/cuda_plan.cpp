@@ -22,11 +22,10 @@ int64_t sort_bytes(const CudaSort& sort, int64_t rows, int64_t labels) {
 
 CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
   CudaSort out{};
-  const int64_t counters = (labels + 1) * 4;
-  const int64_t room = std::min<int64_t>(limits.smem_block, 96 << 10) - 1024;
-  out.shared = counters <= room;
-  out.warps = static_cast<int>(out.shared ? clamp(room / counters, 1, 8) : 1);
-  // Each piece moves a counter a label a few times: two rows or more for each. The scan has 128 pieces of a label under way at once.
+  const int64_t room = std::min<int64_t>(limits.smem_block, 96 << 10) - 1024, buckets = labels + 1;
+  out.shared = buckets * 12 <= room;  // a counter a warp, and 8 bytes
+  out.warps = static_cast<int>(out.shared ? clamp((room / buckets - 8) / 4, 1, 8) : 1);
+  // Each piece moves a counter a label a few times: two rows or more for each. 128 pieces are what a block adds up in some 3 us.
   out.pieces = clamp(rows / std::max<int64_t>(2 * labels, 64 * out.warps), 1, out.shared ? 128 : 8);
   return out;
 }
@@ -39,7 +38,7 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
   const int64_t sums = std::max<int64_t>(room / ((labels * classes + labels) * 8), 1);
   if (soft) {
     out.order = CudaOrder::kSoft;
-    out.blocks = clamp(up(rows, classes <= kWarpClasses ? 8 : 1), 1, 4 * limits.sms);
+    out.blocks = clamp(up(rows, classes <= kWarpSums ? 8 : 1), 1, 4 * limits.sms);
     // splits of the rows: enough to fill the device, 256 rows or more each
     const int64_t tiles = up(classes, 64) * up(labels, 64);
     out.segments = clamp(std::min(up(2 * limits.sms, tiles), rows / 256), 1, std::min<int64_t>(1024, sums));
@@ -58,8 +57,9 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
   out.order = CudaOrder::kByLabel;
   out.sort = cuda_sort(rows, labels, limits);
   // groups of a block, and blocks of a multiprocessor
-  const int64_t groups = classes <= kWarpClasses ? 8 : 1;
-  const int64_t resident = classes <= kWarpClasses ? 2 : classes <= kBlockClasses / 4 ? 3 : 2;
+  const bool warps = classes <= warp_classes(value_bytes);
+  const int64_t groups = warps ? walk_threads(classes) / kLanes : 1;
+  const int64_t resident = warps ? walk_blocks(classes) : classes <= kBlockClasses / 4 ? 3 : 2;
   out.segments = clamp(rows / 8, 1, limits.sms * resident * groups);
   out.blocks = up(out.segments, groups);
   out.workspace_bytes = sort_bytes(out.sort, rows, labels) + 3 * piece(out.segments * 8) + piece(out.segments * classes * 8);
@@ -92,8 +92,8 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
   }
   // The table is read row by row at random: from level 2 as long as it takes at most half of it, else in the order of the labels.
   out.order = table <= limits.l2 / 2 ? CudaOrder::kByRow : CudaOrder::kByLabel;
-  const int64_t groups = classes <= kWarpClasses ? 8 : 1;
-  const int64_t resident = classes <= kWarpClasses ? 2 : classes <= kBlockClasses / 4 ? 4 : 2;
+  const bool warps = classes <= warp_classes(value_bytes);
+  const int64_t groups = warps ? 8 : 1, resident = 2;
   out.blocks = clamp(up(rows, 2 * groups), 1, limits.sms * resident);
   if (out.order == CudaOrder::kByLabel) {
     out.sort = cuda_sort(rows, labels, limits);
@@ -191,7 +191,8 @@ CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int6
   const bool grid = elimination.factor == CudaFactor::kGrid;
   out.how = grid || (soft && weighted) ? CudaLoss::kScalars : CudaLoss::kEnd;
   const int64_t joint = cuda_joint(rows, classes, classes, soft, value_bytes, limits).workspace_bytes;
-  if (limits.cooperative && !grid) {
+  // more classes than a tile holds: the steps by themselves have more blocks, which wins more than launches cost
+  if (limits.cooperative && !grid && (soft || classes <= kTileClasses)) {
     out.how = CudaLoss::kWhole;
     const int64_t sums_of_weights = soft && weighted ? cuda_joint(rows, classes, classes, soft, value_bytes, limits).blocks * 8 : 0;
     out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) + joint + piece(sums_of_weights);

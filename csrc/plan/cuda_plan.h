@@ -32,9 +32,15 @@ constexpr int64_t tile_rows(int64_t width, int64_t value_bytes) {
   return width == 16 ? 128 : width == 64 && value_bytes == 8 ? 32 : 64;
 }
 
-// Rows that one group of threads holds in registers: a warp up to kWarpClasses, a block up to kBlockClasses. Longer rows are read
-// twice: once for their sums of exponentials, once by runs of kBlockClasses.
-inline constexpr int64_t kWarpClasses = 256, kBlockClasses = 4096;
+// Rows that one group of threads holds in registers: a warp up to warp_classes, 4, 8, 16 or 32 columns a lane, a block up to
+// kBlockClasses. Longer rows are read twice: once for their sums of exponentials, once by runs of kBlockClasses. For the rows' sums of
+// soft targets a warp is enough up to kWarpSums.
+inline constexpr int64_t kLanes = 32, kBlockClasses = 4096, kWarpSums = 256;
+constexpr int64_t warp_classes(int64_t value_bytes) { return kLanes * (value_bytes == 8 ? 8 : 32); }
+// Threads of a block that walks the rows by labels, a warp a row, and how many such blocks share a multiprocessor: with 16 columns a
+// lane or more the sums take many registers.
+constexpr int64_t walk_threads(int64_t classes) { return classes <= kLanes * 8 ? 256 : 128; }
+constexpr int64_t walk_blocks(int64_t classes) { return classes > kLanes * 8 && classes <= kLanes * 16 ? 3 : 2; }
 
 enum class CudaOrder {
   kTile,     // rows as they come, S in the registers of each block
@@ -47,7 +53,7 @@ enum class CudaOrder {
 struct CudaSort {
   int64_t pieces;  // blocks
   int warps;       // of a block
-  bool shared;     // whether the counters are in shared memory
+  bool shared;     // whether the counters, and where the buckets begin, are in shared memory
 };
 CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits);
 
@@ -127,7 +133,7 @@ inline constexpr int64_t kCudaFusedElements = 8192;  // N * C
 inline constexpr int64_t kCudaFusedClasses = 64;
 
 // Threads of the block for classes padded to `width`: as many as leave the registers for the factorisation (a row of doubles a lane).
-constexpr int64_t fused_threads(int64_t width) { return width == 32 ? 256 : 512; }
+constexpr int64_t fused_threads(int64_t width) { return width == 16 ? 384 : width == 32 ? 256 : 512; }
 // From row to row of V in shared memory, in values: 8 rows at random start at 8 places among the banks.
 constexpr int64_t fused_pitch(int64_t width) { return width + 4; }
 

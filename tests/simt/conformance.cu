@@ -424,12 +424,13 @@ template <class T>
 LDMI_KERNEL void LDMI_BOUNDS(128, 1) arithmetic(const T* in, int64_t count, double* out, unsigned* flags) {
   for (int64_t i = block_idx() * block_dim() + thread_idx(); i < count; i += grid_dim() * block_dim()) {
     const T x = load(in + i);
-    store(out + 6 * i, static_cast<double>(exp(x)));
-    store(out + 6 * i + 1, static_cast<double>(exp2(x)));
-    store(out + 6 * i + 2, static_cast<double>(log(x)));
-    store(out + 6 * i + 3, static_cast<double>(rsqrt(x)));
-    store(out + 6 * i + 4, static_cast<double>(log1p(x)));
-    store(out + 6 * i + 5, static_cast<double>(fma(x, x, fmax(-x * x, T{-3}))));
+    store(out + 7 * i, static_cast<double>(exp(x)));
+    store(out + 7 * i + 1, static_cast<double>(exp2(x)));
+    store(out + 7 * i + 2, static_cast<double>(log(x)));
+    store(out + 7 * i + 3, static_cast<double>(rsqrt(x)));
+    store(out + 7 * i + 4, static_cast<double>(log1p(x)));
+    store(out + 7 * i + 5, static_cast<double>(fma(x, x, fmax(-x * x, T{-3}))));
+    store(out + 7 * i + 6, reciprocal(static_cast<double>(x)));
     store(flags + i, (isnan(x) ? 1u : 0u) | (isfinite(x) ? 2u : 0u) | (abs(x) == x ? 4u : 0u));
   }
 }
@@ -466,7 +467,7 @@ void check_arithmetic(test::Random& random) {
   }
   const auto count = static_cast<int64_t>(in.size());
   const Buffer<T> input(in, "in");
-  const Buffer<double> output(6 * count, "out");
+  const Buffer<double> output(7 * count, "out");
   const Buffer<unsigned> flag_output(count, "flags");
   test::require_success(
       launch(arithmetic<T>, Grid{.blocks = 2, .threads = 128}, Stream{}, input.data(), count, output.data(), flag_output.data()),
@@ -482,7 +483,7 @@ void check_arithmetic(test::Random& random) {
                                 std::log(wide),   1.0L / std::sqrt(wide),
                                 std::log1p(wide), static_cast<long double>(std::fma(x, x, std::isnan(x) ? T{-3} : least))};
     for (size_t f = 0; f < 6; ++f) {
-      const double got = out[6 * i + f];
+      const double got = out[7 * i + f];
       const T rounded = static_cast<T>(want[f]);
       if ((std::isnan(got) && std::isnan(rounded)) || static_cast<T>(got) == rounded) continue;
       const double budget = (f == 5 ? 0.0 : 2.0) * ulp<T>(want[f]);
@@ -490,6 +491,10 @@ void check_arithmetic(test::Random& random) {
                                                       std::to_string(got) + ", expected " +
                                                       std::to_string(static_cast<double>(want[f])));
     }
+    const double inverse = out[7 * i + 6], magnitude = std::fabs(static_cast<double>(x));
+    const bool normal = magnitude >= 0x1p-1021 && magnitude <= 0x1p1021;
+    require(!normal || std::fabs(inverse - 1.0L / wide) <= 2.0 * ulp<double>(1.0L / wide),
+            "reciprocal of " + std::to_string(static_cast<double>(x)) + " is " + std::to_string(inverse));
     const unsigned want_flags = (std::isnan(x) ? 1u : 0u) | (std::isfinite(x) ? 2u : 0u) | (std::fabs(x) == x ? 4u : 0u);
     require(flags[i] == want_flags, "isnan, isfinite or abs of " + std::to_string(static_cast<double>(x)));
   }

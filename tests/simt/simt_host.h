@@ -472,6 +472,7 @@ inline float log1p(float x) { return std::log1p(x); }
 inline double log1p(double x) { return std::log1p(x); }
 inline float rsqrt(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+inline double reciprocal(double x) { return 1.0 / x; }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fma(double a, double b, double c) { return std::fma(a, b, c); }
 inline float fmax(float a, float b) { return std::fmax(a, b); }
