@@ -29,7 +29,7 @@ tests 170 default
 sanitize 140 default
 bench 170 default
 soak 60 default
-triton 120 default
+triton 180 default
 cpu 120 default
 staged 60 optional
 profile 120 optional

@@ -29,7 +29,7 @@ int launch_blocks(const Matrices& matrices, const plan::CudaLogdetInverse& plan,
     if (matrices.C <= kMost - simt::kWarp) return launch_blocks<kMost - simt::kWarp>(matrices, plan, stream);
   }
   simt::Grid grid;
-  grid.threads = factor::kBlockThreads;
+  grid.threads = factor::factor_threads(kMost);
   grid.blocks = matrices.count < 0x7fffffff ? matrices.count : 0x7fffffff;
   grid.smem = static_cast<size_t>(plan.smem_bytes);
   return simt::launch(factor::logdet_inverse_blocks<kMost>, grid, stream, matrices, static_cast<int>(plan.stride));
@@ -55,7 +55,7 @@ int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, v
     if (matrices.C <= kSlots / 2 * kGridThreads) return launch_grid<kSlots / 2>(matrices, plan, workspace, limits, stream);
   }
   static_assert(kSlots * kGridThreads <= plan::kGridClasses);
-  const auto kernel = factor::logdet_inverse_grid<kSlots, plan::grid_strip(kSlots * kGridThreads), kGridThreads>;
+  const auto kernel = factor::logdet_inverse_grid<kSlots, static_cast<int>(plan::kGridStrip), kGridThreads>;
   const auto smem = static_cast<size_t>(plan.smem_bytes);
   int resident = 0;
   if (const int error = simt::blocks_per_sm(kernel, kGridThreads, smem, &resident); error != 0) return error;

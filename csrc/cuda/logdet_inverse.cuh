@@ -194,8 +194,8 @@ LDMI_DEVICE bool eliminate(double (&a)[kSlots][kColumns], int rows, int columns,
 
 inline constexpr double kMultiplier = 2.0;  // at most, for the diagonal's entry to be the pivot
 
-// The same with the diagonal's entries as pivots: of step j that in row `source` + j of the lanes' first rows. False: in some step it was
-// too small beside the open rows' entries or the threshold, and what is in `a` is of no use.
+// The same with the diagonal's entries as pivots: of step j that in row `source` + j of the lanes' first rows. False: in some step it
+// was too small beside the open rows' entries or the threshold, and what is in `a` is of no use.
 template <int kSlots, int kColumns, class Step>
 LDMI_DEVICE bool eliminate_diagonal(double (&a)[kSlots][kColumns], int source, int columns, double threshold, unsigned used,
                                     const Step& step) {
@@ -253,7 +253,6 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
   const double n = i < C ? weight(i) : 0.0;
   const bool here = n > 0.0;
   const unsigned present = ballot(here);
-  const double scale = here ? 1.0 / n : 0.0;
   const auto everywhere = [&](double value) {
     if (!inverse) return;
     sync_warp();  // emit may overwrite what other lanes have read
@@ -272,6 +271,7 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
     for (int j = 0; j < kColumns; ++j) a[0][j] = i < C && j < C ? entry(i, j) : 0.0;
     bool finite = isfinite(n);
     double sum = 0.0;
+    const double scale = here ? 1.0 / n : 0.0;
     LDMI_UNROLL
     for (int j = 0; j < kColumns; ++j) {
       finite &= isfinite(a[0][j]);
@@ -307,7 +307,8 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
     odd ^= l < i && i < C && before > p;
   }
   if (inverse) {
-    sync_warp();  // emit may overwrite what other lanes have read
+    sync_warp();                                // emit may overwrite what other lanes have read
+    const double scale = here ? 1.0 / n : 0.0;  // not kept: the registers are the matrix's
     LDMI_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       const int l = c - (kColumns - C);
@@ -322,8 +323,8 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
   return {pivots.product.log(), popcount(ballot(odd)) % 2 == 0 ? 1.0 : -1.0, seen.kept()};
 }
 
-// The columns c0..c0+7 (those below C) after panel k has been eliminated: of their tiles of 8 rows a warp's, those from `from` on, each
-// `by`-th. read() is called when the warp has read what tiles of others overwrite.
+// The columns c0..c0+7 (those below C) after panel k has been eliminated: of their tiles of 8 rows a warp's, those from `from` on,
+// each `by`-th. read() is called when the warp has read what tiles of others overwrite.
 template <int kTiles, class Read>
 LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0, int from, int by, const Read& read) {
   // Row m of the tile is column c0 + order(m): rows 2 columns apart come together, whose places in memory are 64 bytes apart in 128
@@ -442,7 +443,7 @@ LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, 
   const auto here = [&](int i) { return (space.present[i / kWarp] >> (i % kWarp) & 1u) != 0; };
   // A warp reads 16 rows by 32 columns, 2 columns at a time: the stores are without bank conflicts, and the sectors that
   // the loads leave half read are still in the first-level cache for the next.
-  constexpr int kRows = 16, kColumns = 32, kBatch = 8;
+  constexpr int kRows = 16, kColumns = 32, kBatch = 16;
   const int groups = (C + kRows - 1) / kRows, tasks = groups * ((C + kColumns - 1) / kColumns);
   for (int task = warp(); task < tasks; task += warps) {
     const int i = task % groups * kRows + lane() % kRows, first = task / groups * kColumns + lane() / kRows;
@@ -547,6 +548,15 @@ LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, b
     for (int m = lane(); m < l; m += kWarp) odd ^= space.pivot_row[m] > space.pivot_row[l];
   }
   if (inverse) {
+    // V[p_l, k] = G[p_k, l] / n[p_l]: a lane's k are the same for all l
+    int from[kSlots];
+    bool known[kSlots];
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      const int k = lane() + kWarp * s;
+      from[s] = k < C ? space.pivot_row[k] : 0;
+      known[s] = k < C && here(k);
+    }
     // the scales of a warp's next 32 rows, read together
     for (int l0 = warp(); l0 < C; l0 += kWarp * warps) {
       const int own = l0 + lane() * warps;
@@ -555,9 +565,12 @@ LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, b
       for (int l = l0, t = 0; l < C && t < kWarp; l += warps, ++t) {
         const int row = space.pivot_row[l];
         const double scale = shfl(scales, t);
-        for (int k = lane(); k < C; k += kWarp) {
-          const bool both = here(row) && here(k);
-          emit(row, k, both ? space.columns[l * space.stride + space.pivot_row[k]] * scale : 0.0);
+        const double* const column = space.columns + l * space.stride;
+        LDMI_UNROLL
+        for (int s = 0; s < kSlots; ++s) {
+          const int k = lane() + kWarp * s;
+          // a class without weight has no scale, but its column of the identity would be 0 times that
+          if (k < C) emit(row, k, known[s] && scale != 0.0 ? column[from[s]] * scale : 0.0);
         }
       }
     }
@@ -618,6 +631,8 @@ struct Matrices {
 namespace factor {
 
 inline constexpr int kWarpThreads = 128, kBlockThreads = 256;
+// Of a block that eliminates: what the tiles wait for is hidden by more warps, as far as their registers go
+constexpr int factor_threads(int most) { return most <= 96 ? 512 : most <= 128 ? 384 : 256; }
 
 // calls solve(entry, weight, emit) and has one thread write the result down
 template <class Solve>
@@ -647,7 +662,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kWarpThreads, 1) logdet_inverse_warps(Matrices matr
 
 // a block a matrix
 template <int kMost>
-LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) logdet_inverse_blocks(Matrices matrices, int stride) {
+LDMI_KERNEL void LDMI_BOUNDS(factor_threads(kMost), 1) logdet_inverse_blocks(Matrices matrices, int stride) {
   Carve carve;
   const FactorSpace space = take_factor_space(carve, matrices.C, stride);
   for (int64_t at = block_idx(); at < matrices.count; at += grid_dim()) {

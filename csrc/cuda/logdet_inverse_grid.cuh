@@ -39,7 +39,7 @@ inline constexpr int kGridTile = 64, kGridDepth = 32;          // rows and colum
 inline constexpr int kGridCandidates = kGridThreads / 32 + 1;  // for the pivot: one a warp, and the diagonal
 inline constexpr double kGridDiagonal = 0.5;                   // of the column's largest, at least, for the diagonal's to be the pivot
 inline constexpr int kGridFailures = 4;
-inline constexpr int kGridTurn = 32;                           // rows and columns of V that a block transposes at a time
+inline constexpr int kGridTurn = 32;  // rows and columns of V that a block transposes at a time
 
 // Global memory besides M, for one matrix at a time; see plan::grid_workspace
 struct GridSpace {
@@ -191,8 +191,8 @@ LDMI_DEVICE void update_strip(const GridProblem<kThreads>& problem, const GridSh
   }
 }
 
-// Eliminates the strip of the steps k..k+columns-1 by itself, with the diagonal's entries as pivots: one barrier a column, at which the
-// thread of its row has laid that down. False: one of them was too small, and what is in `a` is of no use.
+// Eliminates the strip of the steps k..k+columns-1 by itself, with the diagonal's entries as pivots: one barrier a column, at which
+// the thread of its row has laid that down. False: one of them was too small, and what is in `a` is of no use.
 template <int kSlots, int kColumns, int kThreads>
 LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, const GridShared& shared, int k, int columns,
                                           double threshold, unsigned& used, double (&a)[kSlots][kColumns]) {

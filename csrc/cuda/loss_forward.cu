@@ -28,7 +28,7 @@ int loss_forward(const Batch& batch, const LossOptions& options, void* loss, voi
   double* const n = work.take<double>(C);
   double* const ce = work.take<double>(1);
   void* const rest = static_cast<char*>(workspace) + work.bytes();  // of the joint, and then of what follows
-  const LossEnd end{S, n, ce, static_cast<int>(C), !soft, static_cast<double>(rows), nullptr, 0, loss, loss_type, V, scale, ce_scale};
+  const LossEnd end{S, n, ce, static_cast<int>(C), !soft, static_cast<double>(rows), loss, loss_type, V, scale, ce_scale};
   const plan::CudaLogdetInverse elimination = plan::cuda_logdet_inverse(1, C, limits);
   if (plan.how == plan::CudaLoss::kWhole) {
     return with_type(batch.logits.type, [&](auto type) {

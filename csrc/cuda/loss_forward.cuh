@@ -8,7 +8,7 @@
 
 namespace ldmi::cuda {
 
-inline constexpr int kEndThreads = 256;
+constexpr int end_threads(int most) { return most <= kFactorWarp ? kWarp : factor::factor_threads(most); }
 
 // What loss_end reads and writes; see kernels.h
 struct LossEnd {
@@ -16,10 +16,8 @@ struct LossEnd {
   const double* n;   // [C]
   const double* ce;  // [1]
   int C;
-  bool sum_n;             // whether the total weight is the sum of n: hard labels
-  double total;           // or else this, if there are no
-  const double* weights;  // [weight_parts]: sums of weights
-  int64_t weight_parts;
+  bool sum_n;    // whether the total weight is the sum of n: hard labels
+  double total;  // or else this, if there are no
   void* loss;
   Type loss_type;
   double* V;  // [C, C], or null
@@ -39,8 +37,6 @@ LDMI_DEVICE void end_of_loss(const LossEnd& at, const LossOptions& options, int 
     double total = at.total;
     if (at.sum_n) {
       total = total_weight(C, weight);
-    } else if (at.weights != nullptr) {
-      total = total_weight(at.weight_parts, [&](int64_t i) { return load(at.weights + i); });
     }
     const Loss loss = loss_of(found, total, load(at.ce), options);
     if (lane() != 0) return;
@@ -63,7 +59,7 @@ LDMI_DEVICE void end_of_loss(const LossEnd& at, const LossOptions& options, int 
 }
 
 template <int kMost>
-LDMI_KERNEL void LDMI_BOUNDS(kEndThreads, 1) loss_end(LossEnd at, LossOptions options, int stride) {
+LDMI_KERNEL void LDMI_BOUNDS(end_threads(kMost), 1) loss_end(LossEnd at, LossOptions options, int stride) {
   end_of_loss<kMost>(at, options, stride);
 }
 
@@ -74,7 +70,7 @@ int launch_end(const LossEnd& at, const LossOptions& options, const plan::CudaLo
     if (at.C <= kLess) return launch_end<kLess>(at, options, plan, stream);
   }
   Grid grid;
-  grid.threads = kMost <= kFactorWarp ? kWarp : kEndThreads;
+  grid.threads = end_threads(kMost);
   grid.smem = static_cast<size_t>(plan.smem_bytes);
   return launch(loss_end<kMost>, grid, stream, at, options, static_cast<int>(plan.stride));
 }

@@ -46,10 +46,10 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
                           piece(out.segments * (labels * classes + labels) * 8);
     return out;
   }
-  if (std::max(labels, classes) <= kTileClasses) {
+  if (std::max(labels, classes) <= kTileLabels) {
     out.order = CudaOrder::kTile;
     out.width = tile_width(labels, classes);
-    const int64_t most = limits.sms * (out.width == 16 ? 4 : out.width == 32 ? 3 : 2);
+    const int64_t most = limits.sms * (out.width == 16 ? 4 : 3);
     out.blocks = clamp(up(rows, tile_rows(out.width, value_bytes)), 1, std::min(most, sums));
     out.workspace_bytes = piece(out.blocks * (labels * classes + labels) * 8) + piece(out.blocks * 8) + piece(out.blocks * 4);
     return out;
@@ -57,7 +57,7 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
   out.order = CudaOrder::kByLabel;
   out.sort = cuda_sort(rows, labels, limits);
   // groups of a block, and blocks of a multiprocessor
-  const bool warps = classes <= warp_classes(value_bytes);
+  const bool warps = classes <= std::min(warp_classes(value_bytes), kLanes * 16);
   const int64_t groups = warps ? walk_threads(classes) / kLanes : 1;
   const int64_t resident = warps ? walk_blocks(classes) : classes <= kBlockClasses / 4 ? 3 : 2;
   out.segments = clamp(rows / 8, 1, limits.sms * resident * groups);
@@ -191,11 +191,9 @@ CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int6
   const bool grid = elimination.factor == CudaFactor::kGrid;
   out.how = grid || (soft && weighted) ? CudaLoss::kScalars : CudaLoss::kEnd;
   const int64_t joint = cuda_joint(rows, classes, classes, soft, value_bytes, limits).workspace_bytes;
-  // more classes than a tile holds: the steps by themselves have more blocks, which wins more than launches cost
-  if (limits.cooperative && !grid && (soft || classes <= kTileClasses)) {
+  if (limits.cooperative && !soft && classes <= kWholeClasses) {
     out.how = CudaLoss::kWhole;
-    const int64_t sums_of_weights = soft && weighted ? cuda_joint(rows, classes, classes, soft, value_bytes, limits).blocks * 8 : 0;
-    out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) + joint + piece(sums_of_weights);
+    out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) + joint;
     return out;
   }
   out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) +
@@ -264,10 +262,10 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
   out.workspace_bytes = std::max({joint.workspace_bytes + library, elimination.workspace_bytes, grad.workspace_bytes,
                                   cuda_loss_forward(rows, classes, soft, value_bytes, soft, limits).workspace_bytes});
   out.reason =
-      joint.order == CudaOrder::kTile ? "at most " + std::to_string(kTileClasses) + " classes: each block sums a tile of S on chip"
+      joint.order == CudaOrder::kTile ? "at most " + std::to_string(kTileLabels) + " classes: each block sums a tile of S on chip"
       : joint.order == CudaOrder::kSoft
           ? "the joint is a matrix product of targets and predictions"
-          : "more than " + std::to_string(kTileClasses) + " classes: rows are visited by label, so that a row of S stays on chip";
+          : "more than " + std::to_string(kTileLabels) + " classes: rows are visited by label, so that a row of S stays on chip";
   if (elimination.factor == CudaFactor::kGrid || elimination.factor == CudaFactor::kLibrary) {
     out.reason += "; a block's shared memory holds a matrix of " + std::to_string(factor_classes(limits)) + " classes at most";
   }

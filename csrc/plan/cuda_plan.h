@@ -20,8 +20,9 @@ struct DeviceLimits {
 
 // ---------------------------------------------------------------------------------------------------- joint, logits_grad
 
-// A tile of rows in shared memory whose softmax and whose share of S are one block's: up to this many labels and classes.
-inline constexpr int64_t kTileClasses = 64;
+// A tile of rows in shared memory whose softmax, and whose gradient, are one block's: up to kTileClasses. For its share of S up to
+// kTileLabels labels and classes: at N = 65536, C = 64 the products of a tile took 76 us, rows in label order 55 (H100).
+inline constexpr int64_t kTileClasses = 64, kTileLabels = 32;
 // Labels and classes are padded to 16, 32 or 64.
 constexpr int64_t tile_width(int64_t labels, int64_t classes) {
   const int64_t most = labels > classes ? labels : classes;
@@ -32,15 +33,15 @@ constexpr int64_t tile_rows(int64_t width, int64_t value_bytes) {
   return width == 16 ? 128 : width == 64 && value_bytes == 8 ? 32 : 64;
 }
 
-// Rows that one group of threads holds in registers: a warp up to warp_classes, 4, 8, 16 or 32 columns a lane, a block up to
-// kBlockClasses. Longer rows are read twice: once for their sums of exponentials, once by runs of kBlockClasses. For the rows' sums of
-// soft targets a warp is enough up to kWarpSums.
+// Rows that one group of threads holds in registers: a warp up to warp_classes (for the joint half as many), 4, 8, 16 or 32 columns a
+// lane, a block up to kBlockClasses. Longer rows are read twice: once for their sums of exponentials, once by runs of kBlockClasses.
+// For the rows' sums of soft targets a warp is enough up to kWarpSums.
 inline constexpr int64_t kLanes = 32, kBlockClasses = 4096, kWarpSums = 256;
 constexpr int64_t warp_classes(int64_t value_bytes) { return kLanes * (value_bytes == 8 ? 8 : 32); }
 // Threads of a block that walks the rows by labels, a warp a row, and how many such blocks share a multiprocessor: with 16 columns a
 // lane or more the sums take many registers.
 constexpr int64_t walk_threads(int64_t classes) { return classes <= kLanes * 8 ? 256 : 128; }
-constexpr int64_t walk_blocks(int64_t classes) { return classes > kLanes * 8 && classes <= kLanes * 16 ? 3 : 2; }
+constexpr int64_t walk_blocks(int64_t classes) { return classes <= kLanes * 8 ? 2 : 3; }
 
 enum class CudaOrder {
   kTile,     // rows as they come, S in the registers of each block
@@ -94,16 +95,14 @@ int64_t factor_stride(int64_t classes, int64_t smem_bytes);
 // The most classes that one block factors: 170 with 227 KB of shared memory, 144 with 163, 112 with 99.
 int64_t factor_classes(const DeviceLimits& limits);
 
-// The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. No GPU has compared it with a
-// library's yet; what is expected is in docs/performance.md.
-inline constexpr int64_t kGridClasses = 4096;
+// The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. Above, a library's LU is
+// faster: 20 ms at C = 4096 where the grid took 27, 7.8 at 2048 where it takes 5.4 (H100).
+inline constexpr int64_t kGridClasses = 2048;
 inline constexpr int64_t kGridSmem = 37152;  // shared memory of each block
+inline constexpr int64_t kGridStrip = 8;     // columns of a strip: a thread of 256 holds up to 8 rows of it
 // Columns whose effect on the others is one product. What that moves, C^2 (2 + panel / 64) doubles a panel, is to take less time than
-// the elimination of its columns, some 5 us for 8 (for 4 above 2048 classes): from level 2 at C = 1000 (24 MB, 12 us), from memory at
-// 4096.
-constexpr int64_t grid_panel(int64_t classes) { return classes <= 1024 ? 32 : classes <= 2048 ? 64 : 128; }
-// Columns of a strip: a thread of 256 holds 8, or 16, rows of it.
-constexpr int64_t grid_strip(int64_t classes) { return classes <= 2048 ? 8 : 4; }
+// the elimination of its columns.
+constexpr int64_t grid_panel(int64_t classes) { return classes <= 1024 ? 32 : 64; }
 
 struct CudaLogdetInverse {
   CudaFactor factor;
@@ -149,10 +148,9 @@ CudaFused cuda_fused(int64_t rows, int64_t classes, int64_t value_bytes, bool we
 
 // ------------------------------------------------------------------------------------------------------------ loss_forward
 
-// As far as a block factors the whole forward is one launch. No GPU has compared its ways yet. What is expected of kWhole against
-// kEnd: on the device the same within a microsecond (2 to 6 grid barriers of 1.1 us for as many launches of 1.24 us; the steps over
-// the rows of more than 64 classes up to a fifth slower, at half the blocks a multiprocessor); on the host 2 to 6 launches of some 3
-// us less, which is what an eager step waits for while the logits have less than some 20 MB.
+// Up to so many classes, without soft targets, the whole forward is one launch of a cooperative grid, which costs the device as much
+// as the steps by themselves (22.6 us and 20.8 at N = 65536, C = 14 on an H100) and the host 2 launches less.
+inline constexpr int64_t kWholeClasses = 16;
 enum class CudaLoss {
   kOneBlock,  // fused without the gradient: one launch
   kWhole,     // joint, logdet_inverse and the scalars by a cooperative grid: one launch

@@ -199,8 +199,7 @@ std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Ten
   const Call call(logits);
   const cpu::Batch batch = batch_on(call, logits, target, sample_weight, logits.size(1), ignore_index, input);
   const int64_t bytes = bytes_of(batch.logits.type);  // in half precision the kernel leaves no gradient
-  if (bytes < 4 ||
-      !plan::cuda_fused(batch.logits.rows, batch.logits.columns, bytes, sample_weight.has_value(), call.limits).runs) {
+  if (bytes < 4 || !plan::cuda_fused(batch.logits.rows, batch.logits.columns, bytes, sample_weight.has_value(), call.limits).runs) {
     auto [loss, lse, V, scale, ce_scale] =
         loss_forward(logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input, true);
     return {loss, logits_grad(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)};

@@ -21,7 +21,7 @@ if ops.compiled is not None:
     DEVICES = ("cpu",) if ops.compiled.cuda_archs == "none" else ("cpu", "cuda")
 
 # Asked here: torch.compile cannot trace a call of the module
-_CUDA_TORCH = ops.compiled is not None and ops.compiled.cuda_torch()
+_CUDA_TORCH = "cuda" in DEVICES and ops.compiled.cuda_torch()
 
 # One call for the whole problem up to these; csrc/plan says why.
 _FUSED_ELEMENTS, _FUSED_ROWS_PER_CLASS = ops.compiled.fused_limits() if ops.compiled is not None else (-1, -1)
