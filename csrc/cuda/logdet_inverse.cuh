@@ -632,7 +632,7 @@ namespace factor {
 
 inline constexpr int kWarpThreads = 128, kBlockThreads = 256;
 // Of a block that eliminates: what the tiles wait for is hidden by more warps, as far as their registers go
-constexpr int factor_threads(int most) { return most <= 96 ? 512 : most <= 128 ? 384 : 256; }
+constexpr int factor_threads(int most) { return most <= 64 ? 512 : most <= 128 ? 384 : 256; }
 
 // calls solve(entry, weight, emit) and has one thread write the result down
 template <class Solve>

@@ -27,7 +27,7 @@
 // but not if p is the identity. So the pivot is the diagonal's entry if that is at least half of the column's largest, which with a
 // class signal it is, or else the largest. (Beside the diagonal's, magnitudes are compared by the exponent and the first 20 bits
 // of the fraction.) A multiplier is at most 2. Block 0 first takes the diagonal's for all of a strip, without a search, and starts the
-// strip again with one if that was wrong; after kGridFailures strips it does not try any more.
+// strip again with one if that was wrong; after kGridFailures strips, and above 1024 classes, it does not try.
 #pragma once
 
 #include "logdet_inverse.cuh"
@@ -39,7 +39,8 @@ inline constexpr int kGridTile = 64, kGridDepth = 32;          // rows and colum
 inline constexpr int kGridCandidates = kGridThreads / 32 + 1;  // for the pivot: one a warp, and the diagonal
 inline constexpr double kGridDiagonal = 0.5;                   // of the column's largest, at least, for the diagonal's to be the pivot
 inline constexpr int kGridFailures = 4;
-inline constexpr int kGridTurn = 32;  // rows and columns of V that a block transposes at a time
+inline constexpr int kGridHopeful = 4;  // rows a thread up to which it tries: with 8 the registers are too few, on sm_80
+inline constexpr int kGridTurn = 32;    // rows and columns of V that a block transposes at a time
 
 // Global memory besides M, for one matrix at a time; see plan::grid_workspace
 struct GridSpace {
@@ -438,7 +439,7 @@ LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads>& problem, const G
   const int block = static_cast<int>(block_idx()), blocks = static_cast<int>(grid_dim());
   unsigned used = 0;  // of block 0's threads: a bit for each of the thread's rows that have been a pivot's
   bool regular = true;
-  int failures = 0;  // strips whose pivots are not on the diagonal
+  [[maybe_unused]] int failures = 0;  // strips whose pivots are not on the diagonal
   double a[kSlots][kColumns];
   for (int k = 0; k < panels + (problem.inverse ? 1 : 0); ++k) {
     const int begin = k < panels ? k * panel : C, end = C - begin < panel ? C : begin + panel;
@@ -459,18 +460,20 @@ LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads>& problem, const G
         turn = !eliminates ? turn + crew : me >= 0 ? me : strips;
         if (!eliminates && (width == 0 || s == t || s == t - 1)) continue;
         const int c0 = begin + s * kColumns, columns = end - c0 < kColumns ? end - c0 : kColumns;
-        LDMI_UNROLL_BY(1)
-        for (bool diagonal = failures < kGridFailures;; diagonal = false) {
-          load_strip(problem, c0, columns, a);
-          if (width > 0) update_strip(problem, shared, c0, columns, first, width, a);
-          if (!eliminates || !regular) break;
-          if (!diagonal) {
-            regular = eliminate_strip(problem, shared, c0, columns, threshold, used, a);
-            break;
+        load_strip(problem, c0, columns, a);
+        if (width > 0) update_strip(problem, shared, c0, columns, first, width, a);
+        bool search = eliminates && regular;
+        if constexpr (kSlots <= kGridHopeful) {
+          if (search && failures < kGridFailures) {
+            search = !eliminate_strip_diagonal(problem, shared, c0, columns, threshold, used, a);
+            if (search) {
+              ++failures;
+              load_strip(problem, c0, columns, a);
+              if (width > 0) update_strip(problem, shared, c0, columns, first, width, a);
+            }
           }
-          if (eliminate_strip_diagonal(problem, shared, c0, columns, threshold, used, a)) break;
-          ++failures;
         }
+        if (search) regular = eliminate_strip(problem, shared, c0, columns, threshold, used, a);
         int lead = 0;
         if (eliminates) {
           lead = kColumns - columns;

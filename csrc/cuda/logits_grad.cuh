@@ -522,9 +522,13 @@ int launch_grad_by_row(const Batch& batch, const Compute<E>* lse, const Table<Co
     };
     const int64_t C = batch.logits.columns;
     if constexpr (kAccess <= 4) {
-      if (C <= plan::kLanes * 4) return start(grad_by_row<E, kAccess, kWarp, 4, 2 * kWide, false>, kWarp, 2 * kWide);
+      constexpr int kRows = sizeof(E) == 8 ? 1 : 4;
+      if (C <= plan::kLanes * 4) return start(grad_by_row<E, kAccess, kWarp, 4, kRows, false>, kWarp, kRows);
     }
-    if (C <= plan::kLanes * 8) return start(grad_by_row<E, kAccess, kWarp, 8, kWide, false>, kWarp, kWide);
+    // doubles value by value take too many registers for a warp
+    if constexpr (sizeof(E) < 8 || kAccess > 1) {
+      if (C <= plan::kLanes * 8) return start(grad_by_row<E, kAccess, kWarp, 8, kWide, false>, kWarp, kWide);
+    }
     if constexpr (sizeof(E) < 8 && kAccess > 1) {
       if (C <= plan::kLanes * 16) return start(grad_by_row<E, kAccess, kWarp, 16, 1, false>, kWarp, 1);
       if (C <= plan::kLanes * 32) return start(grad_by_row<E, kAccess, kWarp, 32, 1, false>, kWarp, 1);

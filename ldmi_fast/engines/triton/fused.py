@@ -109,9 +109,9 @@ def _fused_kernel(
         p = predictions(x, PROBS)
         # V[y_i]: exact, one term a sum
         picked = tl.dot((perm[None, :] == label[:, None]).to(tl.float32), rounded, input_precision="ieee")
-        t = picked * (-w * scale * largest).to(tl.float32)[:, None]
+        factor = (-w * scale * largest).to(tl.float32)
         own = cols[None, :] == label[:, None]
-        g = finished(t, p, x, (w * ce_scale).to(tl.float32), own, p, used, bad, False, PROBS)
+        g = finished(picked, factor, p, x, (w * ce_scale).to(tl.float32), own, p, used, bad, False, PROBS)
         tl.store(out + rows[:, None] * classes + cols[None, :], g, mask=inside[:, None] & (cols < classes)[None, :])
 
 

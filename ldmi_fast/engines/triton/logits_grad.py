@@ -34,20 +34,21 @@ def scaled_rows(V, PROBS: tl.constexpr, B_K: tl.constexpr, B_C: tl.constexpr, dt
 
 
 @triton.jit
-def finished(t, p, x, gamma, onehot, A, used, bad, SOFT: tl.constexpr, PROBS: tl.constexpr):
-    """From t = -w scale V[y_i] (or the mean of such rows, for soft targets) [BLOCK_N, BLOCK_C] to the gradient.
+def finished(t, factor, p, x, gamma, onehot, A, used, bad, SOFT: tl.constexpr, PROBS: tl.constexpr):
+    """From t factor = -w scale V[y_i] (or the mean of such rows, for soft targets) [BLOCK_N, BLOCK_C] to the gradient.
 
-    gamma: w ce_scale [BLOCK_N]; A: soft targets; onehot: where the label's column is.
+    factor [BLOCK_N]: applied to differences. As a product before, it could be fused with one side of them, and what is to be 0 would
+    be its rounding. gamma: w ce_scale [BLOCK_N]; A: soft targets; onehot: where the label's column is.
     """
     ce = (gamma != 0)[:, None]
     if PROBS:
-        g = t
+        g = t * factor[:, None]
         if SOFT:
             g -= tl.where(ce & (A != 0), gamma[:, None] * A / x, 0.0)
         else:
             g -= tl.where(ce & onehot, gamma[:, None] / x, 0.0)
     else:
-        g = p * (t - tl.sum(p * t, axis=1)[:, None])
+        g = p * ((t - tl.sum(p * t, axis=1)[:, None]) * factor[:, None])
         if SOFT:
             g += tl.where(ce, gamma[:, None] * (p * tl.sum(A, axis=1)[:, None] - A), 0.0)
         else:
@@ -112,17 +113,22 @@ def _rows_kernel(
         )
         t_at = (rows * t_row)[:, None] + (ks.to(tl.int64) * t_col)[None, :]
         A = tl.load(target + t_at, mask=used[:, None] & (ks < num_labels)[None, :], other=0.0).to(dtype)
-        t = tl.dot(A, rounded, input_precision="ieee", out_dtype=dtype) * (alpha * largest).to(dtype)[:, None]
+        t = tl.dot(A, rounded, input_precision="ieee", out_dtype=dtype)
+        factor = (alpha * largest).to(dtype)
     else:
         V_row = label.to(tl.int64) * classes
-        v = tl.load(V + V_row[:, None] + cols[None, :], mask=where, other=0.0)
+        t = tl.load(V + V_row[:, None] + cols[None, :], mask=where, other=0.0)
         if TABLE:
-            t = v * (alpha * tl.load(V_scale + label, mask=used, other=0.0)).to(dtype)[:, None]
+            factor = (alpha * tl.load(V_scale + label, mask=used, other=0.0)).to(dtype)
         else:
             if not PROBS:
-                v = v - tl.load(V + V_row + column, mask=used, other=0.0)[:, None]
-            t = (v * alpha[:, None]).to(dtype)
-    g = finished(t, p, x, gamma, cols[None, :] == column[:, None], A, used, bad, SOFT, PROBS)
+                t = t - tl.load(V + V_row + column, mask=used, other=0.0)[:, None]
+            if WIDE:
+                factor = alpha
+            else:  # V alone may be too large
+                t = (t * alpha[:, None]).to(dtype)
+                factor = tl.full([BLOCK_N], 1.0, dtype)
+    g = finished(t, factor, p, x, gamma, cols[None, :] == column[:, None], A, used, bad, SOFT, PROBS)
     to = (rows * (classes // OUT_ALIGN * OUT_ALIGN))[:, None] + cols[None, :]
     tl.store(out + to, g.to(out.dtype.element_ty), mask=inside[:, None] & (cols < classes)[None, :])
 
@@ -233,6 +239,8 @@ def gradient(
     out = logits.new_empty(logits.shape)
     if rows == 0:
         return out
+    if soft and wide and target.dtype.itemsize == 2:
+        target = target.float()  # triton 3.6 cannot compile a product in fp64 with a factor that was loaded in 16 bits
     if how.regime == "soft":
         return _by_blocks(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)
     V = V.to(torch.float64).contiguous()
