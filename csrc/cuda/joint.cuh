@@ -2,8 +2,7 @@
 //
 // Four ways, chosen by csrc/plan and, between the first two, by the batch:
 // - joint_rows, up to 32 labels and classes without weights: warps by themselves, one-hot^T P on the tensor cores, P as two tf32.
-// - joint_tile, few labels and classes otherwise: a block takes tiles of rows as they lie in memory, turns them into predictions in
-// shared memory,
+// - joint_tile, as many otherwise: a block takes tiles of rows as they lie in memory, turns them into predictions in shared memory,
 //   and multiplies one-hot^T diag(w) by them on the fp64 tensor cores, S staying in registers to the end.
 // - joint_by_label, more classes: in the order of the labels, a group of threads keeps one row of S in registers.
 // - joint_soft: a matrix product of targets and predictions in tiles, after a pass for the rows' sums.
@@ -100,7 +99,7 @@ struct JointTile {
   using F = Compute<E>;
   static constexpr int kRows = static_cast<int>(plan::tile_rows(kWidth, sizeof(E)));
   // The pitch spreads the stores of the exponentials (a row for each kLanes lanes) over all banks, the reads of fragments over most.
-  static constexpr int kPitch = kWidth == 16 ? 18 : kWidth == 32 ? 36 : 72;
+  static constexpr int kPitch = kWidth == 16 ? 18 : 36;
   static constexpr int kLanes = kWidth / 8;                  // lanes of a row, 8 columns each
   static constexpr int kTiles = kWidth / 8;                  // 8 x 8 tiles along a side of S
   static constexpr int kGroups = kThreads / kWarp / kTiles;  // groups of warps, which share the rows
@@ -954,9 +953,9 @@ inline Sides take_sides(Workspace& work, int64_t segments, int64_t C) {
 }
 
 // Whether joint_rows takes the batch, and not joint_tile
-template <class E, int kWidth>
+template <class E>
 bool by_rows(const Batch& batch) {
-  return kWidth <= 32 && sizeof(E) <= 4 && batch.weights.data == nullptr && !batch.probs && is_flat(batch.logits);
+  return sizeof(E) <= 4 && batch.weights.data == nullptr && !batch.probs && is_flat(batch.logits);
 }
 
 template <class E, int kWidth>
@@ -1005,8 +1004,8 @@ int launch_joint_tile(const Batch& batch, double* S, double* n, Compute<E>* lse,
   Grid grid;
   grid.blocks = plan.blocks;
   int error = 0;
-  if (by_rows<E, kWidth>(batch)) {
-    if constexpr (kWidth <= 32 && sizeof(E) <= 4) {
+  if (by_rows<E>(batch)) {
+    if constexpr (sizeof(E) <= 4) {
       grid.threads = kRowsThreads;
       grid.smem = rows_smem<E, kWidth>(batch.logits.columns);
       error = launch(joint_rows<E, kWidth>, grid, stream, batch, lse, partial);

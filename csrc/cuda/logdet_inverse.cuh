@@ -11,8 +11,10 @@
 // one reciprocal is all that a step waits for. If in any step of the panel that was less than half of the column's largest open entry
 // (a multiplier above 2), the panel starts again, and the pivot of step k is the largest entry of column k among the rows that have
 // not been a pivot's; that it stood in row p_k is noted, and with G what elimination leaves in the place of R, R^{-1}[k, p_l] =
-// G[p_k, l]. With a class signal the diagonal does nearly always. Magnitudes are compared by their exponent and the first 12 bits of
-// their fraction, beside which the row fits into 32 bits, so that one maximum of integers finds the pivot and its row.
+// G[p_k, l]. With a class signal the diagonal does nearly always. Three times the
+// entries is what a step with a multiplier of 2 may grow to, twice with the search; in practice neither comes near. Magnitudes are
+// compared by their exponent and the first 12 bits of their fraction, beside which the row fits into 32 bits, so that one maximum of
+// integers finds the pivot and its row.
 //
 // The block takes its steps in panels J of 8 columns, whose effect on the rest is one matrix product. Eliminating the panel by itself
 // leaves G[:, J] in its place; then

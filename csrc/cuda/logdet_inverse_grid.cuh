@@ -37,7 +37,6 @@ namespace ldmi::cuda {
 inline constexpr int kGridThreads = 256;                       // at most: rows of a strip beside each other
 inline constexpr int kGridTile = 64, kGridDepth = 32;          // rows and columns of a tile; columns of G that are in shared memory
 inline constexpr int kGridCandidates = kGridThreads / 32 + 1;  // for the pivot: one a warp, and the diagonal
-inline constexpr double kGridDiagonal = 0.5;                   // of the column's largest, at least, for the diagonal's to be the pivot
 inline constexpr int kGridFailures = 4;
 inline constexpr int kGridHopeful = 4;  // rows a thread up to which it tries: with 8 the registers are too few, on sm_80
 inline constexpr int kGridTurn = 32;    // rows and columns of V that a block transposes at a time
@@ -300,7 +299,7 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const Gri
     int from = 0;
     for (int w = 1; w < kWarps; ++w) from = keys[w] > keys[from] ? w : from;
     const double diagonal = abs(candidates[kWarps * 8]);
-    if (keys[kWarps] != 0 && diagonal > threshold && diagonal >= kGridDiagonal * abs(candidates[from * 8])) from = kWarps;
+    if (keys[kWarps] != 0 && diagonal > threshold && diagonal * kMultiplier >= abs(candidates[from * 8])) from = kWarps;
     const int row = rows[from];
     double pivot_row[kColumns];
     LDMI_UNROLL

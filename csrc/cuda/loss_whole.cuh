@@ -76,7 +76,7 @@ int launch_whole_tile(const Batch& batch, Compute<E>* lse, const Whole& at, void
     return launch(kernel, grid, stream, batch, lse, take_partial(work, grid.blocks, grid.blocks, C * C + C), at);
   };
   if constexpr (sizeof(E) <= 4) {
-    if (by_rows<E, kWidth>(batch)) return start(loss_whole_rows<E, kWidth>, kRowsThreads, rows_smem<E, kWidth>(C));
+    if (by_rows<E>(batch)) return start(loss_whole_rows<E, kWidth>, kRowsThreads, rows_smem<E, kWidth>(C));
   }
   return start(loss_whole_tile<E, kWidth>, kThreads, tile_smem<E, kWidth>(C));
 }

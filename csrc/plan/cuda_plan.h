@@ -96,7 +96,7 @@ int64_t factor_stride(int64_t classes, int64_t smem_bytes);
 int64_t factor_classes(const DeviceLimits& limits);
 
 // The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. Above, a library's LU is
-// faster: 20 ms at C = 4096 where the grid took 27, 7.8 at 2048 where it takes 5.4 (H100).
+// faster: 20 ms at C = 4096 where the grid took 27, 7.6 at 2048 where it takes about 6 (H100).
 inline constexpr int64_t kGridClasses = 2048;
 inline constexpr int64_t kGridSmem = 37152;  // shared memory of each block
 inline constexpr int64_t kGridStrip = 8;     // columns of a strip: a thread of 256 holds up to 8 rows of it
