@@ -3,9 +3,9 @@
 // The rows are cut into pieces, a block each, and those into parts, a warp each, which keeps a counter for every bucket (label, and
 // one bucket for the rows that do not count). sort_count adds them up. sort_scatter adds up what all pieces, and those before its own,
 // have of each bucket, so that it knows where its rows go, counts again and puts them there. Every block does the same sums: at
-// N = 65536, C = 100 that adds 8 us, where a launch of one block that did them for all took 21 (H100). With so many labels that shared memory does not hold where
-// buckets begin, sort_scan does them, between the two. Within a warp the lanes of one bucket are ranked by a match, so the order is
-// that of the rows, whatever the schedule.
+// N = 65536, C = 100 that adds 8 us, where a launch of one block that did them for all took 21 (H100). With so many labels that shared
+// memory does not hold where buckets begin, sort_scan does them, between the two. Within a warp the lanes of one bucket are ranked by
+// a match, so the order is that of the rows, whatever the schedule.
 #pragma once
 
 #include "rows.cuh"
