@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu.cases import CASES, LOGDET_CLASSES, REHEARSAL_CASES, REHEARSAL_LOGDET_CLASSES, Case
+from bench.gpu.cases import CASES, LOGDET_SIZES, REHEARSAL_CASES, REHEARSAL_LOGDET_SIZES, Case
 from bench.gpu.clocks import Clocks
 from bench.gpu.machine import machine
 from bench.gpu.measure import Bench
 from bench.gpu.peers import default_engine, gpu_peers
 from bench.gpu.results import CLOCKS, Result, write
 from bench.kernels.measure import first_line
+from bench.logdet import Size
 
 FIRST_CASES = 5
 """So many shapes before log|det| alone is timed, the others after it."""
@@ -36,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=150.0, help="start nothing new after this long (default: %(default)s)")
     parser.add_argument("--time-cap", type=float, default=0.3, help="seconds a shape, direction and clock (default: %(default)s)")
     parser.add_argument("--cases", type=Case.parse, nargs="*", help="ROWSxCLASSES[:fp32|bf16|fp16|fp64] (default: all)")
-    parser.add_argument("--logdet", type=int, nargs="*", help="class counts of log|det| alone (default: all)")
+    parser.add_argument("--logdet", type=Size.parse, nargs="*", help="log|det| alone: CLASSES or COUNTxCLASSES (default: all)")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():
@@ -48,16 +49,16 @@ def work(options: argparse.Namespace, bench: Bench) -> list[tuple[str, Callable[
     """What to measure, in order."""
     cases = REHEARSAL_CASES if options.rehearse else CASES
     cases = cases if options.cases is None else tuple(options.cases)
-    counts = REHEARSAL_LOGDET_CLASSES if options.rehearse else LOGDET_CLASSES
-    counts = counts if options.logdet is None else tuple(options.logdet)
+    sizes = REHEARSAL_LOGDET_SIZES if options.rehearse else LOGDET_SIZES
+    sizes = sizes if options.logdet is None else tuple(options.logdet)
     of_cases = [
         (f"{case} {what.__name__}", partial(what, case))
         for case in cases
         for what in (bench.loss, bench.steps, bench.peak, bench.launches)
     ]
-    of_counts = [(f"logdet {count}", partial(bench.logdet, count)) for count in counts]
+    of_sizes = [(f"logdet {size}", partial(bench.logdet, size)) for size in sizes]
     early = FIRST_CASES * 4
-    return of_cases[:early] + of_counts[:FIRST_CASES] + of_cases[early:] + of_counts[FIRST_CASES:]
+    return of_cases[:early] + of_sizes[:FIRST_CASES] + of_cases[early:] + of_sizes[FIRST_CASES:]
 
 
 def summary(bench: Bench, label: str, seen: int) -> str:

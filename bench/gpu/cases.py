@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.kernels.cases import Batch, Shape, make_batch
+from bench.logdet import Size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
@@ -73,10 +74,16 @@ CASES: tuple[Case, ...] = (
     Case(32, 14),
     Case(65536, 14, "float64"),
 )
-LOGDET_CLASSES: tuple[int, ...] = (14, 100, 1000, 4096, 10000, 32, 64, 128, 200, 256, 512, 2048)
+LOGDET_SIZES: tuple[Size, ...] = (
+    *map(Size, (14, 100, 1000, 4096, 10000)),
+    Size(14, 1024),
+    Size(64, 256),
+    Size(100, 256),
+    *map(Size, (32, 64, 128, 200, 256, 512, 2048)),
+)
 
 REHEARSAL_CASES: tuple[Case, ...] = (Case(64, 3, compiled=True), Case(128, 14), Case(128, 14, "bfloat16"))
-REHEARSAL_LOGDET_CLASSES: tuple[int, ...] = (14, 32)
+REHEARSAL_LOGDET_SIZES: tuple[Size, ...] = (Size(14), Size(32), Size(14, 3))
 
 HOT_BYTES = 2**20
 """Logits up to this size come straight from the layer before and are in the cache: one batch, timed again and again."""

@@ -18,6 +18,7 @@ from bench.kernels.cases import DIRECTIONS, Batch, Direction
 from bench.kernels.interleave import Timings, interleave
 from bench.kernels.measure import COPY, check_loss, first_line, make_call, prepare
 from bench.kernels.peers import Loss, Peer, index_add_slogdet_fp64
+from bench.logdet import Size, joint_like, stock
 
 PEAK_PEERS = ("ours", "D", "E")
 NOT_CAPTURED = {"A": "its one-hot matrix comes from the CPU", "ours-composite": "it waits for the device"}
@@ -144,26 +145,25 @@ class Bench:
                 timings = self.time(graphs, "graph", name)
                 self._add("step", case, step, "graph", timings, {name: "engine", COPY: COPY})
 
-    def logdet(self, classes: int) -> None:
-        """log|det| and the inverse of one matrix, beside slogdet and its backward."""
+    def logdet(self, size: Size) -> None:
+        """log|det| and the inverse of one matrix, or of many in one call, beside torch's ways to both."""
         device = self.clocks.device
-        case = Case(classes, classes, "float64")
-        S, n = joint_like(classes, device)
+        case = Case(size.count * size.classes, size.classes, "float64")
+        S, n = joint_like(size, device)
         modules = kernel_engines(device)
         calls: dict[str, Call] = {}
         for name, module in modules.items():
             peer = "ours" if not calls else f"ours-{name}"
             calls[peer] = lambda module=module: module.logdet_inverse(S, n, "present")
+        where = f"logdet {size}"
         if not calls:
-            self.left_out(f"logdet {classes}", "ours", "no engine has kernels of its own here")
+            self.left_out(where, "ours", "no engine has kernels of its own here")
             return
-        for dtype in (torch.float64, torch.float32):
-            leaf = S.to(dtype, copy=True).requires_grad_()
-            calls[f"slogdet-{str(dtype).removeprefix('torch.')}"] = lambda leaf=leaf: slogdet_and_gradient(leaf)
+        calls |= stock(S)
         families = {name: "engines" if name.startswith("ours-") else name.partition("-")[0] for name in calls}
         for clock in ("device", "graph"):
-            where = f"logdet {classes}"
-            functions = calls if clock == "device" else self.captured(calls, GRAPH_CALLS if classes <= 200 else 1, where)
+            small = size.count * size.classes**2 <= 200**2
+            functions = calls if clock == "device" else self.captured(calls, GRAPH_CALLS if small else 1, where)
             if "ours" in functions:
                 self._add("logdet", case, "logdet_inverse", clock, self.time(functions, clock, "ours"), families)
 
@@ -239,18 +239,3 @@ def step_calls(module: object, batches: Sequence[Batch]) -> dict[str, Call]:
         saved.append((b.detached, b.target, None, lse, V, scale, ce_scale, -100, "logits"))
     backward = itertools.cycle(saved)
     return {"joint": lambda: joint(*next(forward)), "logits_grad": lambda: logits_grad(*next(backward))}
-
-
-def joint_like(classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """S [C, C] and n [C] fp64 as a batch of a model that has learnt something gives them."""
-    generator = torch.Generator(device).manual_seed(classes)
-    R = torch.rand(classes, classes, generator=generator, device=device, dtype=torch.float64)
-    R = 0.4 * R / R.sum(1, keepdim=True)
-    R.diagonal().add_(0.6)
-    n = torch.full((classes,), 65536 / classes, device=device, dtype=torch.float64)
-    return R * n.unsqueeze(1), n
-
-
-def slogdet_and_gradient(leaf: Tensor) -> tuple[Tensor, ...]:
-    """log|det| and its gradient, which is the transposed inverse."""
-    return torch.autograd.grad(torch.linalg.slogdet(leaf).logabsdet, leaf)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.gpu.cases import HOT_BYTES, Case
-from bench.gpu.floor import floor, minimal_bytes
+from bench.gpu.floor import factorise_seconds, floor, minimal_bytes
 from bench.gpu.results import CLOCKS, Clock, Peak, Result, Row, load
 from bench.kernels.cases import DIRECTIONS
 from bench.kernels.interleave import Quantiles
@@ -32,6 +32,9 @@ LARGE_BYTES = 256_000_000
 LARGE_ROWS = 65536
 FEW_CLASSES = 100
 LOGDET_GOALS = {100: 10.0, 1000: 5.0, 4096: 3.0, 10000: 2.0}
+LOGDET_FAMILIES = ("slogdet", "inv", "lu")
+SAME = 0.03
+"""Two that do the same work, as torch's LU and ours by it, may differ by so much."""
 STEPS = ("joint", "logits_grad")
 LABELS = {"forward": "fwd", "forward_backward": "fwd+bwd"}
 
@@ -139,7 +142,7 @@ def step_bandwidth(row: Row) -> float:
 
 
 def logdet_outcomes(result: Result) -> list[Outcome]:
-    """log|det| and inverse against slogdet and its backward, the faster of fp32 and fp64."""
+    """log|det| and inverse against slogdet and its backward, the faster of fp32 and fp64; nowhere slower than any way of torch's."""
     found = []
     for classes, times in LOGDET_GOALS.items():
         case = Case(classes, classes, "float64")
@@ -150,7 +153,20 @@ def logdet_outcomes(result: Result) -> list[Outcome]:
         else:
             text = f"{inverse_text(row.ours_over_peer)} of {row.peer}"
             found.append(Outcome(f"C = {classes}", goal, "device", text, 1 / row.ours_over_peer.p50 >= times))
+    for case in result.cases("logdet"):
+        rows = [result.fastest(case, "logdet_inverse", "device", family, "logdet") for family in LOGDET_FAMILIES]
+        ratios = [(row.ours_over_peer, row.peer) for row in rows if row is not None and row.ours_over_peer is not None]
+        if ratios:
+            ratio, peer = max(ratios, key=lambda pair: pair[0].p50)
+            text = f"{inverse_text(ratio)} of {peer}"
+            found.append(Outcome(logdet_text(case), "never slower than torch", "device", text, ratio.p50 <= 1 + SAME))
     return found
+
+
+def logdet_text(case: Case) -> str:
+    """How many matrices of how many classes."""
+    count = case.rows // case.classes
+    return f"C = {case.classes}" if count == 1 else f"C = {case.classes}, {count} at once"
 
 
 def goal_bytes(peak: Peak) -> float:
@@ -268,8 +284,9 @@ def logdet_markdown(result: Result) -> str:
             found = [result.find(case, "logdet_inverse", clock, peer, "logdet") for peer in peers]
             ratios = [row.ours_over_peer if row is not None else None for row in found]
             cells = ["-" if ratio is None else f"{1 / ratio.p50:.2f}" for ratio in ratios]
-            rows.append((str(case.classes), clock, microseconds(mine), *cells))
-    return markdown_table(("C", "clock", "ours", *peers), rows)
+            floor_text = f"{factorise_seconds(case.classes) * 1e6:.3g}" if case.rows == case.classes else "-"
+            rows.append((logdet_text(case), clock, microseconds(mine), floor_text, *cells))
+    return markdown_table(("", "clock", "ours", "goal of T_LU, us", *peers), rows)
 
 
 def memory_markdown(result: Result) -> str:
@@ -320,7 +337,7 @@ def report_markdown(result: Result, plots: Sequence[str]) -> str:
     parts.append("\n".join(f"- {peer.name}: {peer.description}" for peer in PEERS.values() if peer.name != "ours"))
     parts += ["## The steps, and the bandwidth that they reach", steps_markdown(result)]
     parts += ["## The whole operation beside its model", whole_markdown(result)]
-    parts += ["## log|det| and inverse alone, and how many times as long slogdet and its backward take", logdet_markdown(result)]
+    parts += ["## log|det| and inverse alone, and how many times as long torch's ways to them take", logdet_markdown(result)]
     if result.peaks:
         parts += ["## Peak memory beyond the inputs, MB", memory_markdown(result)]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
@@ -398,7 +415,8 @@ def plot_bandwidth(result: Result) -> Figure:
     left.set_ylabel("GB/s")
     left.set_title("Bandwidth: N*C*b forward, 2*N*C*b backward")
     for peer in dict.fromkeys(row.peer for row in result.rows if row.what == "logdet"):
-        found = [(case, result.find(case, "logdet_inverse", "device", peer, "logdet")) for case in result.cases("logdet")]
+        single = [case for case in result.cases("logdet") if case.rows == case.classes]
+        found = [(case, result.find(case, "logdet_inverse", "device", peer, "logdet")) for case in single]
         points = sorted((case.classes, row.seconds.p50 * 1e6) for case, row in found if row is not None)
         if points:
             right.plot(*zip(*points, strict=True), marker="o", label=peer)
@@ -406,7 +424,7 @@ def plot_bandwidth(result: Result) -> Figure:
     right.set_yscale("log")
     right.set_xlabel("classes C")
     right.set_ylabel("us")
-    right.set_title("log|det| and inverse; slogdet and its backward")
+    right.set_title("log|det| and inverse")
     for axis in (left, right):
         axis.grid(True, alpha=0.25)
         if axis.get_legend_handles_labels()[0]:

@@ -46,17 +46,17 @@ int logits_grad(const Batch& batch, const void* lse, const double* V, const doub
 int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, bool strict, double* log_abs_det, double* sign,
                    int64_t* kept, double* V, void* workspace, const DeviceLimits& limits, simt::Stream stream);
 
-// Where it says kLibrary, these stand around a library's LU; all three have one workspace, which they hand on.
-// R [count, C, C], column-major, from S; and V [count, C, C], unless null, the identity:
-int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* R, double* V, void* workspace,
+// Where it says kLibrary, these stand around a library's LU; all have one workspace, which they hand on.
+// A [count, C, C] = diag(1/n) S, whose memory may be that of S, and X [count, C, C], unless null, the identity:
+int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* A, double* X, void* workspace,
                                const DeviceLimits& limits, simt::Stream stream);
-// the scalars from R's LU [count, C, C], column-major, and its pivots [count, C], 1-based as LAPACK's:
+// the scalars from P A^T = L U as LAPACK leaves it: the factors column-major in A, and pivots [count, C], 1-based:
 int logdet_inverse_determinant(const double* LU, const int32_t* pivots, const double* n, int64_t count, int64_t C, bool strict,
                                double* log_abs_det, double* sign, int64_t* kept, void* workspace, const DeviceLimits& limits,
                                simt::Stream stream);
-// and V in the place of R^{-1} [count, C, C], column-major: what solving R X = identity leaves, if R is regular.
-int logdet_inverse_finish(const double* n, int64_t count, int64_t C, double* V, void* workspace, const DeviceLimits& limits,
-                          simt::Stream stream);
+// and V from X, column-major, in which U^T and then L^T have been solved with, the scalars known. V may be the memory of A:
+int logdet_inverse_finish(const double* X, const int32_t* pivots, const double* n, int64_t count, int64_t C, double* V,
+                          void* workspace, const DeviceLimits& limits, simt::Stream stream);
 
 // ----------------------------------------------------------------------------------------------------------------- combine
 

@@ -67,9 +67,12 @@ int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, v
 }
 
 LibrarySpace library_space(int64_t count, int64_t C, void* workspace) {
-  const int64_t blocks = (C + factor::kLibraryRows - 1) / factor::kLibraryRows;
-  double* const norms = static_cast<double*>(workspace);
-  return {norms, reinterpret_cast<uint32_t*>(norms + count * blocks), blocks};
+  Workspace work(workspace);
+  LibrarySpace space;
+  space.norms = work.take<double>(count * C);
+  space.answer = work.take<uint32_t>(count);
+  space.order = work.take<int32_t>(count * C);
+  return space;
 }
 
 int64_t at_most(int64_t blocks, const DeviceLimits& limits) {
@@ -92,16 +95,14 @@ int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, b
   return kInvalidValue;
 }
 
-int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* R, double* V, void* workspace,
+int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* A, double* X, void* workspace,
                                const DeviceLimits& limits, simt::Stream stream) {
   if (count == 0) return 0;
-  const LibrarySpace space = library_space(count, C, workspace);
   simt::Carve carve;
-  carve.take<double>(factor::kLibraryRows * factor::kLibraryStride);
-  carve.take<double>(factor::kLibraryRows);
-  const simt::Grid grid{at_most(count * space.blocks, limits), factor::kLibraryThreads, carve.bytes()};
-  const Matrices matrices{S, n, count, static_cast<int>(C), false, nullptr, nullptr, nullptr, V};
-  return simt::launch(factor::library_equilibrate, grid, stream, matrices, R, space);
+  carve.take<double>(factor::kBlockThreads / simt::kWarp);
+  const simt::Grid grid{at_most(count * C, limits), factor::kBlockThreads, carve.bytes()};
+  const Matrices matrices{S, n, count, static_cast<int>(C), false, nullptr, nullptr, nullptr, nullptr};
+  return simt::launch(factor::library_equilibrate, grid, stream, matrices, A, X, library_space(count, C, workspace));
 }
 
 int logdet_inverse_determinant(const double* LU, const int32_t* pivots, const double* n, int64_t count, int64_t C, bool strict,
@@ -118,12 +119,16 @@ int logdet_inverse_determinant(const double* LU, const int32_t* pivots, const do
   return simt::launch(factor::library_determinant, grid, stream, matrices, LU, pivots, library_space(count, C, workspace));
 }
 
-int logdet_inverse_finish(const double* n, int64_t count, int64_t C, double* V, void* workspace, const DeviceLimits& limits,
-                          simt::Stream stream) {
+int logdet_inverse_finish(const double* X, const int32_t* pivots, const double* n, int64_t count, int64_t C, double* V,
+                          void* workspace, const DeviceLimits& limits, simt::Stream stream) {
   if (count == 0) return 0;
+  const LibrarySpace space = library_space(count, C, workspace);
+  const int64_t blocks = (C + factor::kOrderThreads - 1) / factor::kOrderThreads;
+  const simt::Grid ordering{at_most(count * blocks, limits), factor::kOrderThreads};
+  if (const int error = simt::launch(factor::library_order, ordering, stream, count, C, pivots, space); error != 0) return error;
   const simt::Grid grid{at_most(count * C, limits), factor::kBlockThreads};
   const Matrices matrices{nullptr, n, count, static_cast<int>(C), false, nullptr, nullptr, nullptr, V};
-  return simt::launch(factor::library_finish, grid, stream, matrices, library_space(count, C, workspace));
+  return simt::launch(factor::library_finish, grid, stream, matrices, X, space);
 }
 
 }  // namespace ldmi::cuda

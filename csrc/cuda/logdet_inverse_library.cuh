@@ -1,9 +1,12 @@
-// What stands around a library's LU factorisation where no kernel of our own takes C: S to R before it, the determinant and V after
-// it. The host looks at nothing; the flags stay on the device.
+// What stands around a library's LU factorisation where no kernel of our own takes C. The host looks at nothing; the flags stay on the
+// device. Two matrices are all the memory there is: A, in which S may stand already, and X.
 //
-// - equilibrate: R = diag(1/n) S, column-major, with identity rows and columns for absent classes; its norm, and whether it is finite.
-// - determinant: from LU (column-major) and the pivots (1-based: row k was exchanged with row pivots[k] - 1).
-// - finish: V in the place of R^{-1} column-major, which is R^{-T} row-major: rows scaled by 1/n, zeros and NaN selected.
+// - equilibrate: A = R = diag(1/n) S, with identity rows and columns for absent classes; the norms of its rows, and whether they are
+//   finite. X = I. A library takes A for column-major, R^T that is, and leaves its factors there: P R^T = L U.
+// - determinant: from the factors and the pivots (1-based: row k was exchanged with row pivots[k] - 1). The order that P makes.
+// - The library solves U^T X = I and then L^T X = X, column-major, in place: R^{-1} = P^T X.
+// - finish: R^{-1} column-major is R^{-T} row-major, so V[i, j] = X[i, order[j]] / n[i], in the memory of A, whose factors are done.
+//   Zeros and NaN are selected.
 #pragma once
 
 #include "logdet_inverse.cuh"
@@ -12,61 +15,41 @@ namespace ldmi::cuda {
 
 // The workspace of `count` matrices
 struct LibrarySpace {
-  double* norms;     // [count, blocks]: the largest row sum of a block's rows; NaN if something there is not finite
+  double* norms;     // [count, C]: of the rows of R; NaN if something there is not finite
   uint32_t* answer;  // [count]: what finish selects
-  int64_t blocks;    // of equilibrate, a matrix
+  int32_t* order;    // [count, C]: where the row of R^T stands after all exchanges
 };
 
 namespace factor {
 
-inline constexpr int kLibraryRows = 8, kLibraryColumns = 128;  // of R that a block turns over at a time
-inline constexpr int kLibraryStride = kLibraryColumns + 2;     // 8 rows by 2 columns come from different banks
-inline constexpr int kLibraryThreads = kLibraryRows * kWarp;
 inline constexpr uint32_t kRegular = 0, kZero = 1, kPoison = 2;
+inline constexpr int kOrderThreads = 128;
 
-// A block 8 rows of one matrix, a warp each. V, unless null, becomes the identity.
-LDMI_KERNEL void LDMI_BOUNDS(kLibraryThreads, 1) library_equilibrate(Matrices matrices, double* R, LibrarySpace space) {
+// A block a row of one matrix. X, unless null, becomes the identity. A may be S.
+LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_equilibrate(Matrices matrices, double* A, double* X, LibrarySpace space) {
   Carve carve;
-  double* const tile = carve.take<double>(kLibraryRows * kLibraryStride);
-  double* const sums = carve.take<double>(kLibraryRows);
+  double* const sums = carve.take<double>(kBlockThreads / kWarp);
   const int64_t C = matrices.C;
-  for (int64_t task = block_idx(); task < matrices.count * space.blocks; task += grid_dim()) {
-    const int64_t at = task / space.blocks, i0 = task % space.blocks * kLibraryRows;
-    const double* const n = matrices.n + at * C;
-    const int64_t i = i0 + warp();
-    const double weight = i < C ? load_const(n + i) : 0.0;
-    const double scale = weight > 0.0 ? 1.0 / weight : 0.0;
+  for (int64_t task = block_idx(); task < matrices.count * C; task += grid_dim()) {
+    const int64_t i = task % C;
+    const double* const n = matrices.n + (task - i);
+    const double weight = load_const(n + i), scale = weight > 0.0 ? 1.0 / weight : 0.0;
     bool finite = isfinite(weight);
     double sum = 0.0;
-    for (int64_t j0 = 0; j0 < C; j0 += kLibraryColumns) {
-      LDMI_UNROLL
-      for (int u = 0; u < kLibraryColumns / kWarp; ++u) {
-        const int64_t j = j0 + kWarp * u + lane();
-        if (i >= C || j >= C) continue;
-        const double entry = load_const(matrices.S + (at * C + i) * C + j);
-        finite &= isfinite(entry);
-        const double value = weight > 0.0 && load_const(n + j) > 0.0 ? entry * scale : (i == j ? 1.0 : 0.0);
-        sum += abs(value);
-        tile[warp() * kLibraryStride + kWarp * u + lane()] = value;
-      }
-      sync_block();
-      const int row = thread_idx() % kLibraryRows;
-      LDMI_UNROLL
-      for (int u = 0; u < kLibraryColumns / kWarp; ++u) {
-        const int column = kWarp * u + thread_idx() / kLibraryRows;
-        if (i0 + row >= C || j0 + column >= C) continue;
-        const int64_t entry = (at * C + j0 + column) * C + i0 + row;
-        store(R + entry, tile[row * kLibraryStride + column]);
-        if (matrices.V != nullptr) store(matrices.V + entry, i0 + row == j0 + column ? 1.0 : 0.0);
-      }
-      sync_block();
+    for (int64_t j = thread_idx(); j < C; j += block_dim()) {
+      const double entry = load(matrices.S + task * C + j);
+      finite &= isfinite(entry);
+      const double value = weight > 0.0 && load_const(n + j) > 0.0 ? entry * scale : (i == j ? 1.0 : 0.0);
+      sum += abs(value);
+      store(A + task * C + j, value);
+      if (X != nullptr) store(X + task * C + j, i == j ? 1.0 : 0.0);
     }
     sum = warp_sum(sum);
     if (lane() == 0) sums[warp()] = sum;
     finite = !sync_block_or(!finite);
     if (thread_idx() == 0) {
       double norm = 0.0;
-      for (int w = 0; w < kLibraryRows; ++w) norm = fmax(norm, sums[w]);
+      for (int w = 0; w < block_dim() / kWarp; ++w) norm += sums[w];
       store(space.norms + task, finite ? norm : kNaN);
     }
     sync_block();
@@ -85,10 +68,10 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1)
   for (int64_t at = block_idx(); at < matrices.count; at += grid_dim()) {
     double norm = 0.0;
     bool finite = true;
-    for (int64_t b = thread_idx(); b < space.blocks; b += block_dim()) {
-      const double part = load_const(space.norms + at * space.blocks + b);
-      finite &= !isnan(part);
-      norm = fmax(norm, part);
+    for (int64_t i = thread_idx(); i < C; i += block_dim()) {
+      const double row = load_const(space.norms + at * C + i);
+      finite &= !isnan(row);
+      norm = fmax(norm, row);
     }
     norm = warp_max(norm);
     if (lane() == 0) norms[warp()] = norm;
@@ -143,8 +126,23 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1)
   }
 }
 
-// A block a row of V, in place.
-LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_finish(Matrices matrices, LibrarySpace space) {
+// A thread a row of R^T follows it through the exchanges: C short steps each, but all rows side by side.
+LDMI_KERNEL void LDMI_BOUNDS(kOrderThreads, 1) library_order(int64_t count, int64_t C, const int32_t* pivots, LibrarySpace space) {
+  const int64_t blocks = (C + kOrderThreads - 1) / kOrderThreads;
+  for (int64_t task = block_idx(); task < count * blocks; task += grid_dim()) {
+    const int64_t at = task / blocks, row = task % blocks * kOrderThreads + thread_idx();
+    int place = static_cast<int>(row);
+    LDMI_UNROLL_BY(8)
+    for (int64_t k = 0; k < C; ++k) {
+      const int other = load_const(pivots + at * C + k) - 1;
+      place = place == k ? other : place == other ? static_cast<int>(k) : place;
+    }
+    if (row < C) store(space.order + at * C + row, place);
+  }
+}
+
+// A block a row of V.
+LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_finish(Matrices matrices, const double* X, LibrarySpace space) {
   const int64_t C = matrices.C;
   for (int64_t task = block_idx(); task < matrices.count * C; task += grid_dim()) {
     const int64_t at = task / C;
@@ -153,11 +151,11 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_finish(Matrices matrices,
     const double weight = load_const(n + task % C);
     const bool here = answer == kRegular && weight > 0.0;
     const double scale = here ? 1.0 / weight : 0.0;
-    double* const row = matrices.V + task * C;
+    const double* const row = X + task * C;
     for (int64_t j = thread_idx(); j < C; j += block_dim()) {
       double value = answer == kPoison ? kNaN : 0.0;
-      if (here && load_const(n + j) > 0.0) value = load(row + j) * scale;
-      store(row + j, value);
+      if (here && load_const(n + j) > 0.0) value = load_const(row + load_const(space.order + at * C + j)) * scale;
+      store(matrices.V + task * C + j, value);
     }
   }
 }

@@ -134,8 +134,8 @@ CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const Devi
                           piece(4) + (inverse ? 0 : piece(classes * classes * 8));
   } else {
     out.factor = CudaFactor::kLibrary;
-    // a norm for each 8 rows, and what to select
-    out.workspace_bytes = count * ((classes + 7) / 8 + 1) * 8;
+    // norms, what to select, and the order of the rows
+    out.workspace_bytes = piece(count * classes * 8) + piece(count * 4) + piece(count * classes * 4);
   }
   return out;
 }
@@ -257,9 +257,9 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
   const bool whole = labels == classes && (forward.how == CudaLoss::kWhole || forward.how == CudaLoss::kOneBlock);
   out.regime = std::string(whole ? "forward in one launch, " : "staged, ") + std::to_string(joint.blocks) + " + " +
                std::to_string(grad.blocks) + " blocks on " + std::to_string(limits.sms) + " multiprocessors";
-  // a library's factors and V stand beside what the joint left
-  const int64_t library = elimination.factor == CudaFactor::kLibrary ? 2 * classes * classes * 8 + elimination.workspace_bytes : 0;
-  out.workspace_bytes = std::max({joint.workspace_bytes + library, elimination.workspace_bytes, grad.workspace_bytes,
+  // a library's factors and then V stand where S was, the solutions beside
+  const int64_t library = elimination.factor == CudaFactor::kLibrary ? classes * classes * 8 : 0;
+  out.workspace_bytes = std::max({joint.workspace_bytes, library + elimination.workspace_bytes, grad.workspace_bytes,
                                   cuda_loss_forward(rows, classes, soft, value_bytes, soft, limits).workspace_bytes});
   out.reason =
       joint.order == CudaOrder::kTile ? "at most " + std::to_string(kTileLabels) + " classes: each block sums a tile of S on chip"

@@ -77,9 +77,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> joint(Tensor logits, Tensor target, s
   return {S, n, lse, ce};
 }
 
-// A tensor of column-major matrices [count, C, C] over the memory of another one.
-Tensor column_major(const Tensor& memory, int64_t count, int64_t C, Place place) {
-  const int64_t sizes[] = {count, C, C}, strides[] = {C * C, 1, C};
+// A tensor of matrices [count, C, C] over the memory of another one, column-major or row-major.
+Tensor matrices_over(const Tensor& memory, int64_t count, int64_t C, Place place, bool column_major) {
+  const int64_t sizes[] = {count, C, C}, strides[] = {C * C, column_major ? 1 : C, column_major ? C : 1};
   AtenTensorHandle handle;
   STD_TORCH_CHECK(aoti_torch_create_tensor_from_blob(memory.data_ptr(), 3, sizes, strides, 0, aoti_torch_dtype_float64(), place.type,
                                                      place.index, &handle) == 0,
@@ -87,40 +87,53 @@ Tensor column_major(const Tensor& memory, int64_t count, int64_t C, Place place)
   return Tensor(handle);
 }
 
-// More classes than our own kernels take: torch's LU, with the contract around it in kernels of our own. R becomes its factors in
-// place, V the identity and then the inverse, if it is wanted.
-void factor_by_library(const Call& call, const Factors& f, bool strict, int64_t workspace_bytes) {
-  const Tensor workspace = call.workspace(workspace_bytes), memory = call.allocate({f.count, f.C, f.C}, ScalarType::Double);
+// X becomes T^{-1} X, in place.
+void solve_triangular(const Tensor& T, const Tensor& X, bool upper, bool unitriangular) {
+  std::array<StableIValue, 6> solve{from(T), from(X), from(upper), from(true), from(unitriangular), from(X)};
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_solve_triangular", "out", solve.data(), TORCH_ABI_VERSION) == 0,
+                  "ldmi_fast: solving with a triangular matrix failed");
+  (void)to<Tensor>(solve[0]);
+}
+
+// More classes than our own kernels take: torch's LU, with the contract around it in kernels of our own. Two matrices are all the
+// memory that it takes, and the one that V comes to stand in may be that of S. torch's solve from LU would take a third, for the
+// permutation.
+void factor_by_library(const Call& call, Factors& f, bool strict, bool over_S, int64_t workspace_bytes) {
+  const bool inverse = f.V.size(0) != 0;
+  const Tensor workspace = call.workspace(workspace_bytes);
+  const Tensor memory = over_S ? f.S : call.allocate({f.count, f.C, f.C}, ScalarType::Double);
   const Tensor pivots = call.allocate({f.count, f.C}, ScalarType::Int), info = call.allocate({f.count}, ScalarType::Int);
   const auto* n = doubles(f.n);
-  double* const V = f.V.size(0) == 0 ? nullptr : doubles(f.V);
-  check(cuda::logdet_inverse_equilibrate(doubles(f.S), n, f.count, f.C, doubles(memory), V, workspace.data_ptr(), call.limits,
-                                         call.stream),
+  const auto* exchanges = static_cast<const int32_t*>(pivots.data_ptr());
+  check(cuda::logdet_inverse_equilibrate(doubles(f.S), n, f.count, f.C, doubles(memory), inverse ? doubles(f.V) : nullptr,
+                                         workspace.data_ptr(), call.limits, call.stream),
         "equilibrate");
-  const Tensor R = column_major(memory, f.count, f.C, call.place);
-  std::array<StableIValue, 6> factor{from(R), from(true), from(false), from(R), from(pivots), from(info)};
+  const Tensor factors = matrices_over(memory, f.count, f.C, call.place, true);
+  std::array<StableIValue, 6> factor{from(factors), from(true), from(false), from(factors), from(pivots), from(info)};
   STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_lu_factor_ex", "out", factor.data(), TORCH_ABI_VERSION) == 0,
                   "ldmi_fast: LU factorisation failed");
   for (int i = 0; i < 3; ++i) (void)to<Tensor>(factor[static_cast<std::size_t>(i)]);
-  check(cuda::logdet_inverse_determinant(doubles(memory), static_cast<const int32_t*>(pivots.data_ptr()), n, f.count, f.C, strict,
-                                         doubles(f.log_abs_det), doubles(f.sign), static_cast<int64_t*>(f.kept.data_ptr()),
-                                         workspace.data_ptr(), call.limits, call.stream),
+  check(cuda::logdet_inverse_determinant(doubles(memory), exchanges, n, f.count, f.C, strict, doubles(f.log_abs_det), doubles(f.sign),
+                                         static_cast<int64_t*>(f.kept.data_ptr()), workspace.data_ptr(), call.limits, call.stream),
         "determinant");
-  if (V == nullptr) return;
-  const Tensor X = column_major(f.V, f.count, f.C, call.place);
-  std::array<StableIValue, 6> solve{from(R), from(pivots), from(X), from(true), from(false), from(X)};
-  STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_lu_solve", "out", solve.data(), TORCH_ABI_VERSION) == 0,
-                  "ldmi_fast: solving with the LU factors failed");
-  (void)to<Tensor>(solve[0]);
-  check(cuda::logdet_inverse_finish(n, f.count, f.C, V, workspace.data_ptr(), call.limits, call.stream), "finish");
+  if (!inverse) return;
+  const Tensor transposed = matrices_over(memory, f.count, f.C, call.place, false);
+  const Tensor X = matrices_over(f.V, f.count, f.C, call.place, true);
+  solve_triangular(transposed, X, false, false);  // U^T
+  solve_triangular(transposed, X, true, true);    // L^T
+  check(cuda::logdet_inverse_finish(doubles(f.V), exchanges, n, f.count, f.C, doubles(memory), workspace.data_ptr(), call.limits,
+                                    call.stream),
+        "finish");
+  f.V = torch::stable::view(memory, {f.count, f.C, f.C});
 }
 
-void factor(const Call& call, const Factors& f, bool strict) {
+// With `over_S`, S is nobody's afterwards: a library's V may stand there.
+void factor(const Call& call, Factors& f, bool strict, bool over_S) {
   if (f.count == 0) return;
   const bool inverse = f.V.size(0) != 0;
   const plan::CudaLogdetInverse how = plan::cuda_logdet_inverse(f.count, f.C, call.limits, inverse);
   if (how.factor == plan::CudaFactor::kLibrary) {
-    factor_by_library(call, f, strict, how.workspace_bytes);
+    factor_by_library(call, f, strict, over_S, how.workspace_bytes);
     return;
   }
   const Tensor workspace = call.workspace(how.workspace_bytes);
@@ -133,8 +146,8 @@ void factor(const Call& call, const Factors& f, bool strict) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> logdet_inverse(Tensor S, Tensor n, std::string absent) {
   const Call call(S);
   const bool strict = strict_of(absent);
-  const Factors f(S, n);
-  factor(call, f, strict);
+  Factors f(S, n);
+  factor(call, f, strict, false);
   return f.results();
 }
 
@@ -183,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, T
   const Tensor S = call.allocate({C, C}, ScalarType::Double), n = call.allocate({C}, ScalarType::Double);
   const Tensor ce = call.allocate({}, ScalarType::Double);
   sum_joint(call, batch, S, n, lse, ce);
-  const Factors f(S, n, gradient);
-  factor(call, f, options.strict);
+  Factors f(S, n, gradient);
+  factor(call, f, options.strict, true);
   const Tensor workspace = call.workspace(plan::cuda_combine(batch.logits.rows, soft && weighted, call.limits).workspace_bytes);
   check(cuda::combine(batch, doubles(f.log_abs_det), static_cast<const int64_t*>(f.kept.data_ptr()), doubles(n), doubles(ce), options,
                       loss.data_ptr(), batch.logits.type == cpu::Type::kFloat64 ? cpu::Type::kFloat64 : cpu::Type::kFloat32,

@@ -23,6 +23,7 @@ from bench.gpu.clocks import Clocks
 from bench.gpu.results import CLOCKS, Launches, Peak, Result, Row
 from bench.kernels.interleave import interleave
 from bench.kernels.peers import PEERS
+from bench.logdet import Size, joint_like
 
 from .synthetic import around
 
@@ -122,7 +123,7 @@ def test_every_goal_has_its_shape() -> None:
     assert {case.classes for case in cases.CASES if case.rows == 65536} >= {26, 200, 500, 1000}
     assert {case.dtype for case in cases.CASES} == set(cases.DTYPES)
     assert any(case.logits_bytes >= report.LARGE_BYTES for case in cases.CASES)
-    assert set(report.LOGDET_GOALS) <= set(cases.LOGDET_CLASSES)
+    assert set(report.LOGDET_GOALS) <= {size.classes for size in cases.LOGDET_SIZES if size.count == 1}
     assert len(set(cases.CASES)) == len(cases.CASES)
 
 
@@ -158,7 +159,7 @@ def test_interleaving_by_another_clock_than_the_hosts() -> None:
 
 
 def test_matrices_for_logdet_are_well_conditioned() -> None:
-    S, n = measure.joint_like(60, torch.device("cpu"))
+    S, n = joint_like(Size(60), torch.device("cpu"))
     assert torch.linalg.cond(S / n.unsqueeze(1)).item() < 10
     torch.testing.assert_close(S.sum(1), n)
 
@@ -249,6 +250,7 @@ def test_goals() -> None:
     assert model.met is False
     assert outcome(found, "C = 1000", ">= 5x slogdet + backward", "device").met is True
     assert outcome(found, "C = 4096", ">= 3x slogdet + backward", "device").met is None
+    assert outcome(found, "C = 1000", "never slower than torch", "device").met is True
     assert outcome(found, "65536x100:fp32", "peak memory", "-").met is True
     assert sum(o.goal == "never slower than D" for o in found) == 12
 
@@ -293,7 +295,7 @@ def test_the_benchmark_itself_rehearsed(tmp_path: Path, capsys: pytest.CaptureFi
     try:
         case = Case(64, 3)
         monkeypatch.setattr(bench_main, "REHEARSAL_CASES", (case,))
-        assert bench_main.main(["--rehearse", "--out", str(out), "--logdet", "4"]) == 0
+        assert bench_main.main(["--rehearse", "--out", str(out), "--logdet", "4", "3x5"]) == 0
     finally:
         torch.set_num_threads(threads)
     result = results.load(out)
@@ -305,7 +307,9 @@ def test_the_benchmark_itself_rehearsed(tmp_path: Path, capsys: pytest.CaptureFi
     if result.machine["engine"] != "composite":
         assert result.bandwidth() is not None
         assert result.find(case, "logits_grad", "graph", result.machine["engine"], "step") is not None
-        assert result.find(Case(4, 4, "float64"), "logdet_inverse", "device", "slogdet-float64", "logdet") is not None
+        for case in (Case(4, 4, "float64"), Case(15, 5, "float64")):
+            for peer in ("slogdet-float64", "inv-float32", "lu-float64"):
+                assert result.find(case, "logdet_inverse", "device", peer, "logdet") is not None
     assert "rehearsal" in report.report_markdown(result, []).lower()
     assert "timings in" in capsys.readouterr().out
 
