@@ -150,7 +150,7 @@ def markdown(rows: Sequence[Row], rate: float, env: dict[str, Any], date: str) -
         (
             str(row.size),
             f"{row.seconds['ours'].p50 * 1e6:.4g}",
-            f"{floor_seconds(row.size, rate) * 1e6:.3g}",
+            f"{floor_seconds(row.size, rate) * 1e6:.4g}",
             *(f"{1 / row.ours_over[peer].p50:.2f}" for peer in peers),
         )
         for row in rows
