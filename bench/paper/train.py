@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
 from bench.demo.train import batches, logits_of
@@ -55,6 +56,11 @@ class Options:
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Percent of right answers."""
     return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def balanced_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percent of right answers in each class that occurs, averaged over the classes: a rare class counts as much as a frequent one."""
+    return 100 * float(balanced_accuracy_score(labels.numpy(), logits.argmax(1).numpy()))
 
 
 def load_data(cell: Cell, options: Options) -> DataSet:
@@ -108,7 +114,8 @@ def first_stage(cell: Cell, data: DataSet, options: Options, tick: Callable[[str
 def run(cell: Cell, data: DataSet, state: dict[str, Any], options: Options, tick: Callable[[str], None]) -> dict[str, Any]:
     """One method from the checkpoint on: the result's line.
 
-    Clean accuracies are in percent. ``selected``: at the epoch of the lowest loss of the method's own on noisy validation labels.
+    Clean accuracies are in percent; ``balanced``: the mean over the classes. ``selected``: at the epoch of the lowest loss of the
+    method's own on noisy validation labels.
     """
     start = time.perf_counter()
     recipe, classes = options.recipe, len(data.classes)
@@ -122,14 +129,15 @@ def run(cell: Cell, data: DataSet, state: dict[str, Any], options: Options, tick
     checks: list[dict[str, float]] = []
 
     def check(epoch: int, train_loss: float) -> None:
-        valid = logits_of(model, data.valid.x)
+        valid, test = logits_of(model, data.valid.x), logits_of(model, data.test.x)
         checks.append(
             {
                 "epoch": epoch,
                 "train_loss": train_loss,
                 "valid_loss": method.valid_loss(valid, data.valid.noisy).item(),
                 "valid_noisy_accuracy": accuracy(valid, data.valid.noisy),
-                "test_accuracy": accuracy(logits_of(model, data.test.x), data.test.clean),
+                "test_accuracy": accuracy(test, data.test.clean),
+                "test_balanced_accuracy": balanced_accuracy(test, data.test.clean),
             }
         )
 
@@ -164,6 +172,8 @@ def run(cell: Cell, data: DataSet, state: dict[str, Any], options: Options, tick
         "first": checks[0]["test_accuracy"],
         "last": checks[-1]["test_accuracy"],
         "selected": best["test_accuracy"],
+        "last_balanced": checks[-1]["test_balanced_accuracy"],
+        "selected_balanced": best["test_balanced_accuracy"],
         "selected_epoch": best["epoch"],
         "noise_rate": 100 * (data.train.noisy != data.train.clean).double().mean().item(),
         "infinite_batches": infinite,

@@ -2,7 +2,7 @@
 
 Equilibrated, R = diag(1/n) S. Few classes: one program holds R in registers (fp64) and turns it into its inverse in place, by
 Gauss-Jordan elimination with partial pivoting; the pivots are those of LU, and so is the rule for singular. Many classes: the LU of
-torch, whose calls here neither synchronise nor raise (torch.linalg.inv and torch.linalg.solve would).
+torch, whose calls here neither synchronise nor raise (torch.linalg.inv and torch.linalg.solve would), in the memory of S and of V.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def log_det(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, 
     classes = int(S.shape[-1])
     batch = S.shape[:-2]
     if classes > plan.GAUSS_JORDAN_CLASSES or math.prod(batch) == 0:
-        return _by_library(S, n, absent)
+        return _by_library(S.clone(memory_format=torch.contiguous_format), n.contiguous(), absent)
     S, n = S.contiguous(), n.contiguous()
     V = torch.empty_like(S)
     log_abs_det, sign = S.new_empty(batch), S.new_empty(batch)
@@ -246,7 +246,7 @@ def log_det_and_loss(
     cross_entropy_weight: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``log_det`` and ``combine`` of one problem: loss [] in ``dtype``, V [C, C], scale [] and ce_scale []."""
+    """``log_det`` and ``combine`` of one problem: loss [] in ``dtype``, V [C, C], scale [] and ce_scale []. S may be overwritten."""
     classes = int(S.shape[-1])
     if classes > plan.GAUSS_JORDAN_CLASSES:
         log_abs_det, _, kept, V = _by_library(S, n, absent)
@@ -283,30 +283,53 @@ def log_det_and_loss(
     return loss, V, scale, ce_scale
 
 
-def _by_library(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same by torch's LU and its triangular solves: no synchronisation, no exception."""
-    classes = S.shape[-1]
+def _by_library(A: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same by torch's LU and its triangular solves, of A = S, which it overwrites with V: no synchronisation, no exception.
+
+    Two matrices are all the memory that it takes, A and X. A becomes R = diag(1/n) S, and then holds the factors P L U = R^T (LAPACK
+    is column-major). R^{-1} = P (L^T)^{-1} (U^T)^{-1} is solved for in X, which holds it column-major, and that is R^{-T}.
+    """
+    classes = A.shape[-1]
     present = n > 0
     empty = ~present.any(-1)
-    finite = torch.isfinite(S).all(-1).all(-1) & torch.isfinite(n).all(-1)
-    eye = torch.eye(classes, dtype=S.dtype, device=S.device)
-    n_safe = torch.where(present & finite.unsqueeze(-1), n, 1)
-    keep = present.unsqueeze(-1) & present.unsqueeze(-2) & finite[..., None, None]
-    R = torch.where(keep, S, eye) / n_safe.unsqueeze(-1)
-    norm = R.abs().sum(-1).amax(-1)
-    lu, pivots, _ = torch.linalg.lu_factor_ex(R)
-    diagonal = lu.diagonal(dim1=-2, dim2=-1)
-    threshold = classes * composite.UNIT_ROUNDOFF[S.dtype] * norm
+    finite = torch.isfinite(A.amax((-2, -1))) & torch.isfinite(A.amin((-2, -1))) & torch.isfinite(n).all(-1)
+    divides = present & finite.unsqueeze(-1)
+    n_safe = torch.where(divides, n, 1)
+
+    def clear(of: Tensor) -> None:
+        """Zeros in the rows and columns of absent classes."""
+        A.masked_fill_(~(of.unsqueeze(-1) & of.unsqueeze(-2)), 0)
+
+    clear(divides)
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
+    diagonal.copy_(torch.where(divides, diagonal, 1))
+    A.div_(n_safe.unsqueeze(-1))
+    norm = torch.linalg.vector_norm(A, 1, dim=-1).amax(-1)
+    lu = A.mT
+    pivots, info = torch.empty_like(n, dtype=torch.int32), torch.empty_like(finite, dtype=torch.int32)
+    torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
+    threshold = classes * composite.UNIT_ROUNDOFF[A.dtype] * norm
     singular = (diagonal.abs() <= threshold.unsqueeze(-1)).any(-1)
     kept = present.sum(-1)
     if absent == "strict":
         singular = singular | (~present.all(-1) & ~empty)
         kept = torch.where(empty, 0, classes)
     singular = singular & finite
-    nan = torch.where(finite, 0.0, torch.nan).to(S.dtype)
-    log_abs_det = diagonal.abs().log().sum(-1) + torch.where(present & finite.unsqueeze(-1), n_safe.log(), 0).sum(-1)
-    swaps = (pivots != torch.arange(1, classes + 1, device=S.device)).sum(-1)
+    nan = torch.where(finite, 0.0, torch.nan).to(A.dtype)
+    log_abs_det = diagonal.abs().log().sum(-1) + torch.where(divides, n_safe.log(), 0).sum(-1)
+    swaps = (pivots != torch.arange(1, classes + 1, device=A.device)).sum(-1)
     sign = diagonal.sign().prod(-1) * (1 - 2 * (swaps % 2))
-    V = torch.linalg.lu_solve(lu, pivots, eye.expand(S.shape), adjoint=True) / n_safe.unsqueeze(-1)
-    V = torch.where(keep & ~singular[..., None, None], V, 0) + nan[..., None, None]
-    return torch.where(singular, -torch.inf, log_abs_det) + nan, torch.where(singular, 0, sign) + nan, kept, V.contiguous()
+    X = torch.empty_like(A, memory_format=torch.contiguous_format).zero_()
+    X.diagonal(dim1=-2, dim2=-1).fill_(1)
+    column_major = X.mT
+    # where P has row j of X, by what it does to 0, 1, 2, ...; torch.linalg.lu_solve of X itself would make a copy of it for that
+    numbers = torch.arange(classes, dtype=A.dtype, device=A.device).unsqueeze(-1).expand(*n.shape, 1).contiguous()
+    place = torch.linalg.lu_solve(column_major, pivots, numbers).squeeze(-1).long()
+    torch.linalg.solve_triangular(A, column_major, upper=False, out=column_major)
+    torch.linalg.solve_triangular(A, column_major, upper=True, unitriangular=True, out=column_major)
+    A.scatter_(-1, place.unsqueeze(-2).expand(X.shape), X)
+    del X, column_major
+    A.div_(n_safe.unsqueeze(-1))
+    clear(divides & ~singular.unsqueeze(-1))
+    A.add_(nan[..., None, None])
+    return torch.where(singular, -torch.inf, log_abs_det) + nan, torch.where(singular, 0, sign) + nan, kept, A

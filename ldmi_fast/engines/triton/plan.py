@@ -165,7 +165,7 @@ class Explanation:
 
 def explain(rows: int, classes: int, soft: bool, value_bytes: int, block_rows: int) -> Explanation:
     """The whole loss of N x C logits."""
-    factor_bytes = 4 * 8 * classes * classes
+    factor_bytes = 2 * 8 * classes * classes  # S, which becomes V, and the solutions
     own = classes <= GAUSS_JORDAN_CLASSES
     factor = f"logdet_inverse ({'Gauss-Jordan' if own else 'library LU'})"
     if is_fused(rows, classes, soft, value_bytes):

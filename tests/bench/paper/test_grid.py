@@ -22,7 +22,7 @@ from bench.paper.grid import cells, missing
 from bench.paper.report import interval, losses, markdown, rows_of, summary, write_report
 from bench.paper.results import alone, append, key, read, repair
 from bench.paper.sets import EXPERIMENTS, transition
-from bench.paper.train import Cell, Options, first_stage, load_data, run
+from bench.paper.train import Cell, Options, accuracy, balanced_accuracy, first_stage, load_data, run
 
 RECIPE = replace(EXPERIMENTS["digits"].short, epochs_first=1, epochs=2)
 OPTIONS = Options(RECIPE, limit=300)
@@ -148,6 +148,14 @@ def test_a_run_is_repeatable_and_its_checkpoint_changes_nothing(tmp_path: Path) 
     assert [check["epoch"] for check in found[0]["checks"]] == [0, 1, 2]
     best = min(found[0]["checks"][1:], key=lambda check: check["valid_loss"])
     assert found[0]["selected"] == best["test_accuracy"]
+    assert found[0]["selected_balanced"] == best["test_balanced_accuracy"]
+
+
+def test_a_rare_class_counts_as_much_in_the_balanced_accuracy() -> None:
+    labels = torch.tensor([0] * 9 + [2])
+    always_zero = torch.tensor([[1.0, 0.0, 0.0]]).expand(10, 3)
+    assert accuracy(always_zero, labels) == pytest.approx(90)
+    assert balanced_accuracy(always_zero, labels) == pytest.approx(50)
 
 
 def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
@@ -257,6 +265,19 @@ def test_report_of_a_file(tmp_path: Path) -> None:
     assert "| 20 % wrong |" in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert CliRunner().invoke(app, ["report", str(tmp_path / "none.jsonl")]).exit_code == 2
+
+
+def test_the_balanced_accuracy_has_a_table_where_it_is_another_number() -> None:
+    same = [{**line("ce", 80.0), "last_balanced": 80.0, "selected_balanced": 80.0}, line("dmi", 70.0)]
+    assert "balanced over the classes |" not in markdown(same, "plot.png")
+    assert "### Noise pair, last epoch, balanced" not in markdown(same, "plot.png")
+    other = [{**one, "last_balanced": balanced, "selected_balanced": 50.0} for one, balanced in zip(same, (60.0, 75.0), strict=True)]
+    text = markdown(other, "plot.png")
+    assert (
+        "### Noise pair, last epoch, balanced over the classes\n\n| r | ce | dmi |\n| :-- | --: | --: |\n| 0.2 | 60.0 | 75.0 |" in text
+    )
+    assert "Where a counterpart is ahead of dmi, last epoch, balanced over the classes: nowhere." in text
+    assert "Where a counterpart is ahead of dmi, last epoch:\n\n- noise pair, r = 0.2: ce by 10.0 points" in text
 
 
 def test_report_of_several_sets(tmp_path: Path) -> None:
