@@ -35,13 +35,11 @@ int launch_blocks(const Matrices& matrices, const plan::CudaLogdetInverse& plan,
   return simt::launch(factor::logdet_inverse_blocks<kMost>, grid, stream, matrices, static_cast<int>(plan.stride));
 }
 
-GridSpace grid_space(int C, int64_t panel, int sms, bool inverse, Workspace& work) {
+GridSpace grid_space(int C, int sms, bool inverse, Workspace& work) {
   GridSpace space;
-  space.outside = work.take<double>(C * panel);
   space.norms = work.take<double>(C);
   space.pivots = work.take<double>(C);
   space.row = work.take<int32_t>(C);
-  space.step = work.take<int32_t>(C);
   space.odd = work.take<uint32_t>(sms);
   space.singular = work.take<uint32_t>(1);
   space.matrix = inverse ? nullptr : work.take<double>(int64_t{C} * C);
@@ -55,14 +53,14 @@ int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, v
     if (matrices.C <= kSlots / 2 * kGridThreads) return launch_grid<kSlots / 2>(matrices, plan, workspace, limits, stream);
   }
   static_assert(kSlots * kGridThreads <= plan::kGridClasses);
-  const auto kernel = factor::logdet_inverse_grid<kSlots, static_cast<int>(plan::kGridStrip), kGridThreads>;
+  const auto kernel = factor::logdet_inverse_grid<kSlots, kGridThreads>;
   const auto smem = static_cast<size_t>(plan.smem_bytes);
   int resident = 0;
   if (const int error = simt::blocks_per_sm(kernel, kGridThreads, smem, &resident); error != 0) return error;
   // a block a multiprocessor: the strips' one has its own for itself
   const simt::Grid grid{resident > 0 ? int64_t{limits.sms} : 0, kGridThreads, smem, 1, true};
   Workspace work(workspace);
-  const GridSpace space = grid_space(matrices.C, plan.panel, limits.sms, matrices.V != nullptr, work);
+  const GridSpace space = grid_space(matrices.C, limits.sms, matrices.V != nullptr, work);
   return simt::launch(kernel, grid, stream, matrices, space, static_cast<int>(plan.panel));
 }
 

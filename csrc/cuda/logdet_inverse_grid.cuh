@@ -1,26 +1,24 @@
 // log|det S| and V = S^{-T} of one matrix by all multiprocessors: a Gauss-Jordan elimination in place, as in logdet_inverse.cuh, for
 // what no block's shared memory holds, in one launch of a cooperative grid.
 //
-// The steps are taken at two widths. A strip is kColumns columns that block 0 eliminates by themselves: its threads hold a few whole
-// rows of the strip in registers, so that a column costs one barrier. A panel J is a few strips. Eliminating a strip or a panel of M
-// by itself leaves G in its place, and then, with p_J the rows where its pivots were,
+// A panel J is as many columns as block 0's shared memory holds. Eliminating it by itself leaves G[:, J] in its place, and then, with
+// p_J the rows where its pivots were,
 //
-//     M[:, c] <- (M[:, c] with zeros in the rows p_J) + G[:, J] M[p_J, c]          for every column c outside
+//     M[:, c] <- (M[:, c] with zeros in the rows p_J) + G[:, J] M[p_J, c]          for every column c outside the panel
 //
-// which is done for a strip in the other columns of its panel, and for a whole panel in the columns outside: the matrix is read and
-// written once a panel, not once a strip. Between two barriers of the grid the blocks do, side by side,
+// in 8 x 8 tiles on the fp64 tensor cores. Between two barriers of the grid the blocks do, side by side,
 //
-//     strip t of panel k       takes in what came before it (strip t - 1; or panel k - 1, for the first), and is eliminated
-//     the panel's other strips take that in, too
-//     the columns outside      a share of what panel k - 1 does to them, in tiles on the fp64 tensor cores
+//     block 0       panel k takes in panel k - 1, and is eliminated
+//     the others    what panel k - 1 does to the columns outside both, a block 8 columns at a time: it copies M[p_J, c] of its own
 //
-// so that the chain of eliminations waits for nothing else. The rows M[p_J, c] of the columns outside are copied beside first: a tile
-// may then overwrite them while another tile still needs them. After the last strip one more step ends its effect on the panel.
-// Whoever takes a strip or a tile, its operations are the same, so the bits do not depend on the number of blocks.
+// so that the chain of eliminations waits for nothing else but one barrier a panel. Block 0 takes a panel in strips of 8 columns, of
+// which its threads hold a few whole rows in registers, so that a column costs one barrier of the block; a strip's G then goes through
+// the rest of the panel in shared memory, as a panel's through the matrix. Whoever takes columns, its operations are the same, so the
+// bits do not depend on the number of blocks.
 //
-// M is the transpose of R = diag(1/n) S. With wide panels that matters: the rows p_J are multiplied by the explicit inverse of a
-// block of M, whose condition may be that of the whole matrix. The residual M^{-1} M - I bears that (it stayed below C eps / 5 of the
-// norms where M M^{-1} - I went up to 1e9 C eps), and what is promised is S V^T - I = (M^{-1} M - I)^T, up to the scales.
+// M is the transpose of R = diag(1/n) S, for the reason that logdet_inverse.cuh gives: the rows p_J are multiplied by the explicit
+// inverse of a block of M, and S V^T - I = (M^{-1} M - I)^T, up to the scales, does not bear its condition (it stayed below C eps / 5
+// of the norms where M M^{-1} - I went up to 1e9 C eps).
 //
 // Rows never move: M^{-1}[k, p_l] = G[p_k, l], and V[k, p_l] = M^{-1}[k, p_l] / n[k]. G stands column after column in the memory of V,
 // so at the end the numbers in each row of V are put in the order p, V is transposed, and the numbers are put in the order p again,
@@ -30,46 +28,55 @@
 // strip again with one if that was wrong; after kGridFailures strips, and above 1024 classes, it does not try.
 #pragma once
 
+#include "../plan/cuda_plan.h"
 #include "logdet_inverse.cuh"
 
 namespace ldmi::cuda {
 
-inline constexpr int kGridThreads = 256;                       // at most: rows of a strip beside each other
-inline constexpr int kGridTile = 64, kGridDepth = 32;          // rows and columns of a tile; columns of G that are in shared memory
+inline constexpr int kGridThreads = 256;  // at most: rows of a strip beside each other
+inline constexpr int kGridStrip = 8;      // columns of a strip, and of what the others take at a time
+// Steps of a panel in fours, as tensor cores take them, at most
+constexpr int grid_quads(int slots) { return static_cast<int>(plan::grid_most_panel(int64_t{slots} * kGridThreads)) / 4; }
 inline constexpr int kGridCandidates = kGridThreads / 32 + 1;  // for the pivot: one a warp, and the diagonal
 inline constexpr int kGridFailures = 4;
 inline constexpr int kGridHopeful = 4;  // rows a thread up to which it tries: with 8 the registers are too few, on sm_80
 inline constexpr int kGridTurn = 32;    // rows and columns of V that a block transposes at a time
 
-// Global memory besides M, for one matrix at a time; see plan::grid_workspace
+// Global memory besides M, for one matrix at a time
 struct GridSpace {
   double* matrix;      // [C, C]: M if no V is asked for
-  double* outside;     // [C, panel]: M[p_J, c], a column c after the other
   double* norms;       // [C]: of the rows of R; NaN if something there is not finite
   double* pivots;      // [C]
   int32_t* row;        // [C]: p
-  int32_t* step;       // [C]: the step whose pivot was in this row; -1: none yet
   uint32_t* odd;       // [blocks]: inversions of p and negative pivots that the block counted
   uint32_t* singular;  // [1]: the number of the panel, from 1 on, that has no pivot; 0: none yet
 };
 
 // Shared memory
 struct GridShared {
-  double* pool;        // a tile's share of G and M[p_J, c]; a strip's M[p_J, c]; two tiles of V
   double* candidates;  // [2, kGridCandidates, 8]: what stands in the strip in the row of each
   unsigned* keys;      // [2, kGridCandidates]: its magnitude; 0: none, or was a pivot's
   int* rows;           // [2, kGridCandidates]
+  int* row;            // [panel]: p_J
+  double* X;           // [panel, pitch]: M[p_J, c], a column c after the other; no bank conflicts between fragments
+  double* panel;       // [panel, stride]: block 0's, column after column; or two tiles of V
+  int pitch;
+  int stride;  // columns are 4 places apart among the banks, see factor_stride
 };
 
-inline constexpr int kGridPanelStride = kGridDepth + 4, kGridTileStride = kGridTile + 4;  // no bank conflicts between fragments
-
-// Takes it; host code calls the same for Carve::bytes(), which is plan::kGridSmem.
-LDMI_HOST_DEVICE GridShared take_grid_shared(simt::Carve& carve) {
+// Takes it; host code calls the same for Carve::bytes(), which is plan::grid_smem(C, panel).
+LDMI_HOST_DEVICE GridShared take_grid_shared(simt::Carve& carve, int C, int panel) {
+  constexpr int kTurning = 2 * kGridTurn * (kGridTurn + 1);
   GridShared shared;
-  shared.pool = carve.take<double>(kGridTile * kGridPanelStride + kGridDepth * kGridTileStride);
+  shared.stride = (C + 3) / 8 * 8 + 4;
+  shared.pitch = panel + 4;
+  // at constant places first: what a strip is eliminated with, when registers are few
   shared.candidates = carve.take<double>(2 * kGridCandidates * 8);
   shared.keys = carve.take<unsigned>(2 * kGridCandidates);
   shared.rows = carve.take<int>(2 * kGridCandidates);
+  shared.row = carve.take<int>(panel);
+  shared.X = carve.take<double>(panel * shared.pitch);
+  shared.panel = carve.take<double>(panel * shared.stride > kTurning ? panel * shared.stride : kTurning);
   return shared;
 }
 
@@ -118,84 +125,40 @@ struct GridProblem {
   bool inverse;
 
   LDMI_DEVICE double* at(int row, int column) const { return M + static_cast<int64_t>(column) * C + row; }
-  // Whether the pivot of one of the steps first..first+count-1 was in this row
-  LDMI_DEVICE bool was_pivot(int row, int first, int count) const {
-    const int step = load(space.step + row);
-    return step >= first && step < first + count;
-  }
+  // Whether two neighbours in a column are one access, from even rows on
+  LDMI_DEVICE bool pairs() const { return C % 2 == 0 && reinterpret_cast<uintptr_t>(M) % 16 == 0; }
 };
 
 // A strip: a thread holds the rows thread_idx(), + kThreads, ...; zeros where there is no such row or column
-template <int kSlots, int kColumns, int kThreads>
-LDMI_DEVICE void load_strip(const GridProblem<kThreads>& problem, int c0, int columns, double (&a)[kSlots][kColumns]) {
+template <int kSlots, int kThreads>
+LDMI_DEVICE void load_strip(const GridShared& shared, int C, int c0, int columns, double (&a)[kSlots][kGridStrip]) {
   LDMI_UNROLL
   for (int s = 0; s < kSlots; ++s) {
     const int i = thread_idx() + kThreads * s;
     LDMI_UNROLL
-    for (int c = 0; c < kColumns; ++c) a[s][c] = i < problem.C && c < columns ? load(problem.at(i, c0 + c)) : 0.0;
+    for (int c = 0; c < kGridStrip; ++c) a[s][c] = i < C && c < columns ? shared.panel[(c0 + c) * shared.stride + i] : 0.0;
   }
 }
-// from register `lead` of each row on
-template <int kSlots, int kColumns, int kThreads>
-LDMI_DEVICE void store_strip(const GridProblem<kThreads>& problem, int c0, int columns, int lead,
-                             const double (&a)[kSlots][kColumns]) {
+// from the last registers of each row, see `eliminate`
+template <int kSlots, int kThreads>
+LDMI_DEVICE void store_strip(const GridShared& shared, int C, int c0, int columns, const double (&a)[kSlots][kGridStrip]) {
+  const int lead = kGridStrip - columns;
   LDMI_UNROLL
   for (int s = 0; s < kSlots; ++s) {
     const int i = thread_idx() + kThreads * s;
     LDMI_UNROLL
-    for (int c = 0; c < kColumns; ++c) {
-      if (i < problem.C && c >= lead && c < lead + columns) store(problem.at(i, c0 + c - lead), a[s][c]);
-    }
-  }
-}
-
-// What the elimination of the columns first..first+count-1 does to the strip at c0
-template <int kSlots, int kColumns, int kThreads>
-LDMI_DEVICE void update_strip(const GridProblem<kThreads>& problem, const GridShared& shared, int c0, int columns, int first,
-                              int count, double (&a)[kSlots][kColumns]) {
-  double* const X = shared.pool;  // [count, kColumns]
-  sync_block();
-  LDMI_UNROLL_BY(1)
-  for (int e = thread_idx(); e < count * kColumns; e += kThreads) {
-    const int c = e % kColumns;
-    X[e] = c < columns ? load(problem.at(load(problem.space.row + first + e / kColumns), c0 + c)) : 0.0;
-  }
-  LDMI_UNROLL
-  for (int s = 0; s < kSlots; ++s) {
-    const int i = thread_idx() + kThreads * s;
-    if (i >= problem.C || !problem.was_pivot(i, first, count)) continue;
-    LDMI_UNROLL
-    for (int c = 0; c < kColumns; ++c) a[s][c] = 0.0;
-  }
-  sync_block();
-  [[maybe_unused]] constexpr int kAhead = kSlots * kColumns >= 64 ? 1 : 4;  // as many loads as the registers leave room for
-  LDMI_UNROLL_BY(kAhead)
-  for (int j = 0; j < count; ++j) {
-    double g[kSlots], x[kColumns];
-    LDMI_UNROLL
-    for (int s = 0; s < kSlots; ++s) {
-      const int i = thread_idx() + kThreads * s;
-      g[s] = i < problem.C ? load(problem.at(i, first + j)) : 0.0;
-    }
-    LDMI_UNROLL
-    for (int c = 0; c < kColumns; c += 2) {
-      const Pack<double> two = shared_load16(X + j * kColumns + c);
-      x[c] = two[0];
-      x[c + 1] = two[1];
-    }
-    LDMI_UNROLL
-    for (int s = 0; s < kSlots; ++s) {
-      LDMI_UNROLL
-      for (int c = 0; c < kColumns; ++c) a[s][c] = fma(g[s], x[c], a[s][c]);
+    for (int c = 0; c < kGridStrip; ++c) {
+      if (i < C && c >= lead) shared.panel[(c0 + c - lead) * shared.stride + i] = a[s][c];
     }
   }
 }
 
 // Eliminates the strip of the steps k..k+columns-1 by itself, with the diagonal's entries as pivots: one barrier a column, at which
-// the thread of its row has laid that down. False: one of them was too small, and what is in `a` is of no use.
+// the thread of its row has laid that down. p: the rows of the pivots, in shared memory. False: one of them was too small, and what is
+// in `a` is of no use.
 template <int kSlots, int kColumns, int kThreads>
 LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, const GridShared& shared, int k, int columns,
-                                          double threshold, unsigned& used, double (&a)[kSlots][kColumns]) {
+                                          double threshold, unsigned& used, int* p, double (&a)[kSlots][kColumns]) {
   const auto slots = std::make_integer_sequence<int, kSlots>{};
   double* const pivots = shared.candidates + 2 * 8;
   unsigned mine = used;
@@ -252,8 +215,7 @@ LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, 
   used = mine;
   if (thread_idx() < columns) {
     store(problem.space.pivots + k + thread_idx(), pivots[thread_idx()]);
-    store(problem.space.row + k + thread_idx(), k + thread_idx());
-    store(problem.space.step + k + thread_idx(), k + thread_idx());
+    p[thread_idx()] = k + thread_idx();
   }
   return true;
 }
@@ -262,7 +224,7 @@ LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, 
 // largest entry. Column j ends up in register kColumns - columns + j, see `eliminate`. False: no pivot exceeds the threshold.
 template <int kSlots, int kColumns, int kThreads>
 LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const GridShared& shared, int k, int columns, double threshold,
-                                 unsigned& used, double (&a)[kSlots][kColumns]) {
+                                 unsigned& used, int* p, double (&a)[kSlots][kColumns]) {
   constexpr int kWarps = kThreads / kWarp;
   const auto slots = std::make_integer_sequence<int, kSlots>{};
   for (int j = 0; j < columns; ++j) {
@@ -308,8 +270,7 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const Gri
     if (!(abs(pivot) > threshold)) return false;
     if (thread_idx() == 0) {
       store(problem.space.pivots + k + j, pivot);
-      store(problem.space.row + k + j, row);
-      store(problem.space.step + row, k + j);
+      p[j] = row;
     }
     const double reciprocal = 1.0 / pivot;
     LDMI_UNROLL
@@ -331,177 +292,219 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const Gri
   return true;
 }
 
-// The columns outside of two neighbouring panels: those after, then, for the inverse, those before
-struct Outside {
-  int begin, end, C;  // the panels
-  bool inverse;
-
-  LDMI_DEVICE int count() const { return C - end + (inverse ? begin : 0); }
-  LDMI_DEVICE int column(int v) const { return v < C - end ? end + v : v - (C - end); }
-};
-
-// What the elimination of the columns first..first+count-1 does to a tile of 64 rows from i0 on and 64 columns outside from v0 on. The
-// product's rows are columns of M, so that a lane has neighbours in memory.
-template <int kThreads>
-LDMI_DEVICE void update_tile(const GridProblem<kThreads>& problem, const GridShared& shared, const Outside& outside, int first,
-                             int count, int i0, int v0) {
-  constexpr int kWarps = kThreads / kWarp;
-  constexpr int kParts = 8, kDown = 4, kAcross = 2;  // of the tile: 32 rows by 16 columns, 8 by 8 at a time
-  double* const X = shared.pool;                     // [kGridTile, kGridPanelStride]: M[p_J, c]
-  double* const G = X + kGridTile * kGridPanelStride;
-  const int C = problem.C, columns = outside.count(), m = lane() / 4, q = lane() % 4;
-  const bool pairs = C % 2 == 0 && reinterpret_cast<uintptr_t>(problem.M) % 16 == 0;
-  for (int part0 = 0; part0 < kParts; part0 += kWarps) {
-    const int part = part0 + warp(), row0 = i0 + part / 4 * 32 + 2 * q, column0 = v0 + part % 4 * 16 + m;
-    const bool busy = part < kParts;
-    M8N8K4::C tile[kAcross][kDown];
+// What the elimination of `count` steps, at most 4 kQuads, does to the stripes of 8 columns of the panel in shared memory that
+// takes(s) says. p: the rows of their pivots, in shared memory; multiplier(i, j) is G[i, j]. The product's rows are columns of M, so
+// that a lane has neighbours in memory. Between two barriers of the caller's.
+template <int kQuads, int kThreads, class Takes, class Multiplier>
+LDMI_DEVICE void update_panel(const GridShared& shared, int C, int columns, int count, const int* p, const Takes& takes,
+                              const Multiplier& multiplier) {
+  constexpr int kWarps = kThreads / kWarp, kSteps = kQuads <= 2 ? 8 : 32;  // a power of two
+  constexpr int kTogether = 2, kAhead = kQuads > 2 ? 2 : 4;                // stripes, and tiles of 8 rows
+  const int stripes = (columns + kGridStrip - 1) / kGridStrip, m = lane() / 4, q = lane() % 4;
+  LDMI_UNROLL_BY(1)  // here and below: what an unrolled loop would look up ahead takes registers from the strips
+  for (int e = thread_idx(); e < stripes * kGridStrip * kSteps; e += kThreads) {
+    const int c = e / kSteps, j = e % kSteps;
+    if (j >= shared.pitch || !takes(c / kGridStrip)) continue;
+    double* const entry = shared.panel + c * shared.stride + (j < count ? p[j] : 0);
+    shared.X[c * shared.pitch + j] = j < count && c < columns ? *entry : 0.0;
+    if (j < count) *entry = 0.0;
+  }
+  sync_block();
+  for (int s0 = 0; s0 < stripes; s0 += kTogether) {
+    double x[kTogether][kQuads];
+    bool taken[kTogether];
     LDMI_UNROLL
-    for (int d = 0; d < kDown; ++d) {
-      const int i = row0 + 8 * d;
-      const bool one = busy && i < C && !problem.was_pivot(i, first, count);
-      const bool two = busy && i + 1 < C && !problem.was_pivot(i + 1, first, count);
+    for (int s = 0; s < kTogether; ++s) {
+      taken[s] = s0 + s < stripes && takes(s0 + s);
       LDMI_UNROLL
-      for (int x = 0; x < kAcross; ++x) {
-        const int v = column0 + 8 * x;
-        tile[x][d] = {};
-        if (v >= columns) continue;
-        const double* const from = problem.at(i, outside.column(v));
-        if (pairs && busy && i < C) {
-          const Pack<double> both = load16(from);
-          tile[x][d].value[0] = one ? both[0] : 0.0;
-          tile[x][d].value[1] = two ? both[1] : 0.0;
-        } else {
-          if (one) tile[x][d].value[0] = load(from);
-          if (two) tile[x][d].value[1] = load(from + 1);
-        }
+      for (int h = 0; h < kQuads; ++h) {
+        const int j = 4 * h + q;
+        x[s][h] = taken[s] && j < count ? shared.X[((s0 + s) * kGridStrip + m) * shared.pitch + j] : 0.0;
       }
     }
-    for (int j0 = 0; j0 < count; j0 += kGridDepth) {
-      sync_block();
-      // on their way without registers; rolled up, for the addresses would take as many
-      LDMI_UNROLL_BY(1)
-      for (int e = thread_idx(); e < kGridTile * kGridDepth; e += kThreads) {
-        const int v = v0 + e / kGridDepth, j = j0 + e % kGridDepth;
-        const bool there = v < columns && j < count;
-        copy_async<8>(X + e / kGridDepth * kGridPanelStride + e % kGridDepth,
-                      problem.space.outside + (there ? v * problem.panel + j : 0), there ? 8 : 0);
-      }
-      LDMI_UNROLL_BY(1)
-      for (int e = thread_idx(); e < kGridTile * kGridDepth; e += kThreads) {
-        const int i = i0 + e % kGridTile, j = j0 + e / kGridTile;
-        const bool there = i < C && j < count;
-        copy_async<8>(G + e / kGridTile * kGridTileStride + e % kGridTile, there ? problem.at(i, first + j) : problem.M,
-                      there ? 8 : 0);
-      }
-      commit_copies();
-      wait_copies();
-      sync_block();
-      if (!busy) continue;
-      const double* const x = X + (part % 4 * 16 + m) * kGridPanelStride + q;
-      const double* const g = G + q * kGridTileStride + part / 4 * 32 + m;
-      const int depth = count - j0 < kGridDepth ? count - j0 : kGridDepth;
-      for (int j = 0; j < depth; j += 4) {
-        double b[kDown];
+    LDMI_UNROLL_BY(1)
+    for (int i0 = 8 * warp(); i0 < C; i0 += 8 * kWarps * kAhead) {
+      double g[kAhead][kQuads];
+      LDMI_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        const int i = i0 + 8 * kWarps * u + m;
         LDMI_UNROLL
-        for (int d = 0; d < kDown; ++d) b[d] = g[j * kGridTileStride + 8 * d];
+        for (int h = 0; h < kQuads; ++h) {
+          const int j = 4 * h + q;
+          g[u][h] = i < C && j < count ? multiplier(i, j) : 0.0;
+        }
+      }
+      LDMI_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        const int i = i0 + 8 * kWarps * u + 2 * q;
         LDMI_UNROLL
-        for (int c = 0; c < kAcross; ++c) {
-          const double entry = x[c * 8 * kGridPanelStride + j];
+        for (int s = 0; s < kTogether; ++s) {
+          if (!taken[s]) continue;  // alike for the whole warp
+          double* const at = shared.panel + ((s0 + s) * kGridStrip + m) * shared.stride + i;
+          M8N8K4::C tile{};
+          if (i < C) {
+            const Pack<double> two = shared_load16(at);
+            tile.value[0] = two[0];
+            tile.value[1] = two[1];
+          }
           LDMI_UNROLL
-          for (int d = 0; d < kDown; ++d) tile[c][d] = mma(entry, b[d], tile[c][d]);
-        }
-      }
-    }
-    LDMI_UNROLL
-    for (int d = 0; d < kDown; ++d) {
-      LDMI_UNROLL
-      for (int x = 0; x < kAcross; ++x) {
-        const int i = row0 + 8 * d, v = column0 + 8 * x;
-        if (!busy || i >= C || v >= columns) continue;
-        double* const to = problem.at(i, outside.column(v));
-        if (pairs) {
-          store16(to, Pack<double>{{tile[x][d].value[0], tile[x][d].value[1]}});
-        } else {
-          store(to, tile[x][d].value[0]);
-          if (i + 1 < C) store(to + 1, tile[x][d].value[1]);
+          for (int h = 0; h < kQuads; ++h) tile = mma(x[s][h], g[u][h], tile);
+          if (i < C) shared_store16(at, Pack<double>{{tile.value[0], tile.value[1]}});
         }
       }
     }
   }
 }
 
+// Panel `first`, of `count` columns, by block 0: takes in the one before it, of `before` columns, and is eliminated. False: singular.
+template <int kSlots, int kThreads>
+LDMI_DEVICE bool eliminate_panel_of_grid(const GridProblem<kThreads>& problem, const GridShared& shared, int first, int count,
+                                         int before, double threshold, unsigned& used, [[maybe_unused]] int& failures) {
+  constexpr int kWarps = kThreads / kWarp;
+  const int C = problem.C;
+  const bool pairs = problem.pairs();
+  sync_block();
+  for (int c = warp(); c < count; c += kWarps) {
+    double* const to = shared.panel + c * shared.stride;
+    if (pairs) {
+      for (int i = 2 * lane(); i < C; i += 2 * kWarp) copy_async<16>(to + i, problem.at(i, first + c));
+    } else {
+      for (int i = lane(); i < C; i += kWarp) copy_async<8>(to + i, problem.at(i, first + c));
+    }
+  }
+  commit_copies();
+  wait_copies();
+  sync_block();
+  if (before > 0) {
+    update_panel<grid_quads(kSlots), kThreads>(
+        shared, C, count, before, shared.row, [](int) { return true; },
+        [&](int i, int j) { return load(problem.at(i, first - before + j)); });
+    sync_block();
+  }
+  for (int c0 = 0; c0 < count; c0 += kGridStrip) {
+    const int columns = count - c0 < kGridStrip ? count - c0 : kGridStrip, own = c0 / kGridStrip;
+    int* const p = shared.row + c0;
+    double a[kSlots][kGridStrip];
+    bool search = true;
+    load_strip<kSlots, kThreads>(shared, C, c0, columns, a);
+    if constexpr (kSlots <= kGridHopeful) {
+      if (failures < kGridFailures) {
+        search = !eliminate_strip_diagonal(problem, shared, first + c0, columns, threshold, used, p, a);
+        if (search) {
+          ++failures;
+          load_strip<kSlots, kThreads>(shared, C, c0, columns, a);
+        }
+      }
+    }
+    if (search && !eliminate_strip(problem, shared, first + c0, columns, threshold, used, p, a)) return false;
+    store_strip<kSlots, kThreads>(shared, C, c0, columns, a);
+    sync_block();
+    if (count > kGridStrip) {
+      update_panel<kGridStrip / 4, kThreads>(
+          shared, C, count, columns, p, [&](int s) { return s != own; },
+          [&](int i, int j) { return shared.panel[(c0 + j) * shared.stride + i]; });
+      sync_block();
+    }
+  }
+  if (thread_idx() < count) store(problem.space.row + first + thread_idx(), shared.row[thread_idx()]);
+  for (int c = warp(); c < count; c += kWarps) {
+    const double* const from = shared.panel + c * shared.stride;
+    if (pairs) {
+      for (int i = 2 * lane(); i < C; i += 2 * kWarp) store16(problem.at(i, first + c), shared_load16(from + i));
+    } else {
+      for (int i = lane(); i < C; i += kWarp) store(problem.at(i, first + c), from[i]);
+    }
+  }
+  return true;
+}
+
+// What the elimination of the columns first..first+count-1 does to the columns c0..c0+7 outside (those below C); a block.
+template <int kQuads, int kThreads>
+LDMI_DEVICE void update_columns(const GridProblem<kThreads>& problem, const GridShared& shared, int first, int count, int c0) {
+  constexpr int kWarps = kThreads / kWarp, kAhead = 3;
+  const int C = problem.C, m = lane() / 4, q = lane() % 4, c = c0 + m;
+  const bool pairs = problem.pairs();
+  sync_block();
+  LDMI_UNROLL_BY(1)
+  for (int e = thread_idx(); e < count * kGridStrip; e += kThreads) {
+    const int j = e / kGridStrip, column = c0 + e % kGridStrip;
+    if (column >= C) continue;
+    double* const entry = problem.at(load(problem.space.row + first + j), column);
+    shared.X[e % kGridStrip * shared.pitch + j] = load(entry);
+    store(entry, 0.0);
+  }
+  sync_block();
+  double x[kQuads];
+  LDMI_UNROLL
+  for (int h = 0; h < kQuads; ++h) x[h] = c < C && 4 * h + q < count ? shared.X[m * shared.pitch + 4 * h + q] : 0.0;
+  LDMI_UNROLL_BY(1)
+  for (int i0 = 8 * warp(); i0 < C; i0 += 8 * kWarps * kAhead) {
+    double g[kAhead][kQuads];
+    M8N8K4::C tile[kAhead];
+    LDMI_UNROLL
+    for (int u = 0; u < kAhead; ++u) {
+      const int own = i0 + 8 * kWarps * u, i = own + 2 * q;
+      tile[u] = {};
+      if (c < C && i < C) {
+        if (pairs) {
+          const Pack<double> two = load16(problem.at(i, c));
+          tile[u].value[0] = two[0];
+          tile[u].value[1] = two[1];
+        } else {
+          tile[u].value[0] = load(problem.at(i, c));
+          if (i + 1 < C) tile[u].value[1] = load(problem.at(i + 1, c));
+        }
+      }
+      LDMI_UNROLL
+      for (int h = 0; h < kQuads; ++h) {
+        const int j = 4 * h + q;
+        g[u][h] = own + m < C && j < count ? load(problem.at(own + m, first + j)) : 0.0;
+      }
+    }
+    LDMI_UNROLL
+    for (int u = 0; u < kAhead; ++u) {
+      const int i = i0 + 8 * kWarps * u + 2 * q;
+      LDMI_UNROLL
+      for (int h = 0; h < kQuads; ++h) tile[u] = mma(x[h], g[u][h], tile[u]);
+      if (c >= C || i >= C) continue;
+      if (pairs) {
+        store16(problem.at(i, c), Pack<double>{{tile[u].value[0], tile[u].value[1]}});
+      } else {
+        store(problem.at(i, c), tile[u].value[0]);
+        if (i + 1 < C) store(problem.at(i + 1, c), tile[u].value[1]);
+      }
+    }
+  }
+}
+
 // All steps; every thread of the grid. False: singular.
-template <int kSlots, int kColumns, int kThreads>
+template <int kSlots, int kThreads>
 LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads>& problem, const GridShared& shared, double threshold) {
   const int C = problem.C, panel = problem.panel, panels = (C + panel - 1) / panel;
-  const GridSpace& space = problem.space;
   const int block = static_cast<int>(block_idx()), blocks = static_cast<int>(grid_dim());
   unsigned used = 0;  // of block 0's threads: a bit for each of the thread's rows that have been a pivot's
-  bool regular = true;
-  [[maybe_unused]] int failures = 0;  // strips whose pivots are not on the diagonal
-  double a[kSlots][kColumns];
+  int failures = 0;   // strips whose pivots are not on the diagonal
   for (int k = 0; k < panels + (problem.inverse ? 1 : 0); ++k) {
     const int begin = k < panels ? k * panel : C, end = C - begin < panel ? C : begin + panel;
-    const int strips = (end - begin + kColumns - 1) / kColumns, steps = strips > 0 ? strips : 1;
-    const int before = k > 0 ? (k - 1) * panel : 0, count = begin - before;  // the panel before
-    const Outside outside{before, end, C, problem.inverse};
-    for (int t = 0; t <= steps; ++t) {
-      const bool next = t < strips;
-      // who shares the rest: all but block 0, which has the strip to do, unless it is alone
-      const int crew = next && blocks > 1 ? blocks - 1 : blocks, me = crew < blocks ? block - 1 : block;
-      const int first = t == 0 ? before : begin + (t - 1) * kColumns, width = t == 0                   ? count
-                                                                              : end - first < kColumns ? end - first
-                                                                                                       : kColumns;
-      // block 0 begins with strip t, and goes on with the others if it is alone
-      for (int turn = next && block == 0 ? -1 : me; turn < strips;) {
-        const bool eliminates = turn < 0;
-        const int s = eliminates ? t : turn;
-        turn = !eliminates ? turn + crew : me >= 0 ? me : strips;
-        if (!eliminates && (width == 0 || s == t || s == t - 1)) continue;
-        const int c0 = begin + s * kColumns, columns = end - c0 < kColumns ? end - c0 : kColumns;
-        load_strip(problem, c0, columns, a);
-        if (width > 0) update_strip(problem, shared, c0, columns, first, width, a);
-        bool search = eliminates && regular;
-        if constexpr (kSlots <= kGridHopeful) {
-          if (search && failures < kGridFailures) {
-            search = !eliminate_strip_diagonal(problem, shared, c0, columns, threshold, used, a);
-            if (search) {
-              ++failures;
-              load_strip(problem, c0, columns, a);
-              if (width > 0) update_strip(problem, shared, c0, columns, first, width, a);
-            }
-          }
-        }
-        if (search) regular = eliminate_strip(problem, shared, c0, columns, threshold, used, a);
-        int lead = 0;
-        if (eliminates) {
-          lead = kColumns - columns;
-          if (!regular) {
-            if (thread_idx() == 0) store(space.singular, static_cast<uint32_t>(k) + 1u);
-            continue;
-          }
-        }
-        store_strip(problem, c0, columns, lead, a);
+    const int first = k > 0 ? (k - 1) * panel : 0, count = begin - first;  // the panel before
+    if (block == 0 && k < panels) {
+      if (!eliminate_panel_of_grid<kSlots>(problem, shared, begin, end - begin, count, threshold, used, failures)) {
+        if (thread_idx() == 0) store(problem.space.singular, static_cast<uint32_t>(k) + 1u);
       }
-      if (me >= 0 && count > 0 && t == 0) {
-        const int all = outside.count() * count;
-        for (int e = me * kThreads + thread_idx(); e < all; e += crew * kThreads) {
-          const int v = e / count, j = e % count;
-          store(space.outside + static_cast<int64_t>(v) * panel + j,
-                load(problem.at(load(space.row + before + j), outside.column(v))));
-        }
-      } else if (me >= 0 && count > 0) {
-        const int down = (C + kGridTile - 1) / kGridTile, across = (outside.count() + kGridTile - 1) / kGridTile;
-        const int share_begin = down * across * (t - 1) / steps, share_end = down * across * t / steps;
-        for (int task = share_begin + (me + crew - strips % crew) % crew; task < share_end; task += crew) {
-          update_tile(problem, shared, outside, before, count, task % down * kGridTile, task / down * kGridTile);
-        }
-      }
-      sync_grid();
     }
-    // Until here a strip that has no pivot has been left as it was: no harm in what followed. The next panel may have told already
+    // the columns after both panels, then, for the inverse, those before; all blocks but block 0, unless that has nothing else to do
+    const int crew = k < panels && blocks > 1 ? blocks - 1 : blocks, me = crew < blocks ? block - 1 : block;
+    if (me >= 0 && count > 0) {
+      const int after = (C - end + kGridStrip - 1) / kGridStrip, before = problem.inverse ? first / kGridStrip : 0;
+      for (int task = me; task < after + before; task += crew) {
+        const int c0 = task < after ? end + task * kGridStrip : (task - after) * kGridStrip;
+        update_columns<grid_quads(kSlots)>(problem, shared, first, count, c0);
+      }
+    }
+    sync_grid();
+    // Until here a panel that has no pivot has been left as it was: no harm in what followed. The next panel may have told already
     // that it is singular, to those who are slow: they find that out with all others.
-    const uint32_t singular = load(space.singular);
+    const uint32_t singular = load(problem.space.singular);
     if (singular != 0 && singular <= static_cast<uint32_t>(k) + 1u) return false;
   }
   return true;
@@ -547,15 +550,15 @@ LDMI_DEVICE Screening screen(const Matrices& matrices, const double* n, const do
   return {all(finite), matrices.strict, warp_sum(present), matrices.C};
 }
 
-template <int kSlots, int kColumns, int kThreads>
+template <int kSlots, int kThreads>
 LDMI_DEVICE bool screen_and_eliminate(const Matrices& matrices, const double* n, const GridProblem<kThreads>& problem,
                                       const GridShared& shared) {
   double norm = 0.0;
   const Screening seen = screen(matrices, n, problem.space.norms, &norm);
-  return seen.regular() && eliminate_by_grid<kSlots, kColumns>(problem, shared, threshold(matrices.C, norm));
+  return seen.regular() && eliminate_by_grid<kSlots>(problem, shared, threshold(matrices.C, norm));
 }
 
-template <int kSlots, int kColumns, int kThreads>
+template <int kSlots, int kThreads>
 LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, const GridSpace& space, int panel,
                                         const GridShared& shared) {
   const int C = matrices.C;
@@ -564,13 +567,7 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
   double* const V = inverse ? matrices.V + at * C * C : space.matrix;
   const GridProblem<kThreads> problem{space, V, C, panel, inverse};
   equilibrate_rows<kThreads>(matrices.S + at * C * C, n, C, V, space.norms);
-  if (block_idx() == 0) {
-    for (int i = thread_idx(); i < C; i += kThreads) {
-      store(space.row + i, i);
-      store(space.step + i, -1);
-    }
-    if (thread_idx() == 0) store(space.singular, 0u);
-  }
+  if (block_idx() == 0 && thread_idx() == 0) store(space.singular, 0u);
   sync_grid();
   const auto answer = [&](const Determinant& found) {
     if (block_idx() != 0 || thread_idx() != 0) return;
@@ -578,9 +575,10 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
     store(matrices.sign + at, found.sign);
     store(matrices.kept + at, found.kept);
   };
-  if (!screen_and_eliminate<kSlots, kColumns>(matrices, n, problem, shared)) {
+  if (!screen_and_eliminate<kSlots>(matrices, n, problem, shared)) {
     double norm = 0.0;
     const Screening seen = screen(matrices, n, space.norms, &norm);
+    LDMI_UNROLL_BY(1)
     for (int e = static_cast<int>(block_idx()) * kThreads + thread_idx(); inverse && e < C * C;
          e += static_cast<int>(grid_dim()) * kThreads) {
       store(V + e, seen.finite ? 0.0 : kNaN);
@@ -616,7 +614,7 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
   moved = sync_block_or(moved);
   sync_grid();
   if (inverse) {
-    transpose<kThreads>(V, C, shared.pool);
+    transpose<kThreads>(V, C, shared.panel);
     if (moved) {
       sync_grid();
       for (int k = static_cast<int>(block_idx()); k < C; k += static_cast<int>(grid_dim())) {
@@ -655,13 +653,13 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
 }
 
 // One matrix after the other
-template <int kSlots, int kColumns, int kThreads>
+template <int kSlots, int kThreads>
 LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) logdet_inverse_grid(Matrices matrices, GridSpace space, int panel) {
   Carve carve;
-  const GridShared shared = take_grid_shared(carve);
+  const GridShared shared = take_grid_shared(carve, matrices.C, panel);
   for (int64_t at = 0; at < matrices.count; ++at) {
     if (at > 0) sync_grid();
-    logdet_inverse_by_grid<kSlots, kColumns, kThreads>(matrices, at, space, panel, shared);
+    logdet_inverse_by_grid<kSlots, kThreads>(matrices, at, space, panel, shared);
   }
 }
 

@@ -125,13 +125,13 @@ CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const Devi
   } else if (out.stride = factor_stride(classes, limits.smem_block); out.stride > 0) {
     out.factor = CudaFactor::kBlock;
     out.smem_bytes = factor_smem(classes, out.stride);
-  } else if (classes <= kGridClasses && limits.cooperative && limits.smem_block >= kGridSmem) {
+  } else if (classes <= kGridClasses && limits.cooperative && grid_panel(classes, limits.smem_block) > 0) {
     out.factor = CudaFactor::kGrid;
-    out.panel = grid_panel(classes);
-    out.smem_bytes = kGridSmem;
-    // rows beside, norms, pivots, their rows and steps, a count a block, a flag, and the matrix
-    out.workspace_bytes = piece(classes * out.panel * 8) + 2 * piece(classes * 8) + 2 * piece(classes * 4) + piece(limits.sms * 4) +
-                          piece(4) + (inverse ? 0 : piece(classes * classes * 8));
+    out.panel = grid_panel(classes, limits.smem_block);
+    out.smem_bytes = grid_smem(classes, out.panel);
+    // norms, pivots, their rows, a count a block, a flag, and the matrix
+    out.workspace_bytes =
+        2 * piece(classes * 8) + piece(classes * 4) + piece(limits.sms * 4) + piece(4) + (inverse ? 0 : piece(classes * classes * 8));
   } else {
     out.factor = CudaFactor::kLibrary;
     // norms, what to select, and the order of the rows
@@ -269,7 +269,14 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
   if (elimination.factor == CudaFactor::kGrid || elimination.factor == CudaFactor::kLibrary) {
     out.reason += "; a block's shared memory holds a matrix of " + std::to_string(factor_classes(limits)) + " classes at most";
   }
-  if (classes > kGridClasses) out.reason += ", a grid's registers a strip of " + std::to_string(kGridClasses);
+  if (elimination.factor == CudaFactor::kGrid) {
+    out.reason +=
+        ", " + std::to_string(elimination.panel) + " columns of this one, which it eliminates before the others take them in";
+  }
+  if (elimination.factor == CudaFactor::kLibrary && limits.cooperative) {
+    out.reason += classes > kGridClasses ? ", a grid's registers a strip of " + std::to_string(kGridClasses)
+                                         : std::string(", and not even 8 columns of this one");
+  }
   if (!limits.cooperative) out.reason += "; step by step: no cooperative grids on this device, or LDMI_FAST_CUDA_STAGED is set";
   if (probs) out.reason += "; probabilities are taken as they are";
   return out;

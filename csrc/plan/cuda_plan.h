@@ -96,13 +96,21 @@ int64_t factor_stride(int64_t classes, int64_t smem_bytes);
 int64_t factor_classes(const DeviceLimits& limits);
 
 // The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. Above, a library's LU is
-// faster: 20 ms at C = 4096 where the grid took 27, 7.6 at 2048 where it takes about 6 (H100).
+// faster: 20 ms at C = 4096 where a grid took 27 (H100).
 inline constexpr int64_t kGridClasses = 2048;
-inline constexpr int64_t kGridSmem = 37152;  // shared memory of each block
-inline constexpr int64_t kGridStrip = 8;     // columns of a strip: a thread of 256 holds up to 8 rows of it
-// Columns whose effect on the others is one product. What that moves, C^2 (2 + panel / 64) doubles a panel, is to take less time than
-// the elimination of its columns.
-constexpr int64_t grid_panel(int64_t classes) { return classes <= 1024 ? 32 : 64; }
+// The most columns that one block holds in shared memory, to eliminate them by themselves: an eighth of that many multipliers, for
+// each of several rows, are on their way to a thread at a time, beside what it holds of a strip.
+constexpr int64_t grid_most_panel(int64_t classes) { return classes <= kGridClasses / 2 ? 32 : 24; }
+constexpr int64_t grid_smem(int64_t classes, int64_t panel) {
+  const int64_t matrix = panel * ((classes + 3) / 8 * 8 + 4), turning = 2 * 32 * 33;
+  return (matrix > turning ? matrix : turning) * 8 + panel * (panel + 4) * 8 + 1312 + panel * 4;
+}
+// As many as fit, a multiple of 8; 0: not even 8 do.
+constexpr int64_t grid_panel(int64_t classes, int64_t smem_bytes) {
+  int64_t panel = grid_most_panel(classes);
+  while (panel > 0 && grid_smem(classes, panel) > smem_bytes) panel -= 8;
+  return panel;
+}
 
 struct CudaLogdetInverse {
   CudaFactor factor;

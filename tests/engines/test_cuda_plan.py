@@ -22,8 +22,9 @@ DEVICES = {
     "sm_90": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, True),
     "staged": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, False),
 }
-#: The most classes that one block factors.
+#: The most classes that one block factors, and a grid: with 99 KB a block has no room for 8 columns of 2048 rows.
 ONE_BLOCK = {"sm_80": 144, "sm_89": 112, "sm_90": 170, "staged": 170}
+GRID = {"sm_80": 2048, "sm_89": 1548, "sm_90": 2048, "staged": 170}
 
 
 def plan(rows: int, classes: int, device: str = "sm_90", *, soft: bool = False, value_bytes: int = 4) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def test_clothing1m_is_one_launch_everywhere() -> None:
 
 
 def test_factor() -> None:
-    """A warp up to 32 classes, a block as far as its shared memory goes, a cooperative grid up to 2048, a library above."""
+    """A warp up to 32 classes, a block as far as its shared memory goes, a grid up to 2048 if it has room, a library above."""
     for device, most in ONE_BLOCK.items():
 
         def factor(classes: int, device: str = device) -> str:
@@ -87,8 +88,7 @@ def test_factor() -> None:
 
         assert last_before(lambda c, f=factor: "one warp" not in f(c), 1, 64) == 32
         assert last_before(lambda c, f=factor: "one block" not in f(c), 33, 1000) == most
-        grid = 2048 if device != "staged" else most
-        assert last_before(lambda c, f=factor: "torch" in f(c), 33, 10000) == grid
+        assert last_before(lambda c, f=factor: "torch" in f(c), 33, 10000) == GRID[device]
         assert ("all multiprocessors" in factor(most + 1)) is (device != "staged")
         assert f"{most} classes at most" in plan(10**6, most + 1, device)["reason"]
 
@@ -110,14 +110,25 @@ def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
 
 
 def test_small_shared_memory_takes_the_library() -> None:
-    """The grid's blocks need 37 KB each."""
+    """A grid's first block holds at least 8 columns of 1000 rows."""
     sms, _, _, l2, capability, cooperative = DEVICES["sm_90"]
-    kernels = {
-        room: ops.compiled.cuda_plan(10**6, 1000, 1000, False, 4, False, sms, room, room, l2, capability, cooperative)["kernels"][1]
-        for room in (37151, 37152)
-    }
-    assert "torch" in kernels[37151]
-    assert "all multiprocessors" in kernels[37152]
+    least = 8 * 1004 * 8 + 8 * 12 * 8 + 1312 + 8 * 4
+    below, enough = (
+        ops.compiled.cuda_plan(10**6, 1000, 1000, False, 4, False, sms, room, room, l2, capability, cooperative)
+        for room in (least - 1, least)
+    )
+    assert "torch" in below["kernels"][1]
+    assert "not even 8 columns of this one" in below["reason"]
+    assert "all multiprocessors" in enough["kernels"][1]
+    assert ", 8 columns of this one" in enough["reason"]
+
+
+@pytest.mark.parametrize(
+    ("device", "classes", "panel"),
+    [("sm_90", 171, 32), ("sm_90", 1000, 24), ("sm_90", 2048, 8), ("sm_80", 1000, 16), ("sm_89", 1000, 8), ("sm_89", 1548, 8)],
+)
+def test_a_panel_is_what_shared_memory_holds(device: str, classes: int, panel: int) -> None:
+    assert f", {panel} columns of this one" in plan(10**6, classes, device)["reason"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

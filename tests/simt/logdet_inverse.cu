@@ -325,26 +325,26 @@ Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>
   const test::Buffer<int64_t> kept(count, "kept");
   const int sms = static_cast<int>(shape.blocks);
   Workspace size;
-  grid_space(static_cast<int>(C), shape.panel, sms, inverse, size);
+  grid_space(static_cast<int>(C), sms, inverse, size);
   const test::Buffer<unsigned char> workspace(size.bytes(), "workspace");
   Workspace work(workspace.data());
-  const GridSpace space = grid_space(static_cast<int>(C), shape.panel, sms, inverse, work);
+  const GridSpace space = grid_space(static_cast<int>(C), sms, inverse, work);
   const Matrices matrices{
       S.data(),           n.data(),    count,       static_cast<int>(C),          strict,
       log_abs_det.data(), sign.data(), kept.data(), inverse ? V.data() : nullptr,
   };
   simt::Carve carve;
-  take_grid_shared(carve);
-  test::require(static_cast<int64_t>(carve.bytes()) == plan::kGridSmem, "the plan's shared memory is not the kernel's");
+  take_grid_shared(carve, static_cast<int>(C), shape.panel);
+  test::require(static_cast<int64_t>(carve.bytes()) == plan::grid_smem(C, shape.panel),
+                "the plan's shared memory is not the kernel's");
   const simt::Grid grid{shape.blocks, shape.threads, carve.bytes(), 1, true};
   const auto start = [&](auto kernel) { return simt::launch(kernel, grid, simt::Stream{}, matrices, space, shape.panel); };
   const auto with_slots = [&](auto threads) {
     constexpr int kThreads = decltype(threads)::value;
-    return shape.slots == 1   ? start(factor::logdet_inverse_grid<1, 8, kThreads>)
-           : shape.slots == 2 ? start(factor::logdet_inverse_grid<2, 8, kThreads>)
-           : shape.slots == 4 ? start(factor::logdet_inverse_grid<4, 8, kThreads>)
-           : shape.slots == 8 ? start(factor::logdet_inverse_grid<8, 8, kThreads>)
-                              : start(factor::logdet_inverse_grid<16, 4, kThreads>);
+    return shape.slots == 1   ? start(factor::logdet_inverse_grid<1, kThreads>)
+           : shape.slots == 2 ? start(factor::logdet_inverse_grid<2, kThreads>)
+           : shape.slots == 4 ? start(factor::logdet_inverse_grid<4, kThreads>)
+                              : start(factor::logdet_inverse_grid<8, kThreads>);
   };
   test::require_success(shape.threads == 32   ? with_slots(std::integral_constant<int, 32>{})
                         : shape.threads == 96 ? with_slots(std::integral_constant<int, 96>{})
@@ -505,11 +505,11 @@ void require_same_determinants(const Results& a, const Results& b, const char* m
 void check_grid(Random& random, const simt::Device& device) {
   GridShape shape{};
   shape.blocks = random.integer(1, device.sms);
-  shape.slots = 1 << random.integer(0, 4);
-  const int strip = shape.slots == 16 ? 4 : 8;
+  shape.slots = 1 << random.integer(0, 3);
   shape.threads = random.one_of({32, 32, 96, 256});
-  shape.panel = strip * static_cast<int>(random.one_of({1, 2, 3, 4, 5, 9, 16}));
   const int64_t C = draw_classes(random, std::min<int64_t>(shape.slots * shape.threads, 100));
+  const int64_t most = std::min<int64_t>(plan::grid_panel(C, static_cast<int64_t>(device.smem_block)), 4 * grid_quads(shape.slots));
+  shape.panel = static_cast<int>(8 * random.integer(1, most / 8));
   const int64_t count = C <= 24 && random.chance(0.5) ? random.integer(1, 4) : 1;
   const bool strict = random.chance(0.3);
   const Batch batch = draw_batch(random, count, C, strict);
@@ -541,14 +541,19 @@ void check(Random& random) {
                       static_cast<int64_t>(device.smem_sm),
                       static_cast<int64_t>(device.l2),
                       device.capability,
-                      random.chance(0.7)};  // a grid where one block ends, or a library
-  if (static_cast<int64_t>(device.smem_block) >= plan::kGridSmem) {
+                      random.chance(0.7)};         // a grid where one block ends, or a library
+  const int64_t little = plan::grid_smem(100, 8);  // for a grid's elimination, and a block's of some 50 classes
+  if (static_cast<int64_t>(device.smem_block) >= little) {
     if (random.chance(0.5)) return check_grid(random, device);
-    if (random.chance(0.3)) limits.smem_block = plan::kGridSmem;
+    if (random.chance(0.3)) limits.smem_block = little;
   }
   if (random.chance(0.2)) check_log_product(random);
-  const bool huge = limits.cooperative && limits.smem_block == plan::kGridSmem && random.chance(0.15);  // more rows than threads
-  const int64_t C = huge ? random.integer(255, 262) : draw_classes(random, 170);
+  // more rows than threads
+  const int64_t wide = plan::grid_smem(kGridThreads + 3, 8 * random.integer(1, 2));
+  const bool huge =
+      limits.cooperative && limits.smem_block == little && random.chance(0.1) && static_cast<int64_t>(device.smem_block) >= wide;
+  if (huge) limits.smem_block = wide;
+  const int64_t C = huge ? random.integer(kGridThreads - 1, kGridThreads + 3) : draw_classes(random, 170);
   const int64_t count = random.chance(C <= 40 ? 0.5 : 0.2) ? random.integer(1, C <= 40 ? 9 : 3) : 1;
   const bool strict = random.chance(0.3);
   const Batch batch = draw_batch(random, count, C, strict);
