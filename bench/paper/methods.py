@@ -8,6 +8,7 @@ Every method goes on from the same cross entropy stage. With p = softmax(logits)
 | fw | -log (p T)_y, T estimated from the cross entropy stage | Patrini et al., CVPR 2017 |
 | fw-true | the same with the T that made the noise: an oracle | |
 | gce | (1 - p_y^q) / q, q = 0.7 | Zhang & Sabuncu, NeurIPS 2018 |
+| mae | 1 - p_y, which is gce with q = 1: linear in p, as L_DMI is for each sample | Ghosh et al., AAAI 2017 |
 | lccn | -log p_z, z drawn from p_z phi_{z y}, phi the posterior mean of T given all other z | Yao et al., AAAI 2019 |
 | dmi-published | -log(det(one_hot^T p / N) + 0.001), in fp32 | Xu et al., NeurIPS 2019 |
 | dmi-exact | -log det U of every batch by itself | the same, without the constant |
@@ -176,6 +177,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fw": Forward,
     "fw-true": lambda: Forward(oracle=True),
     "gce": Generalised,
+    "mae": lambda: Generalised(q=1.0),
     "lccn": LatentNoise,
     "dmi-published": Published,
     "dmi-exact": Exact,
