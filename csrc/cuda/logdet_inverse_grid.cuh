@@ -36,7 +36,8 @@ namespace ldmi::cuda {
 inline constexpr int kGridThreads = 256;  // at most: rows of a strip beside each other
 inline constexpr int kGridStrip = 8;      // columns of a strip, and of what the others take at a time
 // Steps of a panel in fours, as tensor cores take them, at most
-constexpr int grid_quads(int slots) { return static_cast<int>(plan::grid_most_panel(int64_t{slots} * kGridThreads)) / 4; }
+template <int kSlots>
+inline constexpr int kGridQuads = static_cast<int>(plan::grid_most_panel(int64_t{kSlots} * kGridThreads)) / 4;
 inline constexpr int kGridCandidates = kGridThreads / 32 + 1;  // for the pivot: one a warp, and the diagonal
 inline constexpr int kGridFailures = 4;
 inline constexpr int kGridHopeful = 4;  // rows a thread up to which it tries: with 8 the registers are too few, on sm_80
@@ -376,7 +377,7 @@ LDMI_DEVICE bool eliminate_panel_of_grid(const GridProblem<kThreads>& problem, c
   wait_copies();
   sync_block();
   if (before > 0) {
-    update_panel<grid_quads(kSlots), kThreads>(
+    update_panel<kGridQuads<kSlots>, kThreads>(
         shared, C, count, before, shared.row, [](int) { return true; },
         [&](int i, int j) { return load(problem.at(i, first - before + j)); });
     sync_block();
@@ -498,7 +499,7 @@ LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads>& problem, const G
       const int after = (C - end + kGridStrip - 1) / kGridStrip, before = problem.inverse ? first / kGridStrip : 0;
       for (int task = me; task < after + before; task += crew) {
         const int c0 = task < after ? end + task * kGridStrip : (task - after) * kGridStrip;
-        update_columns<grid_quads(kSlots)>(problem, shared, first, count, c0);
+        update_columns<kGridQuads<kSlots>>(problem, shared, first, count, c0);
       }
     }
     sync_grid();

@@ -508,7 +508,8 @@ void check_grid(Random& random, const simt::Device& device) {
   shape.slots = 1 << random.integer(0, 3);
   shape.threads = random.one_of({32, 32, 96, 256});
   const int64_t C = draw_classes(random, std::min<int64_t>(shape.slots * shape.threads, 100));
-  const int64_t most = std::min<int64_t>(plan::grid_panel(C, static_cast<int64_t>(device.smem_block)), 4 * grid_quads(shape.slots));
+  const int64_t most = std::min<int64_t>(plan::grid_panel(C, static_cast<int64_t>(device.smem_block)),
+                                         plan::grid_most_panel(shape.slots * kGridThreads));
   shape.panel = static_cast<int>(8 * random.integer(1, most / 8));
   const int64_t count = C <= 24 && random.chance(0.5) ? random.integer(1, 4) : 1;
   const bool strict = random.chance(0.3);
