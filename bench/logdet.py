@@ -143,8 +143,8 @@ def floor_seconds(size: Size, rate: float) -> float:
     return 2 * size.count * size.classes**3 / rate
 
 
-def markdown(rows: Sequence[Row], rate: float, env: dict[str, Any], date: str) -> str:
-    """The table."""
+def markdown(rows: Sequence[Row], rate: float, env: dict[str, Any], date: str, picture: str) -> str:
+    """The table, and the plot of that name."""
     peers = list(rows[0].ours_over)
     cells = [
         (
@@ -160,7 +160,7 @@ def markdown(rows: Sequence[Row], rate: float, env: dict[str, Any], date: str) -
         f"Measured on {date[:10]}: {env['cpu']}, {env['threads']} threads, torch {env['torch']}. Medians, interleaved; for each peer "
         "how many times as long as ours it takes. Ours is fp64 throughout. COUNTxCLASSES: so many matrices in one call. Floor: 2 C^3 "
         f"operations at the {rate / 1e9:.0f} GFLOP/s of a product of {PRODUCT} x {PRODUCT} matrices in the same run.\n\n"
-        f"{markdown_table(('C', 'ours, us', 'floor, us', *peers), cells)}\n\n![times](logdet-cpu.png)\n"
+        f"{markdown_table(('C', 'ours, us', 'floor, us', *peers), cells)}\n\n![times]({picture})\n"
     )
 
 
@@ -199,14 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(measure(size, options.seconds))
         print(size, {name: round(quantiles.p50 * 1e6, 1) for name, quantiles in rows[-1].seconds.items()}, flush=True)
     env, date = environment(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    table = markdown(rows, rate, env, date)
-    print(table)
     out = options.out if options.out is not None else LOGDET_JSON if options.sizes is None else None
+    table = markdown(rows, rate, env, date, (out or LOGDET_JSON).with_suffix(".png").name)
+    print(table)
     if out is not None:
         result = {"environment": env, "date": date, "flops": rate, "rows": [asdict(row) for row in rows]}
         write_atomic(out, json.dumps(result, indent=1) + "\n")
         write_atomic(out.with_suffix(".png"), plot(rows, rate))
-        write_atomic(out.with_suffix(".md"), table.replace("logdet-cpu.png", out.with_suffix(".png").name))
+        write_atomic(out.with_suffix(".md"), table)
     return 0
 
 

@@ -98,8 +98,8 @@ int64_t factor_classes(const DeviceLimits& limits);
 // The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. Above, a library's LU is
 // faster: 20 ms at C = 4096 where a grid took 27 (H100).
 inline constexpr int64_t kGridClasses = 2048;
-// The most columns that one block holds in shared memory, to eliminate them by themselves: an eighth of that many multipliers, for
-// each of several rows, are on their way to a thread at a time, beside what it holds of a strip.
+// The most columns that one block holds in shared memory, to eliminate them by themselves: a quarter of that many multipliers,
+// for each of two or three rows, are on their way to a thread at a time.
 constexpr int64_t grid_most_panel(int64_t classes) { return classes <= kGridClasses / 2 ? 32 : 24; }
 constexpr int64_t grid_smem(int64_t classes, int64_t panel) {
   const int64_t matrix = panel * ((classes + 3) / 8 * 8 + 4), turning = 2 * 32 * 33;
