@@ -72,7 +72,7 @@ LDMI_HOST_DEVICE GridShared take_grid_shared(simt::Carve& carve, int C, int pane
   shared.stride = (C + 3) / 8 * 8 + 4;
   shared.pitch = panel + 4;
   // at constant places first: what a strip is eliminated with, when registers are few
-  shared.candidates = carve.take<double>(2 * kGridCandidates * 8);
+  shared.candidates = carve.take<double>(2 * kGridCandidates * kGridStrip);
   shared.keys = carve.take<unsigned>(2 * kGridCandidates);
   shared.rows = carve.take<int>(2 * kGridCandidates);
   shared.row = carve.take<int>(panel);
@@ -157,11 +157,11 @@ LDMI_DEVICE void store_strip(const GridShared& shared, int C, int c0, int column
 // Eliminates the strip of the steps k..k+columns-1 by itself, with the diagonal's entries as pivots: one barrier a column, at which
 // the thread of its row has laid that down. p: the rows of the pivots, in shared memory. False: one of them was too small, and what is
 // in `a` is of no use.
-template <int kSlots, int kColumns, int kThreads>
+template <int kSlots, int kThreads>
 LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, const GridShared& shared, int k, int columns,
-                                          double threshold, unsigned& used, int* p, double (&a)[kSlots][kColumns]) {
+                                          double threshold, unsigned& used, int* p, double (&a)[kSlots][kGridStrip]) {
   const auto slots = std::make_integer_sequence<int, kSlots>{};
-  double* const pivots = shared.candidates + 2 * 8;
+  double* const pivots = shared.candidates + 2 * kGridStrip;
   unsigned mine = used;
   bool good = true;
   double pivot = 0.0, inverse = 0.0;  // of the next step, in the warp that has its row
@@ -176,14 +176,14 @@ LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, 
   look(k);
   for (int j = 0; j < columns; ++j) {
     const int row = k + j;
-    double* const line = shared.candidates + (j & 1) * 8;  // two: this column's is read while the next one's is written
+    double* const line = shared.candidates + (j & 1) * kGridStrip;  // two: this column's is read while the next one's is written
     if (row % kThreads == thread_idx()) {
       for_each_slot(slots, [&](auto slot) {
         constexpr int s = decltype(slot)::value;
         if (row / kThreads != s) return;
         good &= abs(pivot) > threshold && (mine >> s & 1u) == 0;
         LDMI_UNROLL
-        for (int c = 1; c < kColumns; ++c) line[c] = a[s][c];
+        for (int c = 1; c < kGridStrip; ++c) line[c] = a[s][c];
       });
       line[0] = inverse;
       pivots[j] = pivot;
@@ -199,18 +199,18 @@ LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, 
         minus[s] = factor;
         mine |= 1u << s;
         LDMI_UNROLL
-        for (int c = 1; c < kColumns; ++c) a[s][c] = 0.0;
+        for (int c = 1; c < kGridStrip; ++c) a[s][c] = 0.0;
       }
     }
     LDMI_UNROLL
-    for (int c = 1; c < kColumns; ++c) {
+    for (int c = 1; c < kGridStrip; ++c) {
       const double entry = line[c];
       LDMI_UNROLL
       for (int s = 0; s < kSlots; ++s) a[s][c - 1] = fma(minus[s], entry, a[s][c]);
       if (c == 1) look(row + 1);  // while the rest of this step goes on
     }
     LDMI_UNROLL
-    for (int s = 0; s < kSlots; ++s) a[s][kColumns - 1] = minus[s];
+    for (int s = 0; s < kSlots; ++s) a[s][kGridStrip - 1] = minus[s];
   }
   if (sync_block_or(!good)) return false;
   used = mine;
@@ -222,15 +222,15 @@ LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, 
 }
 
 // Eliminates the strip of the steps k..k+columns-1 by itself: one barrier a column, at which each warp has laid down the row of its
-// largest entry. Column j ends up in register kColumns - columns + j, see `eliminate`. False: no pivot exceeds the threshold.
-template <int kSlots, int kColumns, int kThreads>
+// largest entry. Column j ends up in register kGridStrip - columns + j, see `eliminate`. False: no pivot exceeds the threshold.
+template <int kSlots, int kThreads>
 LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const GridShared& shared, int k, int columns, double threshold,
-                                 unsigned& used, int* p, double (&a)[kSlots][kColumns]) {
+                                 unsigned& used, int* p, double (&a)[kSlots][kGridStrip]) {
   constexpr int kWarps = kThreads / kWarp;
   const auto slots = std::make_integer_sequence<int, kSlots>{};
   for (int j = 0; j < columns; ++j) {
     const int turn = (j & 1) * kGridCandidates;  // two sets: this column's are read while the next one's are written
-    double* const candidates = shared.candidates + turn * 8;
+    double* const candidates = shared.candidates + turn * kGridStrip;
     unsigned* const keys = shared.keys + turn;
     int* const rows = shared.rows + turn;
     const auto lay_down = [&](int at, unsigned key, int row) {
@@ -240,7 +240,7 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const Gri
         constexpr int s = decltype(slot)::value;
         if (thread_idx() + kThreads * s != row) return;
         LDMI_UNROLL
-        for (int c = 0; c < kColumns; ++c) candidates[at * 8 + c] = a[s][c];
+        for (int c = 0; c < kGridStrip; ++c) candidates[at * kGridStrip + c] = a[s][c];
       });
     };
     if ((k + j) % kThreads == thread_idx()) lay_down(kWarps, ~used >> (k + j) / kThreads & 1u, k + j);
@@ -261,12 +261,12 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const Gri
     sync_block();
     int from = 0;
     for (int w = 1; w < kWarps; ++w) from = keys[w] > keys[from] ? w : from;
-    const double diagonal = abs(candidates[kWarps * 8]);
-    if (keys[kWarps] != 0 && diagonal > threshold && diagonal * kMultiplier >= abs(candidates[from * 8])) from = kWarps;
+    const double diagonal = abs(candidates[kWarps * kGridStrip]);
+    if (keys[kWarps] != 0 && diagonal > threshold && diagonal * kMultiplier >= abs(candidates[from * kGridStrip])) from = kWarps;
     const int row = rows[from];
-    double pivot_row[kColumns];
+    double pivot_row[kGridStrip];
     LDMI_UNROLL
-    for (int c = 0; c < kColumns; ++c) pivot_row[c] = candidates[from * 8 + c];
+    for (int c = 0; c < kGridStrip; ++c) pivot_row[c] = candidates[from * kGridStrip + c];
     const double pivot = pivot_row[0];
     if (!(abs(pivot) > threshold)) return false;
     if (thread_idx() == 0) {
@@ -275,19 +275,19 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const Gri
     }
     const double reciprocal = 1.0 / pivot;
     LDMI_UNROLL
-    for (int c = 1; c < kColumns; ++c) pivot_row[c] *= reciprocal;
+    for (int c = 1; c < kGridStrip; ++c) pivot_row[c] *= reciprocal;
     LDMI_UNROLL
     for (int s = 0; s < kSlots; ++s) {
       if (thread_idx() + kThreads * s == row) {  // becomes (the row with 1 instead of the pivot) / pivot below
         used |= 1u << s;
         a[s][0] = -1.0;
         LDMI_UNROLL
-        for (int c = 1; c < kColumns; ++c) a[s][c] = 0.0;
+        for (int c = 1; c < kGridStrip; ++c) a[s][c] = 0.0;
       }
       const double factor = -a[s][0];
       LDMI_UNROLL
-      for (int c = 1; c < kColumns; ++c) a[s][c - 1] = fma(factor, pivot_row[c], a[s][c]);
-      a[s][kColumns - 1] = factor * reciprocal;
+      for (int c = 1; c < kGridStrip; ++c) a[s][c - 1] = fma(factor, pivot_row[c], a[s][c]);
+      a[s][kGridStrip - 1] = factor * reciprocal;
     }
   }
   return true;
