@@ -7,6 +7,35 @@
 #include "simt.cuh"
 
 namespace ldmi::cuda {
+namespace {
+
+__global__ void idle() {}
+
+// Clusters that run at once, where a block takes all the shared memory that it can have
+int clusters_of(const simt::Device& device) {
+  if (device.capability < 90) return 0;
+  const auto kernel = reinterpret_cast<const void*>(idle);
+  const int smem = static_cast<int>(device.smem_block);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = plan::kClusterBlocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(plan::kClusterBlocks);
+  config.blockDim = dim3(simt::kWarp);
+  config.dynamicSmemBytes = device.smem_block;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int found = 0;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&found, kernel, &config) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return 0;
+  }
+  return found;
+}
+
+}  // namespace
 
 DeviceGuard::DeviceGuard(int device) {
   int current = -1;
@@ -33,7 +62,8 @@ const plan::DeviceLimits& limits_of(int device) {
                                           static_cast<int64_t>(found.smem_sm),
                                           static_cast<int64_t>(found.l2),
                                           found.capability,
-                                          found.cooperative && (staged == nullptr || std::string_view(staged) != "1")};
+                                          found.cooperative && (staged == nullptr || std::string_view(staged) != "1"),
+                                          clusters_of(found)};
   });
   return known[static_cast<size_t>(device)];
 }

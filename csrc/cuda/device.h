@@ -16,7 +16,7 @@ class DeviceGuard {
   int before_ = -1;  // the device to go back to; -1: none
 };
 
-// The limits of a device, asked once; all zero if there is no such device. Needs no kernels for it. LDMI_FAST_CUDA_STAGED=1 in the
+// The limits of a device, asked once; all zero if there is no such device. LDMI_FAST_CUDA_STAGED=1 in the
 // environment takes cooperative grids away, to compare a forward in one launch with one step by step, and the grid's elimination with
 // a library's LU.
 const plan::DeviceLimits& limits_of(int device);

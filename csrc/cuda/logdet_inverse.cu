@@ -46,19 +46,25 @@ GridSpace grid_space(int C, int sms, bool inverse, Workspace& work) {
   return space;
 }
 
-template <int kSlots>
+// kSlots: rows of a panel that a thread of the team has, at most
+template <int kSlots, int kBlocks>
 int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, void* workspace, const DeviceLimits& limits,
                 simt::Stream stream) {
   if constexpr (kSlots > 1) {
-    if (matrices.C <= kSlots / 2 * kGridThreads) return launch_grid<kSlots / 2>(matrices, plan, workspace, limits, stream);
+    if (plan::slice_rows(matrices.C, kBlocks) <= kSlots / 2 * kGridThreads)
+      return launch_grid<kSlots / 2, kBlocks>(matrices, plan, workspace, limits, stream);
   }
-  static_assert(kSlots * kGridThreads <= plan::kGridClasses);
-  const auto kernel = factor::logdet_inverse_grid<kSlots, kGridThreads>;
+  const auto kernel = factor::logdet_inverse_grid<kSlots, kGridThreads, kBlocks>;
   const auto smem = static_cast<size_t>(plan.smem_bytes);
-  int resident = 0;
-  if (const int error = simt::blocks_per_sm(kernel, kGridThreads, smem, &resident); error != 0) return error;
-  // a block a multiprocessor: the strips' one has its own for itself
-  const simt::Grid grid{resident > 0 ? int64_t{limits.sms} : 0, kGridThreads, smem, 1, true};
+  // a block a multiprocessor: the team's have theirs for themselves
+  simt::Grid grid{int64_t{limits.sms}, kGridThreads, smem, kBlocks, true};
+  if constexpr (kBlocks > 1) {
+    grid.blocks = int64_t{limits.clusters} * kBlocks;
+  } else {
+    int resident = 0;
+    if (const int error = simt::blocks_per_sm(kernel, kGridThreads, smem, &resident); error != 0) return error;
+    if (resident == 0) grid.blocks = 0;
+  }
   Workspace work(workspace);
   const GridSpace space = grid_space(matrices.C, limits.sms, matrices.V != nullptr, work);
   return simt::launch(kernel, grid, stream, matrices, space, static_cast<int>(plan.panel));
@@ -87,8 +93,12 @@ int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, b
   const plan::CudaLogdetInverse plan = plan::cuda_logdet_inverse(count, C, limits, V != nullptr);
   if (plan.factor == plan::CudaFactor::kWarp) return launch_warps<kFactorWarp>(matrices, limits, stream);
   if (plan.factor == plan::CudaFactor::kBlock) return launch_blocks<kFactorClasses>(matrices, plan, stream);
-  if (plan.factor == plan::CudaFactor::kGrid)
-    return launch_grid<plan::kGridClasses / kGridThreads>(matrices, plan, workspace, limits, stream);
+  if (plan.factor == plan::CudaFactor::kGrid) {
+    constexpr int kTeam = plan::kClusterBlocks;
+    return plan.team == 1
+               ? launch_grid<plan::kGridClasses / kGridThreads, 1>(matrices, plan, workspace, limits, stream)
+               : launch_grid<plan::kClusterClasses / kTeam / kGridThreads, kTeam>(matrices, plan, workspace, limits, stream);
+  }
   constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
   return kInvalidValue;
 }

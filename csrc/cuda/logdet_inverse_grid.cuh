@@ -1,20 +1,21 @@
 // log|det S| and V = S^{-T} of one matrix by all multiprocessors: a Gauss-Jordan elimination in place, as in logdet_inverse.cuh, for
 // what no block's shared memory holds, in one launch of a cooperative grid.
 //
-// A panel J is as many columns as block 0's shared memory holds. Eliminating it by itself leaves G[:, J] in its place, and then, with
-// p_J the rows where its pivots were,
+// A panel J is as many columns as the shared memory of a team holds: of block 0, or of the first cluster's blocks, each with a slice
+// of the rows. Eliminating it by itself leaves G[:, J] in its place, and then, with p_J the rows where its pivots were,
 //
 //     M[:, c] <- (M[:, c] with zeros in the rows p_J) + G[:, J] M[p_J, c]          for every column c outside the panel
 //
 // in 8 x 8 tiles on the fp64 tensor cores. Between two barriers of the grid the blocks do, side by side,
 //
-//     block 0       panel k takes in panel k - 1, and is eliminated
-//     the others    what panel k - 1 does to the columns outside both, a block 8 columns at a time: it copies M[p_J, c] of its own
+//     the team      panel k takes in panel k - 1, and is eliminated
+//     the others    what panel k - 1 does to the columns outside both, a block a few at a time: it copies M[p_J, c] of its own
 //
-// so that the chain of eliminations waits for nothing else but one barrier a panel. Block 0 takes a panel in strips of 8 columns, of
+// so that the chain of eliminations waits for nothing else but one barrier a panel. The team takes a panel in strips of 8 columns, of
 // which its threads hold a few whole rows in registers, so that a column costs one barrier of the block; a strip's G then goes through
-// the rest of the panel in shared memory, as a panel's through the matrix. Whoever takes columns, its operations are the same, so the
-// bits do not depend on the number of blocks.
+// the rest of the panel in shared memory, as a panel's through the matrix. In a cluster a column costs a barrier of the cluster, too:
+// each block lays the row of its largest entry down in all blocks' shared memory, and so come the rows p_J of a strip to all of them.
+// Whoever takes columns, its operations are the same, so the bits do not depend on the number of blocks outside the team.
 //
 // M is the transpose of R = diag(1/n) S, for the reason that logdet_inverse.cuh gives: the rows p_J are multiplied by the explicit
 // inverse of a block of M, and S V^T - I = (M^{-1} M - I)^T, up to the scales, does not bear its condition (it stayed below C eps / 5
@@ -24,8 +25,8 @@
 // so at the end the numbers in each row of V are put in the order p, V is transposed, and the numbers are put in the order p again,
 // but not if p is the identity. So the pivot is the diagonal's entry if that is at least half of the column's largest, which with a
 // class signal it is, or else the largest. (Beside the diagonal's, magnitudes are compared by the exponent and the first 20 bits
-// of the fraction.) A multiplier is at most 2. Block 0 first takes the diagonal's for all of a strip, without a search, and starts the
-// strip again with one if that was wrong; after kGridFailures strips, and above 1024 classes, it does not try.
+// of the fraction.) A multiplier is at most 2. A team of one block first takes the diagonal's for all of a strip, without a search,
+// and starts the strip again with one if that was wrong; after kGridFailures strips, and above 1024 classes, it does not try.
 #pragma once
 
 #include "../plan/cuda_plan.h"
@@ -34,10 +35,14 @@
 namespace ldmi::cuda {
 
 inline constexpr int kGridThreads = 256;  // at most: rows of a strip beside each other
-inline constexpr int kGridStrip = 8;      // columns of a strip, and of what the others take at a time
+inline constexpr int kGridStrip = 8;      // columns of a strip
+// Strips that one of the others takes at a time. It reads G from level 2 for each time, which in large matrices is as much as all
+// else: two at a time halve that.
+template <int kBlocks>
+inline constexpr int kGridStripes = kBlocks > 1 ? 2 : 1;
 // Steps of a panel in fours, as tensor cores take them, at most
-template <int kSlots>
-inline constexpr int kGridQuads = static_cast<int>(plan::grid_most_panel(int64_t{kSlots} * kGridThreads)) / 4;
+template <int kSlots, int kBlocks>
+inline constexpr int kGridQuads = static_cast<int>(plan::grid_most_panel(int64_t{kSlots} * kGridThreads, kBlocks)) / 4;
 inline constexpr int kGridCandidates = kGridThreads / 32 + 1;  // for the pivot: one a warp, and the diagonal
 inline constexpr int kGridFailures = 4;
 inline constexpr int kGridHopeful = 4;  // rows a thread up to which it tries: with 8 the registers are too few, on sm_80
@@ -53,6 +58,12 @@ struct GridSpace {
   uint32_t* singular;  // [1]: the number of the panel, from 1 on, that has no pivot; 0: none yet
 };
 
+// Rows of a panel that a block of the team has, at most: a multiple of 8 where the next one has others. plan::slice_rows is the same.
+template <int kBlocks>
+LDMI_HOST_DEVICE int slice_rows(int C) {
+  return kBlocks == 1 ? C : ((C + kBlocks - 1) / kBlocks + 7) / 8 * 8;
+}
+
 // Shared memory
 struct GridShared {
   double* candidates;  // [2, kGridCandidates, 8]: what stands in the strip in the row of each
@@ -60,21 +71,30 @@ struct GridShared {
   int* rows;           // [2, kGridCandidates]
   int* row;            // [panel]: p_J
   double* X;           // [panel, pitch]: M[p_J, c], a column c after the other; no bank conflicts between fragments
-  double* panel;       // [panel, stride]: block 0's, column after column; or two tiles of V
+  double* panel;       // [panel, stride]: the block's rows of the team's, column after column; or two tiles of V
+  double* lines;       // [2, kBlocks + 1, 8]: of a cluster, `candidates` of each block, and the diagonal
+  unsigned* marks;     // [2, kBlocks + 1]: their keys
+  int* places;         // [2, kBlocks + 1]: their rows
   int pitch;
   int stride;  // columns are 4 places apart among the banks, see factor_stride
 };
 
-// Takes it; host code calls the same for Carve::bytes(), which is plan::grid_smem(C, panel).
+// Takes it; host code calls the same for Carve::bytes(), which is plan::grid_smem(C, panel, kBlocks).
+template <int kBlocks>
 LDMI_HOST_DEVICE GridShared take_grid_shared(simt::Carve& carve, int C, int panel) {
   constexpr int kTurning = 2 * kGridTurn * (kGridTurn + 1);
-  GridShared shared;
-  shared.stride = (C + 3) / 8 * 8 + 4;
+  GridShared shared{};
+  shared.stride = (slice_rows<kBlocks>(C) + 3) / 8 * 8 + 4;
   shared.pitch = panel + 4;
   // at constant places first: what a strip is eliminated with, when registers are few
   shared.candidates = carve.take<double>(2 * kGridCandidates * kGridStrip);
   shared.keys = carve.take<unsigned>(2 * kGridCandidates);
   shared.rows = carve.take<int>(2 * kGridCandidates);
+  if constexpr (kBlocks > 1) {
+    shared.lines = carve.take<double>(2 * (kBlocks + 1) * kGridStrip);
+    shared.marks = carve.take<unsigned>(2 * (kBlocks + 1));
+    shared.places = carve.take<int>(2 * (kBlocks + 1));
+  }
   shared.row = carve.take<int>(panel);
   shared.X = carve.take<double>(panel * shared.pitch);
   shared.panel = carve.take<double>(panel * shared.stride > kTurning ? panel * shared.stride : kTurning);
@@ -117,39 +137,55 @@ LDMI_DEVICE void equilibrate_rows(const double* S, const double* n, int64_t C, d
 }
 
 // One matrix, and what all its steps know. The number of threads is a constant: so are the distances of a thread's rows.
-template <int kThreads>
+template <int kThreads, int kBlocks>
 struct GridProblem {
   GridSpace space;
   double* M;
   int C;
   int panel;
   bool inverse;
+  int begin, rows;  // of the block's slice, in the team
 
+  // Where a row is in the block's slice; -1: elsewhere
+  LDMI_DEVICE int place(int row) const {
+    if constexpr (kBlocks == 1) return row;
+    return row >= begin && row < begin + rows ? row - begin : -1;
+  }
   LDMI_DEVICE double* at(int row, int column) const { return M + static_cast<int64_t>(column) * C + row; }
   // Whether two neighbours in a column are one access, from even rows on
   LDMI_DEVICE bool pairs() const { return C % 2 == 0 && reinterpret_cast<uintptr_t>(M) % 16 == 0; }
 };
 
-// A strip: a thread holds the rows thread_idx(), + kThreads, ...; zeros where there is no such row or column
+// All threads of the team
+template <int kBlocks>
+LDMI_DEVICE void sync_team() {
+  if constexpr (kBlocks > 1) {
+    sync_cluster();
+  } else {
+    sync_block();
+  }
+}
+
+// A strip: a thread holds the rows thread_idx(), + kThreads, ... of the slice; zeros where there is no such row or column
 template <int kSlots, int kThreads>
-LDMI_DEVICE void load_strip(const GridShared& shared, int C, int c0, int columns, double (&a)[kSlots][kGridStrip]) {
+LDMI_DEVICE void load_strip(const GridShared& shared, int rows, int c0, int columns, double (&a)[kSlots][kGridStrip]) {
   LDMI_UNROLL
   for (int s = 0; s < kSlots; ++s) {
     const int i = thread_idx() + kThreads * s;
     LDMI_UNROLL
-    for (int c = 0; c < kGridStrip; ++c) a[s][c] = i < C && c < columns ? shared.panel[(c0 + c) * shared.stride + i] : 0.0;
+    for (int c = 0; c < kGridStrip; ++c) a[s][c] = i < rows && c < columns ? shared.panel[(c0 + c) * shared.stride + i] : 0.0;
   }
 }
 // from the last registers of each row, see `eliminate`
 template <int kSlots, int kThreads>
-LDMI_DEVICE void store_strip(const GridShared& shared, int C, int c0, int columns, const double (&a)[kSlots][kGridStrip]) {
+LDMI_DEVICE void store_strip(const GridShared& shared, int rows, int c0, int columns, const double (&a)[kSlots][kGridStrip]) {
   const int lead = kGridStrip - columns;
   LDMI_UNROLL
   for (int s = 0; s < kSlots; ++s) {
     const int i = thread_idx() + kThreads * s;
     LDMI_UNROLL
     for (int c = 0; c < kGridStrip; ++c) {
-      if (i < C && c >= lead) shared.panel[(c0 + c - lead) * shared.stride + i] = a[s][c];
+      if (i < rows && c >= lead) shared.panel[(c0 + c - lead) * shared.stride + i] = a[s][c];
     }
   }
 }
@@ -158,7 +194,7 @@ LDMI_DEVICE void store_strip(const GridShared& shared, int C, int c0, int column
 // the thread of its row has laid that down. p: the rows of the pivots, in shared memory. False: one of them was too small, and what is
 // in `a` is of no use.
 template <int kSlots, int kThreads>
-LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, const GridShared& shared, int k, int columns,
+LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads, 1>& problem, const GridShared& shared, int k, int columns,
                                           double threshold, unsigned& used, int* p, double (&a)[kSlots][kGridStrip]) {
   const auto slots = std::make_integer_sequence<int, kSlots>{};
   double* const pivots = shared.candidates + 2 * kGridStrip;
@@ -223,11 +259,12 @@ LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads>& problem, 
 
 // Eliminates the strip of the steps k..k+columns-1 by itself: one barrier a column, at which each warp has laid down the row of its
 // largest entry. Column j ends up in register kGridStrip - columns + j, see `eliminate`. False: no pivot exceeds the threshold.
-template <int kSlots, int kThreads>
-LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const GridShared& shared, int k, int columns, double threshold,
-                                 unsigned& used, int* p, double (&a)[kSlots][kGridStrip]) {
-  constexpr int kWarps = kThreads / kWarp;
+template <int kSlots, int kThreads, int kBlocks>
+LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads, kBlocks>& problem, const GridShared& shared, int k, int columns,
+                                 double threshold, unsigned& used, int* p, double (&a)[kSlots][kGridStrip]) {
+  constexpr int kWarps = kThreads / kWarp, kCandidates = kBlocks > 1 ? kBlocks : kWarps;
   const auto slots = std::make_integer_sequence<int, kSlots>{};
+  [[maybe_unused]] const int rank = static_cast<int>(block_idx());
   for (int j = 0; j < columns; ++j) {
     const int turn = (j & 1) * kGridCandidates;  // two sets: this column's are read while the next one's are written
     double* const candidates = shared.candidates + turn * kGridStrip;
@@ -235,7 +272,7 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const Gri
     int* const rows = shared.rows + turn;
     const auto lay_down = [&](int at, unsigned key, int row) {
       keys[at] = key;
-      rows[at] = row;
+      rows[at] = problem.begin + row;
       for_each_slot(slots, [&](auto slot) {
         constexpr int s = decltype(slot)::value;
         if (thread_idx() + kThreads * s != row) return;
@@ -243,14 +280,17 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const Gri
         for (int c = 0; c < kGridStrip; ++c) candidates[at * kGridStrip + c] = a[s][c];
       });
     };
-    if ((k + j) % kThreads == thread_idx()) lay_down(kWarps, ~used >> (k + j) / kThreads & 1u, k + j);
+    const int diagonal_row = problem.place(k + j);
+    if (diagonal_row >= 0 && diagonal_row % kThreads == thread_idx()) {
+      lay_down(kWarps, ~used >> diagonal_row / kThreads & 1u, diagonal_row);
+    }
     unsigned key = 0;
     int mine = 0;
     LDMI_UNROLL
     for (int s = 0; s < kSlots; ++s) {
       const int row = thread_idx() + kThreads * s;
       const unsigned magnitude = (static_cast<unsigned>(bit_cast<uint64_t>(a[s][0]) >> 32) & 0x7fffffffu) + 1u;
-      const bool open = row < problem.C && (used >> s & 1u) == 0;
+      const bool open = row < problem.rows && (used >> s & 1u) == 0;
       if (open && magnitude > key) {
         key = magnitude;
         mine = row;
@@ -261,17 +301,41 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const Gri
     sync_block();
     int from = 0;
     for (int w = 1; w < kWarps; ++w) from = keys[w] > keys[from] ? w : from;
-    const double diagonal = abs(candidates[kWarps * kGridStrip]);
-    if (keys[kWarps] != 0 && diagonal > threshold && diagonal * kMultiplier >= abs(candidates[from * kGridStrip])) from = kWarps;
-    const int row = rows[from];
+    const double* lines = candidates;
+    const unsigned* marks = keys;
+    const int* places = rows;
+    if constexpr (kBlocks > 1) {  // the block's largest, and the diagonal if it is here, to every block
+      const int other = (j & 1) * (kBlocks + 1);
+      LDMI_UNROLL_BY(1)
+      for (int e = thread_idx(); e < 2 * kBlocks * kGridStrip; e += kThreads) {
+        const int c = e % kGridStrip, to = e / kGridStrip % kBlocks;
+        const bool largest = e < kBlocks * kGridStrip;
+        if (!largest && diagonal_row < 0) continue;
+        const int source = largest ? from : kWarps, at = other + (largest ? rank : kBlocks);
+        map_shared(shared.lines, to)[at * kGridStrip + c] = candidates[source * kGridStrip + c];
+        if (c == 0) {
+          map_shared(shared.marks, to)[at] = keys[source];
+          map_shared(shared.places, to)[at] = rows[source];
+        }
+      }
+      sync_cluster();
+      lines = shared.lines + other * kGridStrip;
+      marks = shared.marks + other;
+      places = shared.places + other;
+      from = 0;
+      for (int b = 1; b < kBlocks; ++b) from = marks[b] > marks[from] ? b : from;
+    }
+    const double diagonal = abs(lines[kCandidates * kGridStrip]);
+    if (marks[kCandidates] != 0 && diagonal > threshold && diagonal * kMultiplier >= abs(lines[from * kGridStrip])) from = kCandidates;
+    const int row = problem.place(places[from]);
     double pivot_row[kGridStrip];
     LDMI_UNROLL
-    for (int c = 0; c < kGridStrip; ++c) pivot_row[c] = candidates[from * kGridStrip + c];
+    for (int c = 0; c < kGridStrip; ++c) pivot_row[c] = lines[from * kGridStrip + c];
     const double pivot = pivot_row[0];
     if (!(abs(pivot) > threshold)) return false;
     if (thread_idx() == 0) {
-      store(problem.space.pivots + k + j, pivot);
-      p[j] = row;
+      if (problem.begin == 0) store(problem.space.pivots + k + j, pivot);
+      p[j] = places[from];
     }
     const double reciprocal = 1.0 / pivot;
     LDMI_UNROLL
@@ -296,21 +360,33 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads>& problem, const Gri
 // What the elimination of `count` steps, at most 4 kQuads, does to the stripes of 8 columns of the panel in shared memory that
 // takes(s) says. p: the rows of their pivots, in shared memory; multiplier(i, j) is G[i, j]. The product's rows are columns of M, so
 // that a lane has neighbours in memory. Between two barriers of the caller's.
-template <int kQuads, int kThreads, class Takes, class Multiplier>
-LDMI_DEVICE void update_panel(const GridShared& shared, int C, int columns, int count, const int* p, const Takes& takes,
-                              const Multiplier& multiplier) {
+template <int kQuads, int kThreads, int kBlocks, class Takes, class Multiplier>
+LDMI_DEVICE void update_panel(const GridProblem<kThreads, kBlocks>& problem, const GridShared& shared, int columns, int count,
+                              const int* p, const Takes& takes, const Multiplier& multiplier) {
   constexpr int kWarps = kThreads / kWarp, kSteps = kQuads <= 2 ? 8 : 32;  // a power of two
   constexpr int kTogether = 2, kAhead = kQuads > 2 ? 2 : 4;                // stripes, and tiles of 8 rows
-  const int stripes = (columns + kGridStrip - 1) / kGridStrip, m = lane() / 4, q = lane() % 4;
+  const int rows = problem.rows, stripes = (columns + kGridStrip - 1) / kGridStrip, m = lane() / 4, q = lane() % 4;
   LDMI_UNROLL_BY(1)  // here and below: what an unrolled loop would look up ahead takes registers from the strips
   for (int e = thread_idx(); e < stripes * kGridStrip * kSteps; e += kThreads) {
     const int c = e / kSteps, j = e % kSteps;
     if (j >= shared.pitch || !takes(c / kGridStrip)) continue;
-    double* const entry = shared.panel + c * shared.stride + (j < count ? p[j] : 0);
-    shared.X[c * shared.pitch + j] = j < count && c < columns ? *entry : 0.0;
-    if (j < count) *entry = 0.0;
+    const int at = c * shared.pitch + j;
+    if (j >= count || c >= columns) {
+      shared.X[at] = 0.0;
+      continue;
+    }
+    const int row = problem.place(p[j]);
+    if (row < 0) continue;
+    double* const entry = shared.panel + c * shared.stride + row;
+    const double value = *entry;
+    *entry = 0.0;
+    if constexpr (kBlocks > 1) {
+      for (int b = 0; b < kBlocks; ++b) map_shared(shared.X, b)[at] = value;
+    } else {
+      shared.X[at] = value;
+    }
   }
-  sync_block();
+  sync_team<kBlocks>();
   for (int s0 = 0; s0 < stripes; s0 += kTogether) {
     double x[kTogether][kQuads];
     bool taken[kTogether];
@@ -324,7 +400,7 @@ LDMI_DEVICE void update_panel(const GridShared& shared, int C, int columns, int 
       }
     }
     LDMI_UNROLL_BY(1)
-    for (int i0 = 8 * warp(); i0 < C; i0 += 8 * kWarps * kAhead) {
+    for (int i0 = 8 * warp(); i0 < rows; i0 += 8 * kWarps * kAhead) {
       double g[kAhead][kQuads];
       LDMI_UNROLL
       for (int u = 0; u < kAhead; ++u) {
@@ -332,7 +408,7 @@ LDMI_DEVICE void update_panel(const GridShared& shared, int C, int columns, int 
         LDMI_UNROLL
         for (int h = 0; h < kQuads; ++h) {
           const int j = 4 * h + q;
-          g[u][h] = i < C && j < count ? multiplier(i, j) : 0.0;
+          g[u][h] = i < rows && j < count ? multiplier(i, j) : 0.0;
         }
       }
       LDMI_UNROLL
@@ -343,43 +419,43 @@ LDMI_DEVICE void update_panel(const GridShared& shared, int C, int columns, int 
           if (!taken[s]) continue;  // alike for the whole warp
           double* const at = shared.panel + ((s0 + s) * kGridStrip + m) * shared.stride + i;
           M8N8K4::C tile{};
-          if (i < C) {
+          if (i < rows) {
             const Pack<double> two = shared_load16(at);
             tile.value[0] = two[0];
             tile.value[1] = two[1];
           }
           LDMI_UNROLL
           for (int h = 0; h < kQuads; ++h) tile = mma(x[s][h], g[u][h], tile);
-          if (i < C) shared_store16(at, Pack<double>{{tile.value[0], tile.value[1]}});
+          if (i < rows) shared_store16(at, Pack<double>{{tile.value[0], tile.value[1]}});
         }
       }
     }
   }
 }
 
-// Panel `first`, of `count` columns, by block 0: takes in the one before it, of `before` columns, and is eliminated. False: singular.
-template <int kSlots, int kThreads>
-LDMI_DEVICE bool eliminate_panel_of_grid(const GridProblem<kThreads>& problem, const GridShared& shared, int first, int count,
+// Panel `first`, of `count` columns, by the team: takes in the one before it, of `before` columns, and is eliminated. False: singular.
+template <int kSlots, int kThreads, int kBlocks>
+LDMI_DEVICE bool eliminate_panel_of_grid(const GridProblem<kThreads, kBlocks>& problem, const GridShared& shared, int first, int count,
                                          int before, double threshold, unsigned& used, [[maybe_unused]] int& failures) {
   constexpr int kWarps = kThreads / kWarp;
-  const int C = problem.C;
+  const int rows = problem.rows;
   const bool pairs = problem.pairs();
   sync_block();
   for (int c = warp(); c < count; c += kWarps) {
     double* const to = shared.panel + c * shared.stride;
     if (pairs) {
-      for (int i = 2 * lane(); i < C; i += 2 * kWarp) copy_async<16>(to + i, problem.at(i, first + c));
+      for (int i = 2 * lane(); i < rows; i += 2 * kWarp) copy_async<16>(to + i, problem.at(problem.begin + i, first + c));
     } else {
-      for (int i = lane(); i < C; i += kWarp) copy_async<8>(to + i, problem.at(i, first + c));
+      for (int i = lane(); i < rows; i += kWarp) copy_async<8>(to + i, problem.at(problem.begin + i, first + c));
     }
   }
   commit_copies();
   wait_copies();
   sync_block();
   if (before > 0) {
-    update_panel<kGridQuads<kSlots>, kThreads>(
-        shared, C, count, before, shared.row, [](int) { return true; },
-        [&](int i, int j) { return load(problem.at(i, first - before + j)); });
+    update_panel<kGridQuads<kSlots, kBlocks>>(
+        problem, shared, count, before, shared.row, [](int) { return true; },
+        [&](int i, int j) { return load(problem.at(problem.begin + i, first - before + j)); });
     sync_block();
   }
   for (int c0 = 0; c0 < count; c0 += kGridStrip) {
@@ -387,73 +463,84 @@ LDMI_DEVICE bool eliminate_panel_of_grid(const GridProblem<kThreads>& problem, c
     int* const p = shared.row + c0;
     double a[kSlots][kGridStrip];
     bool search = true;
-    load_strip<kSlots, kThreads>(shared, C, c0, columns, a);
-    if constexpr (kSlots <= kGridHopeful) {
+    load_strip<kSlots, kThreads>(shared, rows, c0, columns, a);
+    if constexpr (kBlocks == 1 && kSlots <= kGridHopeful) {
       if (failures < kGridFailures) {
         search = !eliminate_strip_diagonal(problem, shared, first + c0, columns, threshold, used, p, a);
         if (search) {
           ++failures;
-          load_strip<kSlots, kThreads>(shared, C, c0, columns, a);
+          load_strip<kSlots, kThreads>(shared, rows, c0, columns, a);
         }
       }
     }
     if (search && !eliminate_strip(problem, shared, first + c0, columns, threshold, used, p, a)) return false;
-    store_strip<kSlots, kThreads>(shared, C, c0, columns, a);
+    store_strip<kSlots, kThreads>(shared, rows, c0, columns, a);
     sync_block();
     if (count > kGridStrip) {
-      update_panel<kGridStrip / 4, kThreads>(
-          shared, C, count, columns, p, [&](int s) { return s != own; },
+      update_panel<kGridStrip / 4>(
+          problem, shared, count, columns, p, [&](int s) { return s != own; },
           [&](int i, int j) { return shared.panel[(c0 + j) * shared.stride + i]; });
       sync_block();
     }
   }
-  if (thread_idx() < count) store(problem.space.row + first + thread_idx(), shared.row[thread_idx()]);
+  if (problem.begin == 0 && thread_idx() < count) store(problem.space.row + first + thread_idx(), shared.row[thread_idx()]);
   for (int c = warp(); c < count; c += kWarps) {
     const double* const from = shared.panel + c * shared.stride;
     if (pairs) {
-      for (int i = 2 * lane(); i < C; i += 2 * kWarp) store16(problem.at(i, first + c), shared_load16(from + i));
+      for (int i = 2 * lane(); i < rows; i += 2 * kWarp) store16(problem.at(problem.begin + i, first + c), shared_load16(from + i));
     } else {
-      for (int i = lane(); i < C; i += kWarp) store(problem.at(i, first + c), from[i]);
+      for (int i = lane(); i < rows; i += kWarp) store(problem.at(problem.begin + i, first + c), from[i]);
     }
   }
   return true;
 }
 
-// What the elimination of the columns first..first+count-1 does to the columns c0..c0+7 outside (those below C); a block.
-template <int kQuads, int kThreads>
-LDMI_DEVICE void update_columns(const GridProblem<kThreads>& problem, const GridShared& shared, int first, int count, int c0) {
-  constexpr int kWarps = kThreads / kWarp, kAhead = 3;
-  const int C = problem.C, m = lane() / 4, q = lane() % 4, c = c0 + m;
+// What the elimination of the columns first..first+count-1 does to the columns c0..c0+8*kStripes-1 outside (those below `end`); a
+// block.
+template <int kQuads, int kStripes, int kThreads, int kBlocks>
+LDMI_DEVICE void update_columns(const GridProblem<kThreads, kBlocks>& problem, const GridShared& shared, int first, int count, int c0,
+                                int end) {
+  constexpr int kWarps = kThreads / kWarp, kAhead = 3, kWidth = kStripes * kGridStrip;
+  const int C = problem.C, m = lane() / 4, q = lane() % 4;
   const bool pairs = problem.pairs();
   sync_block();
   LDMI_UNROLL_BY(1)
-  for (int e = thread_idx(); e < count * kGridStrip; e += kThreads) {
-    const int j = e / kGridStrip, column = c0 + e % kGridStrip;
-    if (column >= C) continue;
+  for (int e = thread_idx(); e < count * kWidth; e += kThreads) {
+    const int j = e / kWidth, column = c0 + e % kWidth;
+    if (column >= end) continue;
     double* const entry = problem.at(load(problem.space.row + first + j), column);
-    shared.X[e % kGridStrip * shared.pitch + j] = load(entry);
+    shared.X[e % kWidth * shared.pitch + j] = load(entry);
     store(entry, 0.0);
   }
   sync_block();
-  double x[kQuads];
+  double x[kStripes][kQuads];
   LDMI_UNROLL
-  for (int h = 0; h < kQuads; ++h) x[h] = c < C && 4 * h + q < count ? shared.X[m * shared.pitch + 4 * h + q] : 0.0;
+  for (int s = 0; s < kStripes; ++s) {
+    LDMI_UNROLL
+    for (int h = 0; h < kQuads; ++h) {
+      const int own = kGridStrip * s + m, j = 4 * h + q;
+      x[s][h] = c0 + own < end && j < count ? shared.X[own * shared.pitch + j] : 0.0;
+    }
+  }
   LDMI_UNROLL_BY(1)
   for (int i0 = 8 * warp(); i0 < C; i0 += 8 * kWarps * kAhead) {
     double g[kAhead][kQuads];
-    M8N8K4::C tile[kAhead];
+    M8N8K4::C tile[kAhead][kStripes];
     LDMI_UNROLL
     for (int u = 0; u < kAhead; ++u) {
       const int own = i0 + 8 * kWarps * u, i = own + 2 * q;
-      tile[u] = {};
-      if (c < C && i < C) {
+      LDMI_UNROLL
+      for (int s = 0; s < kStripes; ++s) {
+        const int c = c0 + kGridStrip * s + m;
+        tile[u][s] = {};
+        if (c >= end || i >= C) continue;
         if (pairs) {
           const Pack<double> two = load16(problem.at(i, c));
-          tile[u].value[0] = two[0];
-          tile[u].value[1] = two[1];
+          tile[u][s].value[0] = two[0];
+          tile[u][s].value[1] = two[1];
         } else {
-          tile[u].value[0] = load(problem.at(i, c));
-          if (i + 1 < C) tile[u].value[1] = load(problem.at(i + 1, c));
+          tile[u][s].value[0] = load(problem.at(i, c));
+          if (i + 1 < C) tile[u][s].value[1] = load(problem.at(i + 1, c));
         }
       }
       LDMI_UNROLL
@@ -466,40 +553,47 @@ LDMI_DEVICE void update_columns(const GridProblem<kThreads>& problem, const Grid
     for (int u = 0; u < kAhead; ++u) {
       const int i = i0 + 8 * kWarps * u + 2 * q;
       LDMI_UNROLL
-      for (int h = 0; h < kQuads; ++h) tile[u] = mma(x[h], g[u][h], tile[u]);
-      if (c >= C || i >= C) continue;
-      if (pairs) {
-        store16(problem.at(i, c), Pack<double>{{tile[u].value[0], tile[u].value[1]}});
-      } else {
-        store(problem.at(i, c), tile[u].value[0]);
-        if (i + 1 < C) store(problem.at(i + 1, c), tile[u].value[1]);
+      for (int s = 0; s < kStripes; ++s) {
+        const int c = c0 + kGridStrip * s + m;
+        M8N8K4::C& sum = tile[u][s];
+        LDMI_UNROLL
+        for (int h = 0; h < kQuads; ++h) sum = mma(x[s][h], g[u][h], sum);
+        if (c >= end || i >= C) continue;
+        if (pairs) {
+          store16(problem.at(i, c), Pack<double>{{sum.value[0], sum.value[1]}});
+        } else {
+          store(problem.at(i, c), sum.value[0]);
+          if (i + 1 < C) store(problem.at(i + 1, c), sum.value[1]);
+        }
       }
     }
   }
 }
 
 // All steps; every thread of the grid. False: singular.
-template <int kSlots, int kThreads>
-LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads>& problem, const GridShared& shared, double threshold) {
+template <int kSlots, int kThreads, int kBlocks>
+LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads, kBlocks>& problem, const GridShared& shared, double threshold) {
   const int C = problem.C, panel = problem.panel, panels = (C + panel - 1) / panel;
   const int block = static_cast<int>(block_idx()), blocks = static_cast<int>(grid_dim());
-  unsigned used = 0;  // of block 0's threads: a bit for each of the thread's rows that have been a pivot's
+  unsigned used = 0;  // of the team's threads: a bit for each of the thread's rows that have been a pivot's
   int failures = 0;   // strips whose pivots are not on the diagonal
   for (int k = 0; k < panels + (problem.inverse ? 1 : 0); ++k) {
     const int begin = k < panels ? k * panel : C, end = C - begin < panel ? C : begin + panel;
     const int first = k > 0 ? (k - 1) * panel : 0, count = begin - first;  // the panel before
-    if (block == 0 && k < panels) {
+    if (block < kBlocks && k < panels) {
       if (!eliminate_panel_of_grid<kSlots>(problem, shared, begin, end - begin, count, threshold, used, failures)) {
-        if (thread_idx() == 0) store(problem.space.singular, static_cast<uint32_t>(k) + 1u);
+        if (block == 0 && thread_idx() == 0) store(problem.space.singular, static_cast<uint32_t>(k) + 1u);
       }
     }
-    // the columns after both panels, then, for the inverse, those before; all blocks but block 0, unless that has nothing else to do
-    const int crew = k < panels && blocks > 1 ? blocks - 1 : blocks, me = crew < blocks ? block - 1 : block;
+    // the columns after both panels, then, for the inverse, those before; all blocks but the team, unless that has nothing else to do
+    const int crew = k < panels && blocks > kBlocks ? blocks - kBlocks : blocks, me = crew < blocks ? block - kBlocks : block;
     if (me >= 0 && count > 0) {
-      const int after = (C - end + kGridStrip - 1) / kGridStrip, before = problem.inverse ? first / kGridStrip : 0;
+      constexpr int kStripes = kGridStripes<kBlocks>, kWidth = kStripes * kGridStrip;
+      const int after = (C - end + kWidth - 1) / kWidth, before = problem.inverse ? (first + kWidth - 1) / kWidth : 0;
       for (int task = me; task < after + before; task += crew) {
-        const int c0 = task < after ? end + task * kGridStrip : (task - after) * kGridStrip;
-        update_columns<kGridQuads<kSlots>>(problem, shared, first, count, c0);
+        const bool later = task < after;
+        update_columns<kGridQuads<kSlots, kBlocks>, kStripes>(
+            problem, shared, first, count, later ? end + task * kWidth : (task - after) * kWidth, later ? C : first);
       }
     }
     sync_grid();
@@ -551,22 +645,25 @@ LDMI_DEVICE Screening screen(const Matrices& matrices, const double* n, const do
   return {all(finite), matrices.strict, warp_sum(present), matrices.C};
 }
 
-template <int kSlots, int kThreads>
-LDMI_DEVICE bool screen_and_eliminate(const Matrices& matrices, const double* n, const GridProblem<kThreads>& problem,
+template <int kSlots, int kThreads, int kBlocks>
+LDMI_DEVICE bool screen_and_eliminate(const Matrices& matrices, const double* n, const GridProblem<kThreads, kBlocks>& problem,
                                       const GridShared& shared) {
   double norm = 0.0;
   const Screening seen = screen(matrices, n, problem.space.norms, &norm);
   return seen.regular() && eliminate_by_grid<kSlots>(problem, shared, threshold(matrices.C, norm));
 }
 
-template <int kSlots, int kThreads>
+template <int kSlots, int kThreads, int kBlocks>
 LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, const GridSpace& space, int panel,
                                         const GridShared& shared) {
-  const int C = matrices.C;
+  constexpr int kRows = kSlots * kBlocks;  // of all of them, a thread
+  const int C = matrices.C, slice = slice_rows<kBlocks>(C);
+  const int begin = kBlocks == 1 ? 0 : static_cast<int>(block_idx()) * slice, left = C - begin;
+  const int rows = left < 0 ? 0 : left < slice ? left : slice;
   const bool inverse = matrices.V != nullptr;
   const double* const n = matrices.n + at * C;
   double* const V = inverse ? matrices.V + at * C * C : space.matrix;
-  const GridProblem<kThreads> problem{space, V, C, panel, inverse};
+  const GridProblem<kThreads, kBlocks> problem{space, V, C, panel, inverse, begin, rows};
   equilibrate_rows<kThreads>(matrices.S + at * C * C, n, C, V, space.norms);
   if (block_idx() == 0 && thread_idx() == 0) store(space.singular, 0u);
   sync_grid();
@@ -595,16 +692,16 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
     if (!inverse) continue;
     const bool here = load_const(n + row) > 0.0;
     double* const values = V + int64_t{C} * l;
-    double value[kSlots];
+    double value[kRows];
     LDMI_UNROLL
-    for (int s = 0; s < kSlots; ++s) {
+    for (int s = 0; s < kRows; ++s) {
       const int i = thread_idx() + kThreads * s;
       const double weight = i < C ? load_const(n + i) : 0.0;
       value[s] = here && weight > 0.0 ? load(values + load(space.row + i)) / weight : 0.0;
     }
     sync_block();
     LDMI_UNROLL
-    for (int s = 0; s < kSlots; ++s) {
+    for (int s = 0; s < kRows; ++s) {
       const int i = thread_idx() + kThreads * s;
       if (i < C) store(values + i, value[s]);
     }
@@ -620,15 +717,15 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
       sync_grid();
       for (int k = static_cast<int>(block_idx()); k < C; k += static_cast<int>(grid_dim())) {
         double* const values = V + int64_t{C} * k;
-        double value[kSlots];
+        double value[kRows];
         LDMI_UNROLL
-        for (int s = 0; s < kSlots; ++s) {
+        for (int s = 0; s < kRows; ++s) {
           const int l = thread_idx() + kThreads * s;
           value[s] = l < C ? load(values + l) : 0.0;
         }
         sync_block();
         LDMI_UNROLL
-        for (int s = 0; s < kSlots; ++s) {
+        for (int s = 0; s < kRows; ++s) {
           const int l = thread_idx() + kThreads * s;
           if (l < C) store(values + load(space.row + l), value[s]);
         }
@@ -653,14 +750,15 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
   answer({log_abs_det, sign, warp_sum(present)});  // with strict, all are
 }
 
-// One matrix after the other
-template <int kSlots, int kThreads>
+// One matrix after the other. kBlocks: of a cluster; the first one is the team.
+template <int kSlots, int kThreads, int kBlocks>
 LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) logdet_inverse_grid(Matrices matrices, GridSpace space, int panel) {
   Carve carve;
-  const GridShared shared = take_grid_shared(carve, matrices.C, panel);
+  const GridShared shared = take_grid_shared<kBlocks>(carve, matrices.C, panel);
+  if constexpr (kBlocks > 1) sync_cluster();  // from here on its blocks are there, until the last barrier of the grid
   for (int64_t at = 0; at < matrices.count; ++at) {
     if (at > 0) sync_grid();
-    logdet_inverse_by_grid<kSlots, kThreads>(matrices, at, space, panel, shared);
+    logdet_inverse_by_grid<kSlots, kThreads, kBlocks>(matrices, at, space, panel, shared);
   }
 }
 

@@ -118,6 +118,14 @@ int64_t factor_classes(const DeviceLimits& limits) {
   return classes;
 }
 
+// Blocks that eliminate a grid's panels; 0: no grid does it.
+static int64_t grid_team(int64_t classes, const DeviceLimits& limits) {
+  if (!limits.cooperative) return 0;
+  const bool shared = classes > kGridClasses / 2 && classes <= kClusterClasses && limits.clusters > 0;
+  if (shared && grid_panel(classes, limits.smem_block, kClusterBlocks) > 0) return kClusterBlocks;
+  return classes <= kGridClasses && grid_panel(classes, limits.smem_block, 1) > 0 ? 1 : 0;
+}
+
 CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const DeviceLimits& limits, bool inverse) {
   CudaLogdetInverse out{};
   if (classes <= 32) {
@@ -125,10 +133,10 @@ CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const Devi
   } else if (out.stride = factor_stride(classes, limits.smem_block); out.stride > 0) {
     out.factor = CudaFactor::kBlock;
     out.smem_bytes = factor_smem(classes, out.stride);
-  } else if (classes <= kGridClasses && limits.cooperative && grid_panel(classes, limits.smem_block) > 0) {
+  } else if (out.team = grid_team(classes, limits); out.team > 0) {
     out.factor = CudaFactor::kGrid;
-    out.panel = grid_panel(classes, limits.smem_block);
-    out.smem_bytes = grid_smem(classes, out.panel);
+    out.panel = grid_panel(classes, limits.smem_block, out.team);
+    out.smem_bytes = grid_smem(classes, out.panel, out.team);
     // norms, pivots, their rows, a count a block, a flag, and the matrix
     out.workspace_bytes =
         2 * piece(classes * 8) + piece(classes * 4) + piece(limits.sms * 4) + piece(4) + (inverse ? 0 : piece(classes * classes * 8));
@@ -270,12 +278,13 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
     out.reason += "; a block's shared memory holds a matrix of " + std::to_string(factor_classes(limits)) + " classes at most";
   }
   if (elimination.factor == CudaFactor::kGrid) {
-    out.reason +=
-        ", " + std::to_string(elimination.panel) + " columns of this one, which it eliminates before the others take them in";
+    const std::string who = elimination.team > 1 ? "a cluster of " + std::to_string(elimination.team) + " blocks " : std::string();
+    out.reason += ", " + who + std::to_string(elimination.panel) + " columns of this one, eliminated before the others take them in";
   }
   if (elimination.factor == CudaFactor::kLibrary && limits.cooperative) {
-    out.reason += classes > kGridClasses ? ", a grid's registers a strip of " + std::to_string(kGridClasses)
-                                         : std::string(", and not even 8 columns of this one");
+    const int64_t most = limits.clusters > 0 ? kClusterClasses : kGridClasses;
+    out.reason += classes > most ? ", and a grid is faster than a library up to " + std::to_string(most)
+                                 : std::string(", and not even 8 columns of this one");
   }
   if (!limits.cooperative) out.reason += "; step by step: no cooperative grids on this device, or LDMI_FAST_CUDA_STAGED is set";
   if (probs) out.reason += "; probabilities are taken as they are";

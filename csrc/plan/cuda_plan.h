@@ -8,6 +8,9 @@
 
 namespace ldmi::plan {
 
+// Blocks of a cluster, where one is used; of so many every device with clusters takes one.
+inline constexpr int kClusterBlocks = 8;
+
 // What the plans ask of a device.
 struct DeviceLimits {
   int sms = 0;              // multiprocessors
@@ -16,6 +19,7 @@ struct DeviceLimits {
   int64_t l2 = 0;           // bytes of level 2 cache
   int capability = 0;       // 80, 90, ...
   bool cooperative = true;  // whether the blocks of a grid may wait for each other: one launch for a whole forward
+  int clusters = 0;         // clusters of kClusterBlocks blocks that run at once, where a block has a multiprocessor for itself
 };
 
 // ---------------------------------------------------------------------------------------------------- joint, logits_grad
@@ -95,26 +99,31 @@ int64_t factor_stride(int64_t classes, int64_t smem_bytes);
 // The most classes that one block factors: 170 with 227 KB of shared memory, 144 with 163, 112 with 99.
 int64_t factor_classes(const DeviceLimits& limits);
 
-// The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. Above, a library's LU is
-// faster: 20 ms at C = 4096 where a grid took 27 (H100).
-inline constexpr int64_t kGridClasses = 2048;
-// The most columns that one block holds in shared memory, to eliminate them by themselves: a quarter of that many multipliers,
-// for each of two or three rows, are on their way to a thread at a time.
-constexpr int64_t grid_most_panel(int64_t classes) { return classes <= kGridClasses / 2 ? 32 : 24; }
-constexpr int64_t grid_smem(int64_t classes, int64_t panel) {
-  const int64_t matrix = panel * ((classes + 3) / 8 * 8 + 4), turning = 2 * 32 * 33;
-  return (matrix > turning ? matrix : turning) * 8 + panel * (panel + 4) * 8 + 1312 + panel * 4;
+// The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. Above half of it, and up to
+// kClusterClasses, a cluster shares the rows, where there are clusters. Above, a library's LU has better use for level 2.
+inline constexpr int64_t kGridClasses = 2048, kClusterClasses = 4096;
+// Rows of a panel that one of so many blocks has
+constexpr int64_t slice_rows(int64_t classes, int64_t blocks) {
+  return blocks == 1 ? classes : ((classes + blocks - 1) / blocks + 7) / 8 * 8;
 }
-// As many as fit, a multiple of 8; 0: not even 8 do.
-constexpr int64_t grid_panel(int64_t classes, int64_t smem_bytes) {
-  int64_t panel = grid_most_panel(classes);
-  while (panel > 0 && grid_smem(classes, panel) > smem_bytes) panel -= 8;
-  return panel;
+// The most columns that are eliminated by themselves: a quarter of that many multipliers, for each of two or three rows, are on their
+// way to a thread at a time.
+constexpr int64_t grid_most_panel(int64_t classes, int64_t blocks) { return blocks > 1 || classes <= kGridClasses / 2 ? 32 : 24; }
+constexpr int64_t grid_smem(int64_t classes, int64_t panel, int64_t blocks) {
+  const int64_t matrix = panel * ((slice_rows(classes, blocks) + 3) / 8 * 8 + 4), turning = 2 * 32 * 33;
+  return (matrix > turning ? matrix : turning) * 8 + panel * (panel + 4) * 8 + (blocks > 1 ? 2624 : 1312) + panel * 4;
+}
+// As many as fit, a multiple of 8; 0: not even 8 do, or not 16, of which the other blocks of a grid with clusters take as many.
+constexpr int64_t grid_panel(int64_t classes, int64_t smem_bytes, int64_t blocks) {
+  int64_t panel = grid_most_panel(classes, blocks);
+  while (panel > 0 && grid_smem(classes, panel, blocks) > smem_bytes) panel -= 8;
+  return blocks > 1 && panel < 16 ? 0 : panel;
 }
 
 struct CudaLogdetInverse {
   CudaFactor factor;
   int64_t stride;           // kBlock
+  int64_t team;             // kGrid: blocks that eliminate the panels together, in a cluster if there are several
   int64_t panel;            // kGrid
   int64_t smem_bytes;       // kBlock, kGrid
   int64_t workspace_bytes;  // kGrid, kLibrary

@@ -43,21 +43,25 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_plan",
       [](int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs, int sms, int64_t smem_block,
-         int64_t smem_sm, int64_t l2, int capability, bool cooperative) {
+         int64_t smem_sm, int64_t l2, int capability, bool cooperative, int clusters) {
         return shown(ldmi::plan::cuda(rows, classes, labels, soft, value_bytes, probs,
-                                      {sms, smem_block, smem_sm, l2, capability, cooperative}));
+                                      {sms, smem_block, smem_sm, l2, capability, cooperative, clusters}));
       },
       py::arg("rows"), py::arg("classes"), py::arg("labels"), py::arg("soft"), py::arg("value_bytes"), py::arg("probs"),
       py::arg("sms"), py::arg("smem_block"), py::arg("smem_sm"), py::arg("l2"), py::arg("capability"), py::arg("cooperative"),
+      py::arg("clusters"),
       "The plan of the CUDA engine on a device with these limits: multiprocessors, bytes of shared memory of a block and of a "
-      "multiprocessor, bytes of L2 cache, compute capability times 10, and whether it takes cooperative grids.");
+      "multiprocessor, bytes of L2 cache, compute capability times 10, whether it takes cooperative grids, and how many clusters of 8 "
+      "blocks, "
+      "a multiprocessor each, run at once.");
 #ifdef LDMI_CUDA_BUILD
   m.def("cuda_torch", &ldmi::cuda_torch, "Whether the torch that is loaded has CUDA, so that its current stream can be asked for.");
   m.def(
       "cuda_limits",
       [](int device) {
         const ldmi::plan::DeviceLimits& limits = ldmi::cuda::limits_of(device);
-        return py::make_tuple(limits.sms, limits.smem_block, limits.smem_sm, limits.l2, limits.capability, limits.cooperative);
+        return py::make_tuple(limits.sms, limits.smem_block, limits.smem_sm, limits.l2, limits.capability, limits.cooperative,
+                              limits.clusters);
       },
       py::arg("device"), "The limits of a CUDA device, in the order in which cuda_plan takes them.");
 #endif

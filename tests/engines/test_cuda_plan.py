@@ -15,16 +15,18 @@ from ldmi_fast.options import Options
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
 #: Multiprocessors, bytes of shared memory of a block and of a multiprocessor, bytes of L2 cache, compute capability times 10,
-#: cooperative grids.
+#: cooperative grids, clusters of 8 blocks at once.
 DEVICES = {
-    "sm_80": (108, 163 * 1024, 164 * 1024, 40 << 20, 80, True),
-    "sm_89": (142, 99 * 1024, 100 * 1024, 96 << 20, 89, True),
-    "sm_90": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, True),
-    "staged": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, False),
+    "sm_80": (108, 163 * 1024, 164 * 1024, 40 << 20, 80, True, 0),
+    "sm_89": (142, 99 * 1024, 100 * 1024, 96 << 20, 89, True, 0),
+    "sm_90": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, True, 16),
+    "no clusters": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, True, 0),
+    "sm_120": (188, 99 * 1024, 100 * 1024, 128 << 20, 120, True, 20),
+    "staged": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, False, 16),
 }
-#: The most classes that one block factors, and a grid: with 99 KB a block has no room for 8 columns of 2048 rows.
-ONE_BLOCK = {"sm_80": 144, "sm_89": 112, "sm_90": 170, "staged": 170}
-GRID = {"sm_80": 2048, "sm_89": 1548, "sm_90": 2048, "staged": 170}
+#: The most classes that one block factors, and a grid: with 99 KB a block has no room for 8 columns of 2048 rows, a cluster has.
+ONE_BLOCK = {"sm_80": 144, "sm_89": 112, "sm_90": 170, "no clusters": 170, "sm_120": 112, "staged": 170}
+GRID = {"sm_80": 2048, "sm_89": 1548, "sm_90": 4096, "no clusters": 2048, "sm_120": 4096, "staged": 170}
 
 
 def plan(rows: int, classes: int, device: str = "sm_90", *, soft: bool = False, value_bytes: int = 4) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def last_before(changes: Callable[[int], bool], low: int, high: int) -> int:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("classes", [1, 2, 14, 32, 64])
 def test_one_launch_by_elements(device: str, classes: int) -> None:
-    if device == "sm_89" and classes == 64:
+    if device in ("sm_89", "sm_120") and classes == 64:
         pytest.skip("V and the matrix do not fit in its shared memory: see test_small_shared_memory")
     elements, most_classes = ops.compiled.cuda_fused_limits()
     assert classes <= most_classes
@@ -80,7 +82,8 @@ def test_clothing1m_is_one_launch_everywhere() -> None:
 
 
 def test_factor() -> None:
-    """A warp up to 32 classes, a block as far as its shared memory goes, a grid up to 2048 if it has room, a library above."""
+    """A warp up to 32 classes, a block as far as its shared memory goes, a grid as far as 2048, with clusters 4096, if
+    it has room, a library above."""
     for device, most in ONE_BLOCK.items():
 
         def factor(classes: int, device: str = device) -> str:
@@ -111,10 +114,10 @@ def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
 
 def test_small_shared_memory_takes_the_library() -> None:
     """A grid's first block holds at least 8 columns of 1000 rows."""
-    sms, _, _, l2, capability, cooperative = DEVICES["sm_90"]
+    sms, _, _, l2, capability, cooperative, clusters = DEVICES["sm_90"]
     least = 8 * 1004 * 8 + 8 * 12 * 8 + 1312 + 8 * 4
     below, enough = (
-        ops.compiled.cuda_plan(10**6, 1000, 1000, False, 4, False, sms, room, room, l2, capability, cooperative)
+        ops.compiled.cuda_plan(10**6, 1000, 1000, False, 4, False, sms, room, room, l2, capability, cooperative, clusters)
         for room in (least - 1, least)
     )
     assert "torch" in below["kernels"][1]
@@ -125,10 +128,38 @@ def test_small_shared_memory_takes_the_library() -> None:
 
 @pytest.mark.parametrize(
     ("device", "classes", "panel"),
-    [("sm_90", 171, 32), ("sm_90", 1000, 24), ("sm_90", 2048, 8), ("sm_80", 1000, 16), ("sm_89", 1000, 8), ("sm_89", 1548, 8)],
+    [
+        ("sm_90", 171, 32),
+        ("sm_90", 1000, 24),
+        ("sm_90", 1024, 24),
+        ("no clusters", 2048, 8),
+        ("sm_80", 1000, 16),
+        ("sm_89", 1000, 8),
+        ("sm_89", 1548, 8),
+    ],
 )
 def test_a_panel_is_what_shared_memory_holds(device: str, classes: int, panel: int) -> None:
     assert f", {panel} columns of this one" in plan(10**6, classes, device)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("device", "classes", "panel"), [("sm_90", 1025, 32), ("sm_90", 4096, 32), ("sm_120", 1025, 32), ("sm_120", 4096, 16)]
+)
+def test_a_cluster_shares_a_panel(device: str, classes: int, panel: int) -> None:
+    assert f", a cluster of 8 blocks {panel} columns of this one" in plan(10**6, classes, device)["reason"]
+    assert "cluster" not in plan(10**6, 1024, device)["reason"]
+
+
+def test_a_cluster_needs_room_for_two_strips() -> None:
+    """The other blocks take 16 columns at a time, of which they copy what stands in the rows of the pivots."""
+    sms, _, _, l2, capability, cooperative, clusters = DEVICES["sm_90"]
+    least = 16 * 516 * 8 + 16 * 20 * 8 + 2624 + 16 * 4
+    below, enough = (
+        ops.compiled.cuda_plan(10**6, 4096, 4096, False, 4, False, sms, room, room, l2, capability, cooperative, clusters)
+        for room in (least - 1, least)
+    )
+    assert "torch" in below["kernels"][1]
+    assert "a cluster of 8 blocks 16 columns" in enough["reason"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

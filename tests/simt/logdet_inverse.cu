@@ -313,10 +313,10 @@ Results launch_own(const test::Buffer<double>& S, const test::Buffer<double>& n,
   return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
 }
 
-// A grid of any number of blocks and threads, with a panel of any width: few classes have all the edges of many
+// A grid of any number of blocks and threads, with a team and a panel of any width: few classes have all the edges of many
 struct GridShape {
   int64_t blocks;
-  int threads, slots, panel;
+  int threads, slots, panel, team;
 };
 
 Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>& n, int64_t count, int64_t C, bool strict,
@@ -334,21 +334,48 @@ Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>
       log_abs_det.data(), sign.data(), kept.data(), inverse ? V.data() : nullptr,
   };
   simt::Carve carve;
-  take_grid_shared(carve, static_cast<int>(C), shape.panel);
-  test::require(static_cast<int64_t>(carve.bytes()) == plan::grid_smem(C, shape.panel),
-                "the plan's shared memory is not the kernel's");
-  const simt::Grid grid{shape.blocks, shape.threads, carve.bytes(), 1, true};
-  const auto start = [&](auto kernel) { return simt::launch(kernel, grid, simt::Stream{}, matrices, space, shape.panel); };
-  const auto with_slots = [&](auto threads) {
-    constexpr int kThreads = decltype(threads)::value;
-    return shape.slots == 1   ? start(factor::logdet_inverse_grid<1, kThreads>)
-           : shape.slots == 2 ? start(factor::logdet_inverse_grid<2, kThreads>)
-           : shape.slots == 4 ? start(factor::logdet_inverse_grid<4, kThreads>)
-                              : start(factor::logdet_inverse_grid<8, kThreads>);
+  // as the launcher does, which takes clusters for classes that are too many for a test
+  if (shape.team == plan::kClusterBlocks && shape.threads == kGridThreads) {
+    DeviceLimits limits;
+    limits.sms = sms;
+    limits.clusters = sms / plan::kClusterBlocks;
+    plan::CudaLogdetInverse plan{};
+    plan.panel = shape.panel;
+    plan.smem_bytes = plan::grid_smem(C, shape.panel, shape.team);
+    constexpr int kMost = plan::kClusterClasses / plan::kClusterBlocks / kGridThreads;
+    test::require_success(launch_grid<kMost, plan::kClusterBlocks>(matrices, plan, workspace.data(), limits, simt::Stream{}),
+                          "logdet_inverse_grid");
+    return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
+  }
+  const auto start = [&](auto kernel, auto team) {
+    constexpr int kBlocks = decltype(team)::value;
+    test::require(slice_rows<kBlocks>(static_cast<int>(C)) == plan::slice_rows(C, kBlocks), "the plan's rows are not the kernel's");
+    take_grid_shared<kBlocks>(carve, static_cast<int>(C), shape.panel);
+    if (kBlocks == 1 || kBlocks == plan::kClusterBlocks) {
+      test::require(static_cast<int64_t>(carve.bytes()) == plan::grid_smem(C, shape.panel, kBlocks),
+                    "the plan's shared memory is not the kernel's");
+    }
+    const simt::Grid grid{shape.blocks, shape.threads, carve.bytes(), kBlocks, true};
+    return simt::launch(kernel, grid, simt::Stream{}, matrices, space, shape.panel);
   };
-  test::require_success(shape.threads == 32   ? with_slots(std::integral_constant<int, 32>{})
-                        : shape.threads == 96 ? with_slots(std::integral_constant<int, 96>{})
-                                              : with_slots(std::integral_constant<int, 256>{}),
+  const auto with_slots = [&](auto threads, auto team) {
+    constexpr int kThreads = decltype(threads)::value, kBlocks = decltype(team)::value;
+    if (shape.slots == 1) return start(factor::logdet_inverse_grid<1, kThreads, kBlocks>, team);
+    if (shape.slots == 2) return start(factor::logdet_inverse_grid<2, kThreads, kBlocks>, team);
+    if constexpr (kBlocks == 1) {
+      return shape.slots == 4 ? start(factor::logdet_inverse_grid<4, kThreads, 1>, team)
+                              : start(factor::logdet_inverse_grid<8, kThreads, 1>, team);
+    }
+    throw test::Failure("no such kernel");
+  };
+  const auto with_threads = [&](auto team) {
+    return shape.threads == 32   ? with_slots(std::integral_constant<int, 32>{}, team)
+           : shape.threads == 96 ? with_slots(std::integral_constant<int, 96>{}, team)
+                                 : with_slots(std::integral_constant<int, 256>{}, team);
+  };
+  test::require_success(shape.team == 1   ? with_threads(std::integral_constant<int, 1>{})
+                        : shape.team == 2 ? with_threads(std::integral_constant<int, 2>{})
+                                          : with_threads(std::integral_constant<int, plan::kClusterBlocks>{}),
                         "logdet_inverse_grid");
   return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
 }
@@ -504,13 +531,15 @@ void require_same_determinants(const Results& a, const Results& b, const char* m
 // The grid's elimination in every shape; its bits do not depend on the number of blocks, nor the determinants' on the inverse
 void check_grid(Random& random, const simt::Device& device) {
   GridShape shape{};
-  shape.blocks = random.integer(1, device.sms);
-  shape.slots = 1 << random.integer(0, 3);
+  shape.team = device.capability < 90 || device.sms < 2 ? 1 : random.one_of({1, device.sms < plan::kClusterBlocks ? 2 : 8, 2});
+  shape.blocks = random.integer(1, device.sms / shape.team) * shape.team;
+  shape.slots = 1 << random.integer(0, shape.team == 1 ? 3 : 1);
   shape.threads = random.one_of({32, 32, 96, 256});
-  const int64_t C = draw_classes(random, std::min<int64_t>(shape.slots * shape.threads, 100));
-  const int64_t most = std::min<int64_t>(plan::grid_panel(C, static_cast<int64_t>(device.smem_block)),
-                                         plan::grid_most_panel(shape.slots * kGridThreads));
-  shape.panel = static_cast<int>(8 * random.integer(1, most / 8));
+  const int64_t rows = shape.slots * shape.threads / 8 * 8;  // of a slice
+  const int64_t C = draw_classes(random, std::min<int64_t>(rows * shape.team, 100));
+  const int64_t most = std::min<int64_t>(plan::grid_panel(C, static_cast<int64_t>(device.smem_block), shape.team),
+                                         plan::grid_most_panel(shape.slots * kGridThreads, shape.team));
+  shape.panel = static_cast<int>(8 * random.integer(shape.team == 1 ? 1 : 2, most / 8));
   const int64_t count = C <= 24 && random.chance(0.5) ? random.integer(1, 4) : 1;
   const bool strict = random.chance(0.3);
   const Batch batch = draw_batch(random, count, C, strict);
@@ -519,7 +548,7 @@ void check_grid(Random& random, const simt::Device& device) {
   const Results results = launch_on_grid(S, n, count, C, strict, true, lead, shape);
   compare_all(batch, results);
   GridShape other = shape;
-  other.blocks = random.integer(1, device.sms);
+  other.blocks = random.integer(1, device.sms / shape.team) * shape.team;
   require_same_determinants(launch_on_grid(S, n, count, C, strict, false, lead, other), results,
                             "without the inverse the determinant differs");
   if (random.chance(0.5)) return;
@@ -533,6 +562,9 @@ void check(Random& random) {
   if (random.chance(0.4)) {  // a toy, with room for few classes
     const size_t smem = static_cast<size_t>(random.integer(10, 48)) * 1024;
     simt::host::set_device({static_cast<int>(random.integer(1, 4)), smem, smem + 1024, size_t{1} << 20, 80});
+  } else if (random.chance(0.3)) {  // room for the clusters that the launcher takes
+    const size_t smem = size_t{227} << 10;
+    simt::host::set_device({static_cast<int>(random.integer(8, 20)), smem, smem + 1024, size_t{1} << 20, 90});
   }
 #endif
   simt::Device device;
@@ -542,15 +574,15 @@ void check(Random& random) {
                       static_cast<int64_t>(device.smem_sm),
                       static_cast<int64_t>(device.l2),
                       device.capability,
-                      random.chance(0.7)};         // a grid where one block ends, or a library
-  const int64_t little = plan::grid_smem(100, 8);  // for a grid's elimination, and a block's of some 50 classes
+                      random.chance(0.7)};            // a grid where one block ends, or a library
+  const int64_t little = plan::grid_smem(100, 8, 1);  // for a grid's elimination, and a block's of some 50 classes
   if (static_cast<int64_t>(device.smem_block) >= little) {
     if (random.chance(0.5)) return check_grid(random, device);
     if (random.chance(0.3)) limits.smem_block = little;
   }
   if (random.chance(0.2)) check_log_product(random);
   // more rows than threads
-  const int64_t wide = plan::grid_smem(kGridThreads + 3, 8 * random.integer(1, 2));
+  const int64_t wide = plan::grid_smem(kGridThreads + 3, 8 * random.integer(1, 2), 1);
   const bool huge =
       limits.cooperative && limits.smem_block == little && random.chance(0.1) && static_cast<int64_t>(device.smem_block) >= wide;
   if (huge) limits.smem_block = wide;
@@ -583,8 +615,13 @@ void check(Random& random) {
 void check_size(Random& random, int64_t C) {
   simt::Device device;
   test::require_success(simt::device(&device), "device");
-  const DeviceLimits limits{device.sms, static_cast<int64_t>(device.smem_block), static_cast<int64_t>(device.smem_sm),
-                            static_cast<int64_t>(device.l2), device.capability};
+  const DeviceLimits limits{device.sms,
+                            static_cast<int64_t>(device.smem_block),
+                            static_cast<int64_t>(device.smem_sm),
+                            static_cast<int64_t>(device.l2),
+                            device.capability,
+                            true,
+                            device.capability < 90 ? 0 : device.sms / plan::kClusterBlocks};
   const Batch batch = draw_batch(random, 1, C, false);
   const test::Buffer<double> S(batch.S, "S"), n(batch.n, "n");
   compare_all(batch, launch_own(S, n, 1, C, false, true, limits));

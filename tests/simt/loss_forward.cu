@@ -84,7 +84,7 @@ void check(test::Random& random) {
                       device.capability,
                       random.chance(0.7)};  // in one launch, or step by step
   // one block holds fewer classes: a grid factors, or with the step by step a library
-  if (random.chance(0.25)) limits.smem_block = plan::grid_smem(100, 8);
+  if (random.chance(0.25)) limits.smem_block = plan::grid_smem(100, 8, 1);
   const test::Case from = draw(random);
   const LossOptions options = test::draw_options(random);
   const bool gradient = random.chance(0.8), packed = random.chance(0.6);
