@@ -40,6 +40,9 @@ def measures(lines: Lines) -> dict[str, str]:
     if any(abs(line["last_balanced"] - line["last"]) > _BALANCED for line in lines if "last_balanced" in line):
         found["last_balanced"] = "last epoch, balanced over the classes"
         found["selected_balanced"] = "epoch picked on noisy validation labels, balanced over the classes"
+    for name, title in (("best_threshold", "at the best threshold"), ("balanced_threshold", "at the balanced threshold")):
+        if any(f"selected_{name}" in line for line in lines):
+            found[f"selected_{name}"] = f"epoch picked on noisy validation labels, {title}"
     return found
 
 
@@ -124,6 +127,8 @@ def section(name: str, lines: Lines) -> list[str]:
             failed = sum(bool(line["failed"]) for r, runs in rows for line in runs)
             parts.append(f"The worst seed of {OURS} over all rows: {worst:.1f}. Runs that ended in NaN: {failed}.")
     for what, title in measures(lines).items():
+        if what.endswith("_threshold"):
+            continue
         behind = losses(lines, methods, what)
         parts.append(f"Where a counterpart is ahead of {OURS}, {title}:" + ("\n\n" + "\n".join(behind) if behind else " nowhere."))
     return parts
@@ -134,8 +139,11 @@ def markdown(lines: Lines, plot: str) -> str:
     parts = [
         "# Noisy labels: the paper's experiments",
         "Clean test accuracy in percent, mean and standard deviation over seeds (a 95 % interval of the mean where people made the "
-        "noise). Balanced over the classes: the mean of the accuracies within each class, shown where it is another number. All "
-        "methods go on from the same checkpoint of cross entropy, on the same batches. The methods: `bench/paper/methods.py`; "
+        "noise). Balanced over the classes: the mean of the accuracies within each class, shown where it is another number. At the "
+        "best threshold, of two classes: with the threshold between them that has the most test samples right; at the balanced one: "
+        "with that which has the highest balanced accuracy, but the share of all samples. Neither is a result that one could have "
+        "without clean labels: they tell what the order of the samples is worth, whatever threshold the method put there. All methods "
+        "go on from the same checkpoint of cross entropy, on the same batches. The methods: `bench/paper/methods.py`; "
         "the noises: `bench/paper/noise.py`, T[i, j] = P(noisy = j | true = i).",
     ]
     for name in dict.fromkeys(line["set"] for line in lines):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, roc_curve
 from torch import Tensor
 
 from bench.demo.train import batches, logits_of
@@ -61,6 +61,20 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def balanced_accuracy(logits: Tensor, labels: Tensor) -> float:
     """Percent of right answers in each class that occurs, averaged over the classes: a rare class counts as much as a frequent one."""
     return 100 * float(balanced_accuracy_score(labels.numpy(), logits.argmax(1).numpy()))
+
+
+def accuracy_by_threshold(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """What two classes' order of the samples is worth, whatever threshold the method put between them; nothing for more classes.
+
+    ``best_threshold``: the highest accuracy that a threshold on z_1 - z_0 can have; ``balanced_threshold``: the accuracy, over the
+    samples, with the threshold that is best balanced over the classes. In percent; both look at the clean labels.
+    """
+    if logits.shape[1] != 2 or len(labels.unique()) != 2:
+        return {}
+    positive = labels.double().mean().item()
+    wrong, right, _ = roc_curve(labels.numpy(), (logits[:, 1] - logits[:, 0]).numpy(), drop_intermediate=False)
+    plain = positive * right + (1 - positive) * (1 - wrong)
+    return {"best_threshold": 100 * float(plain.max()), "balanced_threshold": 100 * float(plain[(right - wrong).argmax()])}
 
 
 def load_data(cell: Cell, options: Options) -> DataSet:
@@ -114,8 +128,8 @@ def first_stage(cell: Cell, data: DataSet, options: Options, tick: Callable[[str
 def run(cell: Cell, data: DataSet, state: dict[str, Any], options: Options, tick: Callable[[str], None]) -> dict[str, Any]:
     """One method from the checkpoint on: the result's line.
 
-    Clean accuracies are in percent; ``balanced``: the mean over the classes. ``selected``: at the epoch of the lowest loss of the
-    method's own on noisy validation labels.
+    Clean accuracies are in percent; ``balanced``: the mean over the classes; ``..._threshold``: :func:`accuracy_by_threshold`.
+    ``selected``: at the epoch of the lowest loss of the method's own on noisy validation labels.
     """
     start = time.perf_counter()
     recipe, classes = options.recipe, len(data.classes)
@@ -138,6 +152,7 @@ def run(cell: Cell, data: DataSet, state: dict[str, Any], options: Options, tick
                 "valid_noisy_accuracy": accuracy(valid, data.valid.noisy),
                 "test_accuracy": accuracy(test, data.test.clean),
                 "test_balanced_accuracy": balanced_accuracy(test, data.test.clean),
+                **{f"test_{name}": value for name, value in accuracy_by_threshold(test, data.test.clean).items()},
             }
         )
 
@@ -174,6 +189,12 @@ def run(cell: Cell, data: DataSet, state: dict[str, Any], options: Options, tick
         "selected": best["test_accuracy"],
         "last_balanced": checks[-1]["test_balanced_accuracy"],
         "selected_balanced": best["test_balanced_accuracy"],
+        **{
+            f"{when}_{name}": check[f"test_{name}"]
+            for name in ("best_threshold", "balanced_threshold")
+            for when, check in (("last", checks[-1]), ("selected", best))
+            if f"test_{name}" in check
+        },
         "selected_epoch": best["epoch"],
         "noise_rate": 100 * (data.train.noisy != data.train.clean).double().mean().item(),
         "infinite_batches": infinite,

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <mutex>
@@ -11,10 +12,12 @@ namespace {
 
 __global__ void idle() {}
 
-// Clusters that run at once, where a block takes all the shared memory that it can have
+// Clusters that run at once, where a block takes all the shared memory that it can have. None where the driver has compiled kernels
+// for an older device: in those every cluster is one block, see simt.cuh.
 int clusters_of(const simt::Device& device) {
-  if (device.capability < 90) return 0;
   const auto kernel = reinterpret_cast<const void*>(idle);
+  cudaFuncAttributes compiled{};
+  if (device.capability < 90 || cudaFuncGetAttributes(&compiled, kernel) != cudaSuccess || compiled.ptxVersion < 90) return 0;
   const int smem = static_cast<int>(device.smem_block);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -32,7 +35,7 @@ int clusters_of(const simt::Device& device) {
     static_cast<void>(cudaGetLastError());
     return 0;
   }
-  return found;
+  return std::min(found, device.sms / plan::kClusterBlocks);
 }
 
 }  // namespace

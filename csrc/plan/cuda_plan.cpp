@@ -121,7 +121,8 @@ int64_t factor_classes(const DeviceLimits& limits) {
 // Blocks that eliminate a grid's panels; 0: no grid does it.
 static int64_t grid_team(int64_t classes, const DeviceLimits& limits) {
   if (!limits.cooperative) return 0;
-  const bool shared = classes > kGridClasses / 2 && classes <= kClusterClasses && limits.clusters > 0;
+  // with one cluster alone, of a part of a device, nobody would be left to take panels in meanwhile
+  const bool shared = classes > kGridClasses / 2 && classes <= kClusterClasses && limits.clusters > 1;
   if (shared && grid_panel(classes, limits.smem_block, kClusterBlocks) > 0) return kClusterBlocks;
   return classes <= kGridClasses && grid_panel(classes, limits.smem_block, 1) > 0 ? 1 : 0;
 }
@@ -282,7 +283,7 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
     out.reason += ", " + who + std::to_string(elimination.panel) + " columns of this one, eliminated before the others take them in";
   }
   if (elimination.factor == CudaFactor::kLibrary && limits.cooperative) {
-    const int64_t most = limits.clusters > 0 ? kClusterClasses : kGridClasses;
+    const int64_t most = limits.clusters > 1 ? kClusterClasses : kGridClasses;
     out.reason += classes > most ? ", and a grid is faster than a library up to " + std::to_string(most)
                                  : std::string(", and not even 8 columns of this one");
   }

@@ -150,6 +150,14 @@ def test_a_cluster_shares_a_panel(device: str, classes: int, panel: int) -> None
     assert "cluster" not in plan(10**6, 1024, device)["reason"]
 
 
+def test_one_cluster_is_none() -> None:
+    """It would be all of the grid."""
+    *limits, _ = DEVICES["sm_90"]
+    one, two = (ops.compiled.cuda_plan(10**6, 2048, 2048, False, 4, False, *limits, clusters) for clusters in (1, 2))
+    assert "cluster" not in one["reason"]
+    assert "a cluster of 8 blocks" in two["reason"]
+
+
 def test_a_cluster_needs_room_for_two_strips() -> None:
     """The other blocks take 16 columns at a time, of which they copy what stands in the rows of the pivots."""
     sms, _, _, l2, capability, cooperative, clusters = DEVICES["sm_90"]

@@ -22,7 +22,7 @@ from bench.paper.grid import cells, missing
 from bench.paper.report import interval, losses, markdown, rows_of, summary, write_report
 from bench.paper.results import alone, append, key, read, repair
 from bench.paper.sets import EXPERIMENTS, transition
-from bench.paper.train import Cell, Options, accuracy, balanced_accuracy, first_stage, load_data, run
+from bench.paper.train import Cell, Options, accuracy, accuracy_by_threshold, balanced_accuracy, first_stage, load_data, run
 
 RECIPE = replace(EXPERIMENTS["digits"].short, epochs_first=1, epochs=2)
 OPTIONS = Options(RECIPE, limit=300)
@@ -265,6 +265,28 @@ def test_report_of_a_file(tmp_path: Path) -> None:
     assert "| 20 % wrong |" in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert CliRunner().invoke(app, ["report", str(tmp_path / "none.jsonl")]).exit_code == 2
+
+
+def test_accuracy_by_threshold() -> None:
+    """Nine of class 1, one of class 0, which is third in the order: calling all class 1 is best; balanced, the first three are not."""
+    logits = torch.zeros(10, 2)
+    logits[:, 1] = torch.arange(10.0)
+    labels = torch.ones(10, dtype=torch.int64)
+    labels[2] = 0
+    found = accuracy_by_threshold(logits, labels)
+    assert found["best_threshold"] == pytest.approx(90)
+    assert found["balanced_threshold"] == pytest.approx(80)  # seven of class 1 and the one of class 0
+    assert accuracy_by_threshold(torch.zeros(10, 3), labels) == {}
+    assert accuracy_by_threshold(logits, torch.ones(10, dtype=torch.int64)) == {}
+
+
+def test_thresholds_have_tables_and_no_verdict() -> None:
+    lines = [{**line("ce", 80.0), "selected_best_threshold": 91.0, "selected_balanced_threshold": 71.0}, line("dmi", 70.0)]
+    text = markdown(lines, "plot.png")
+    assert "at the best threshold\n\n| r | ce | dmi |\n| :-- | --: | --: |\n| 0.2 | 91.0 | - |" in text
+    assert "at the balanced threshold\n\n| r | ce | dmi |\n| :-- | --: | --: |\n| 0.2 | 71.0 | - |" in text
+    assert "Where a counterpart is ahead of dmi, epoch picked on noisy validation labels, at" not in text
+    assert "threshold\n\n|" not in markdown([line("ce", 80.0)], "plot.png")
 
 
 def test_the_balanced_accuracy_has_a_table_where_it_is_another_number() -> None:
