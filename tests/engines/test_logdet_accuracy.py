@@ -21,7 +21,7 @@ from tests.matrices import UNIT_ROUNDOFF, Hard
 
 #: On both sides of every edge between kernels: registers of a warp, panels, vectors, a block's shared memory
 CLASSES = [1, 2, 3, 5, 8, 9, 10, 14, 16, 17, 26, 31, 32, 33, 48, 64, 65, 97, 100, 128]
-LARGE = [171, 600, 2100]
+LARGE = [171, 600, 1025, 2100]
 
 
 def factor(engine: str, device: torch.device, S: npt.ArrayLike, n: npt.ArrayLike) -> tuple[Tensor, ...]:
