@@ -189,12 +189,7 @@ def run(cell: Cell, data: DataSet, state: dict[str, Any], options: Options, tick
         "selected": best["test_accuracy"],
         "last_balanced": checks[-1]["test_balanced_accuracy"],
         "selected_balanced": best["test_balanced_accuracy"],
-        **{
-            f"{when}_{name}": check[f"test_{name}"]
-            for name in ("best_threshold", "balanced_threshold")
-            for when, check in (("last", checks[-1]), ("selected", best))
-            if f"test_{name}" in check
-        },
+        **{key.replace("test", "selected"): value for key, value in best.items() if key.endswith("_threshold")},
         "selected_epoch": best["epoch"],
         "noise_rate": 100 * (data.train.noisy != data.train.clean).double().mean().item(),
         "infinite_batches": infinite,

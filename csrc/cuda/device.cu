@@ -12,23 +12,25 @@ namespace {
 
 __global__ void idle() {}
 
-// Clusters that run at once, where a block takes all the shared memory that it can have. None where the driver has compiled kernels
-// for an older device: in those every cluster is one block, see simt.cuh.
+// Clusters of a cooperative grid that run at once, where a block takes all the shared memory that it can have. None where the driver
+// has compiled kernels for an older device: in those every cluster is one block, see simt.cuh.
 int clusters_of(const simt::Device& device) {
   const auto kernel = reinterpret_cast<const void*>(idle);
   cudaFuncAttributes compiled{};
   if (device.capability < 90 || cudaFuncGetAttributes(&compiled, kernel) != cudaSuccess || compiled.ptxVersion < 90) return 0;
   const int smem = static_cast<int>(device.smem_block);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = plan::kClusterBlocks;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = plan::kClusterBlocks;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan::kClusterBlocks);
   config.blockDim = dim3(simt::kWarp);
   config.dynamicSmemBytes = device.smem_block;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   int found = 0;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem) != cudaSuccess ||
       cudaOccupancyMaxActiveClusters(&found, kernel, &config) != cudaSuccess) {

@@ -283,9 +283,11 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
     out.reason += ", " + who + std::to_string(elimination.panel) + " columns of this one, eliminated before the others take them in";
   }
   if (elimination.factor == CudaFactor::kLibrary && limits.cooperative) {
-    const int64_t most = limits.clusters > 1 ? kClusterClasses : kGridClasses;
-    out.reason += classes > most ? ", and a grid is faster than a library up to " + std::to_string(most)
-                                 : std::string(", and not even 8 columns of this one");
+    const bool clusters = limits.clusters > 1;
+    const int64_t most = clusters ? kClusterClasses : kGridClasses;
+    const char* const least = clusters && classes > kGridClasses ? "16" : "8";
+    out.reason += classes > most ? ", a grid takes up to " + std::to_string(most) + " classes"
+                                 : std::string(", and not even ") + least + " columns of this one";
   }
   if (!limits.cooperative) out.reason += "; step by step: no cooperative grids on this device, or LDMI_FAST_CUDA_STAGED is set";
   if (probs) out.reason += "; probabilities are taken as they are";

@@ -100,7 +100,8 @@ int64_t factor_stride(int64_t classes, int64_t smem_bytes);
 int64_t factor_classes(const DeviceLimits& limits);
 
 // The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. Above half of it, and up to
-// kClusterClasses, a cluster shares the rows, where there are clusters. Above, a library's LU has better use for level 2.
+// kClusterClasses, a cluster shares the rows, where there are clusters. Above, a panel costs more passes over the matrix than a
+// library's LU makes: where each ends is a prediction, see docs/performance.md.
 inline constexpr int64_t kGridClasses = 2048, kClusterClasses = 4096;
 // Rows of a panel that one of so many blocks has
 constexpr int64_t slice_rows(int64_t classes, int64_t blocks) {

@@ -112,18 +112,23 @@ def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
     assert plan(10**6, 14, device, soft=True)["regime"].startswith("staged")
 
 
-def test_small_shared_memory_takes_the_library() -> None:
-    """A grid's first block holds at least 8 columns of 1000 rows."""
-    sms, _, _, l2, capability, cooperative, clusters = DEVICES["sm_90"]
-    least = 8 * 1004 * 8 + 8 * 12 * 8 + 1312 + 8 * 4
+@pytest.mark.parametrize(
+    ("classes", "least", "columns"),
+    [
+        pytest.param(1000, 8 * 1004 * 8 + 8 * 12 * 8 + 1312 + 8 * 4, ", 8 columns", id="one block, 8 columns"),
+        # the other blocks take 16 columns at a time, of which they copy what stands in the rows of the pivots
+        pytest.param(4096, 16 * 516 * 8 + 16 * 20 * 8 + 2624 + 16 * 4, ", a cluster of 8 blocks 16 columns", id="a cluster, 16"),
+    ],
+)
+def test_small_shared_memory_takes_the_library(classes: int, least: int, columns: str) -> None:
+    sms, _, _, *rest = DEVICES["sm_90"]
     below, enough = (
-        ops.compiled.cuda_plan(10**6, 1000, 1000, False, 4, False, sms, room, room, l2, capability, cooperative, clusters)
-        for room in (least - 1, least)
+        ops.compiled.cuda_plan(10**6, classes, classes, False, 4, False, sms, room, room, *rest) for room in (least - 1, least)
     )
     assert "torch" in below["kernels"][1]
-    assert "not even 8 columns of this one" in below["reason"]
+    assert f"and not even {columns.split()[-2]} columns of this one" in below["reason"]
     assert "all multiprocessors" in enough["kernels"][1]
-    assert ", 8 columns of this one" in enough["reason"]
+    assert f"{columns} of this one" in enough["reason"]
 
 
 @pytest.mark.parametrize(
@@ -156,18 +161,6 @@ def test_one_cluster_is_none() -> None:
     one, two = (ops.compiled.cuda_plan(10**6, 2048, 2048, False, 4, False, *limits, clusters) for clusters in (1, 2))
     assert "cluster" not in one["reason"]
     assert "a cluster of 8 blocks" in two["reason"]
-
-
-def test_a_cluster_needs_room_for_two_strips() -> None:
-    """The other blocks take 16 columns at a time, of which they copy what stands in the rows of the pivots."""
-    sms, _, _, l2, capability, cooperative, clusters = DEVICES["sm_90"]
-    least = 16 * 516 * 8 + 16 * 20 * 8 + 2624 + 16 * 4
-    below, enough = (
-        ops.compiled.cuda_plan(10**6, 4096, 4096, False, 4, False, sms, room, room, l2, capability, cooperative, clusters)
-        for room in (least - 1, least)
-    )
-    assert "torch" in below["kernels"][1]
-    assert "a cluster of 8 blocks 16 columns" in enough["reason"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
