@@ -23,6 +23,10 @@ from .combine import combine
 # A matrix is singular when some |pivot of R| <= C * UNIT_ROUNDOFF[dtype of R] * ||R||_inf.
 UNIT_ROUNDOFF = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
 
+# A class whose share of the whole weight is smaller is absent. In a moving average the share of a class that left the data decays
+# for ever; long before it underflows, the row of S says nothing about the model any more. csrc/plan/presence.h has the same number.
+ABSENT_SHARE = 1e-12
+
 
 def accumulator(device: torch.device) -> torch.dtype:
     """fp64 where the device has it."""
@@ -132,6 +136,15 @@ def joint(
     return S, n, lse, ce
 
 
+def present_classes(n: Tensor) -> Tensor:
+    """Which classes the determinant is of [..., C] bool: those with a share of at least ABSENT_SHARE of the weight n [..., C].
+
+    The shares are scaled before they are added, so that the sum of the largest weights stays finite.
+    """
+    least = (ABSENT_SHARE * n.clamp(min=0)).sum(-1, keepdim=True)
+    return (n > 0) & ~(n < least)
+
+
 def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log|det S|, its sign, the number of classes kept, and V = S^{-T}, of the classes that have weight.
 
@@ -144,7 +157,7 @@ def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, T
         singular; rows and columns of absent classes zero). Nothing has weight: 0, 1, 0 and zeros. Not finite: all NaN.
     """
     classes = S.shape[-1]
-    present = n > 0
+    present = present_classes(n)
     empty = ~present.any(-1)
     eye = torch.eye(classes, dtype=torch.bool, device=S.device)
     finite = torch.isfinite(S).all(-1).all(-1) & torch.isfinite(n).all(-1)
