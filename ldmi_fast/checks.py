@@ -27,11 +27,93 @@ INTEGERS = frozenset(
 )
 
 
-def _tensor(name: str, value: object, kind: str) -> None:
+def check_dense(name: str, value: Any, kind: str) -> None:
+    """Raise TypeError unless ``value`` is a tensor whose elements lie in one dense block. ``kind``: what it should hold, such as
+    "a floating point"."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a {kind} tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {kind} tensor, got {type(value).__name__}{_from_no_tensor(name, value)}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one ({value.layout}): pass its components as one batch, "
+            "torch.cat(x.unbind()), or pad it, and give the padding the label ignore_index or sample_weight 0"
+        )
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):  # without importing torch.distributed.tensor to ask
+        raise TypeError(
+            f"{name} must be a plain tensor, got {type(value).__name__}: where each rank holds its own samples pass x.to_local() "
+            "of logits, target and sample_weight, with group= the process group; where all ranks are to see the whole, such as the "
+            "weight of an FSDP2 layer, pass x.full_tensor()"
+        )
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}; call .to_dense()")
+
+
+def _from_no_tensor(name: str, value: Any) -> str:
+    """How to get the tensor out of what models and data sets give."""
+    if isinstance(getattr(value, "logits", None), Tensor):
+        return "; pass its .logits"
+    if isinstance(value, dict) and isinstance(value.get("logits"), Tensor):
+        return '; pass its "logits"'
+    if value is None and name == "target":
+        return (
+            ": the batch came without labels. Hugging Face's Trainer hands on labels of the name 'labels' alone: rename the column "
+            "or the argument of the model"
+        )
+    if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):
+        return "; pass the one of its tensors that is meant"
+    if isinstance(value, (list, tuple, int, float)) or type(value).__module__ == "numpy":
+        return "; pass torch.as_tensor(...)"
+    return ""
+
+
+def _two_classes(target: Tensor | None, dims: int, input: str) -> str:
+    """What to pass in the place of one logit a sample. ``dims``: of the logits."""
+    logits = "torch.cat([1 - p, p], 1)" if input == "probs" else "torch.cat([torch.zeros_like(z), z], 1)"
+    labels = "" if target is None else ".long()" if target.dim() < dims else ".long().squeeze(1)"
+    return f"for two classes pass both, {logits}, and integer labels" + (labels and f", target{labels}")
+
+
+def _for_soft(target: Tensor, shape: torch.Size) -> str:
+    """A way out for a floating point target that does not have the shape (N, C, d1, ...) of the logits."""
+    given, expected = tuple(target.shape), (shape[0], *shape[2:])
+    if given == expected:
+        return "class indices have to be integers: pass target.long()"
+    if given == (shape[0], 1, *shape[2:]):
+        return "class indices have to be integers, without a dimension for the classes: pass target.long().squeeze(1)"
+    if len(given) == len(shape) and given == (shape[0], *shape[2:], shape[1]):
+        return "both have the classes in dimension 1: where they come last, pass x.movedim(-1, 1)"
+    if len(shape) > 2 and given == tuple(shape[:-1]):
+        return (
+            "class indices have to be integers, and the classes of the logits in dimension 1: pass logits.movedim(-1, 1) and "
+            "target.long()"
+        )
+    return "for class indices pass an integer tensor"
+
+
+def _for_indices(target: Tensor, shape: torch.Size) -> str:
+    """A way out for class indices that do not have the shape (N, d1, ...) that fits the logits; empty if none is plain."""
+    given, expected = tuple(target.shape), (shape[0], *shape[2:])
+    if given == (shape[0], 1, *shape[2:]):
+        return "; pass target.squeeze(1)"
+    if given == tuple(shape):
+        return "; if it is one-hot, pass target.argmax(1), or target.float() for a distribution over the classes a sample"
+    if given == (*expected, 1):
+        return "; pass target.squeeze(-1)"
+    if len(shape) > 2 and given == tuple(shape[:-1]):
+        return "; if the classes of the logits are in the last dimension, pass logits.movedim(-1, 1)"
+    return ""
+
+
+def _for_weight(sample_weight: Tensor, shape: torch.Size) -> str:
+    """A way out for weights that are not one a sample; empty if none is plain."""
+    given = tuple(sample_weight.shape)
+    if given == (shape[1],):
+        return "; weights of classes leave the gradient as it is; if you want them, pass weight[target]"
+    if given == (shape[0], 1, *shape[2:]):
+        return "; pass sample_weight.squeeze(1)"
+    if len(shape) > 2 and given == (shape[0],):
+        rest = ", ".join(["-1", *["1"] * (len(shape) - 2)])
+        return f"; for one weight a row pass sample_weight.view({rest}).expand({', '.join(map(str, (shape[0], *shape[2:])))})"
+    return ""
 
 
 def check_tensors(logits: Any, target: Any, sample_weight: Any, options: Options) -> bool:
@@ -39,25 +121,31 @@ def check_tensors(logits: Any, target: Any, sample_weight: Any, options: Options
 
     Raises:
         TypeError: an argument is no dense tensor or has a dtype that cannot work.
-        ValueError: shapes or devices do not fit, or a tensor requires a gradient that it cannot have.
+        ValueError: shapes or devices do not fit.
     """
-    _tensor("logits", logits, "floating point")
-    _tensor("target", target, "integer (N, ...) or floating point (N, C, ...)")
+    check_dense("logits", logits, "a floating point")
+    check_dense("target", target, "an integer (N, ...) or floating point (N, C, ...)")
     if logits.dtype not in FLOATS:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     shape = logits.shape
     if len(shape) < 2:
         raise ValueError(
-            f"logits must have shape (N, C) or (N, C, d1, ...), got {tuple(shape)}; for one sample use logits.unsqueeze(0)"
+            f"logits must have shape (N, C) or (N, C, d1, ...), got {tuple(shape)}; for one sample use logits.unsqueeze(0), for one "
+            "logit a sample (a binary model) torch.stack([torch.zeros_like(z), z], 1) and integer labels"
         )
     if shape[1] == 0:
         raise ValueError(f"logits must have at least one class, got shape {tuple(shape)} with C = 0")
     soft = target.dtype in FLOATS
     if soft:
+        if shape[1] == 1:
+            raise ValueError(
+                f"logits of shape {tuple(shape)} are of one class, for which the loss is constant, and the target is "
+                f"{target.dtype}, as for a binary cross entropy: {_two_classes(target, len(shape), options.input)}"
+            )
         if target.shape != shape:
             raise ValueError(
                 f"floating point target must have the shape of the logits, {tuple(shape)} (one distribution over the "
-                f"classes a sample), got {tuple(target.shape)}; for class indices pass an integer tensor"
+                f"classes a sample), got {tuple(target.shape)}; {_for_soft(target, shape)}"
             )
         if options.ignore_index >= 0:
             raise ValueError(
@@ -67,24 +155,34 @@ def check_tensors(logits: Any, target: Any, sample_weight: Any, options: Options
     elif target.dtype in INTEGERS:
         if len(target.shape) != len(shape) - 1 or target.shape[0] != shape[0] or target.shape[1:] != shape[2:]:
             expected = (shape[0], *shape[2:])
-            raise ValueError(f"target must have shape {tuple(expected)} for logits of shape {tuple(shape)}, got {tuple(target.shape)}")
+            raise ValueError(
+                f"target must have shape {tuple(expected)} for logits of shape {tuple(shape)}, got {tuple(target.shape)}"
+                f"{_for_indices(target, shape)}"
+            )
     else:
-        raise TypeError(f"target must hold class indices (an integer dtype) or probabilities (a floating dtype), got {target.dtype}")
+        hint = "; pass target.long()" if target.dtype == torch.bool and target.shape != shape else ""
+        hint = "; pass target.float()" if target.dtype == torch.bool and target.shape == shape else hint
+        raise TypeError(
+            f"target must hold class indices (an integer dtype) or probabilities (a floating dtype), got {target.dtype}{hint}"
+        )
     if target.device != logits.device:
         raise ValueError(f"target is on {target.device}, logits on {logits.device}; expected one device")
     if sample_weight is not None:
-        _tensor("sample_weight", sample_weight, "floating point")
+        check_dense("sample_weight", sample_weight, "a floating point")
         if sample_weight.dtype not in FLOATS:
             raise TypeError(
-                f"sample_weight must be float16, bfloat16, float32 or float64, got {sample_weight.dtype}; convert it with .float()"
+                f"sample_weight must be float16, bfloat16, float32 or float64, got {sample_weight.dtype}; weights that are integers "
+                "convert with .float(); if it is something else that the loader gives as its third item, such as the index of the "
+                "sample, leave it out"
             )
         expected = (shape[0], *shape[2:])
         if tuple(sample_weight.shape) != tuple(expected):
-            raise ValueError(f"sample_weight must have one weight a sample, shape {tuple(expected)}, got {tuple(sample_weight.shape)}")
+            raise ValueError(
+                f"sample_weight must have one weight a sample, shape {tuple(expected)}, got {tuple(sample_weight.shape)}"
+                f"{_for_weight(sample_weight, shape)}"
+            )
         if sample_weight.device != logits.device:
             raise ValueError(f"sample_weight is on {sample_weight.device}, logits on {logits.device}; expected one device")
-        if sample_weight.requires_grad:
-            raise ValueError("sample_weight requires a gradient, and the loss has none for it; pass sample_weight.detach()")
     return soft
 
 
@@ -100,12 +198,16 @@ def flatten(logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tup
 
 
 def raise_for_values(target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
-    """Raise if data on the CPU explains a NaN loss: labels out of range (in rows that count), or bad sample weights.
+    """Raise if data on the CPU explain a loss that is NaN, or 0 with nothing kept: labels out of range (in rows that count), bad
+    sample weights, soft targets below 0.
 
     Raises:
         IndexError: a label is neither in 0..C-1 nor ignore_index.
-        ValueError: a sample weight is negative, infinite or NaN.
+        ValueError: a sample weight is negative, infinite or NaN; the soft targets of a class sum to less than 0.
     """
+    # what a subclass makes of these operations is its own
+    target = target.detach().as_subclass(Tensor)
+    sample_weight = None if sample_weight is None else sample_weight.detach().as_subclass(Tensor)
     label = None
     if target.dtype not in FLOATS:
         if target.dtype == torch.uint64:  # most operators do not take it; what does not fit is out of range anyway
@@ -123,13 +225,32 @@ def raise_for_values(target: Tensor, sample_weight: Tensor | None, classes: int,
                 f"({int(bad.sum())} such of {bad.numel()})"
             )
     if label is None:
+        _raise_for_negative_targets(target, sample_weight)
         return
     bad = ((label < 0) | (label >= classes)) & (label != ignore_index)
     if sample_weight is not None:
         bad &= sample_weight != 0
     if bad.any():
         i = int(bad.nonzero()[0])
+        way_out = f"; {_two_classes(None, 2, 'logits')}" if classes == 1 else ""
         raise IndexError(
             f"target {label[i].item()} of sample {i} is out of range: expected 0 <= target < {classes} (the number of "
-            f"classes) or ignore_index = {ignore_index} ({int(bad.sum())} such of {bad.numel()})"
+            f"classes) or ignore_index = {ignore_index} ({int(bad.sum())} such of {bad.numel()}){way_out}"
+        )
+
+
+def _raise_for_negative_targets(target: Tensor, sample_weight: Tensor | None) -> None:
+    """A few entries below 0 are harmless (a target corrected for noise may have some); a class of negative weight is not counted."""
+    T = target.to(torch.float64)
+    if sample_weight is not None:
+        used = sample_weight != 0
+        T = torch.where(used.unsqueeze(-1), T * sample_weight.unsqueeze(-1), 0)
+    sums = T.sum(0)
+    bad = sums < -1e-6 * T.abs().sum()
+    if bad.any():
+        c = int(bad.nonzero()[0])
+        i = int(T[:, c].argmin())
+        raise ValueError(
+            f"soft targets must be probabilities, >= 0, got {target[i, c].item():g} for class {c} of sample {i}: the targets of "
+            f"class {c} sum to less than 0 ({int(bad.sum())} such of {len(sums)} classes)"
         )

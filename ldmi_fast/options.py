@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -26,8 +28,9 @@ _EXPLAINED = {
     ),
     "reduction": "the loss is one number for the whole batch (a determinant), not a mean of per-sample losses",
     "label_smoothing": (
-        "smoothing the labels with an invertible matrix moves this loss by a constant and leaves its gradient as it is; pass "
-        "smoothed targets of shape (N, C) if you want the value"
+        "smoothing mixes the labels by an invertible matrix, which moves this loss by a constant and leaves its gradient exactly "
+        "as it is; pass the hard labels. A class without a sample in the batch stays absent either way. Only for the value itself "
+        "pass soft targets of shape (N, C)"
     ),
 }
 _EXPLAINED |= {"class_weight": _EXPLAINED["weight"], "class_weights": _EXPLAINED["weight"]}
@@ -53,24 +56,80 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}{hint}")
 
 
-def _number(name: str, value: object, unit: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float ({unit}), got {type(value).__name__}: {value!r}")
-    if not 0 <= value < math.inf:
+def as_int(name: str, value: Any, unit: str = "") -> int:
+    """An integer of any kind (of numpy, say) as a plain int. No bool and no tensor is one.
+
+    Raises:
+        TypeError: no integer.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"{name} must be an int{unit and f' ({unit})'}, got {type(value).__name__}: {value!r}")
+    return operator.index(value)
+
+
+def as_float(name: str, value: Any, unit: str = "") -> float:
+    """A real number of any kind (of numpy, say) as a plain float. No bool and no tensor is one.
+
+    Raises:
+        TypeError: no real number. ValueError: an integer too large for a float.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be a float{unit and f' ({unit})'}, got {type(value).__name__}: {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite{unit and f' ({unit})'}, got an integer that no float can hold") from None
+
+
+def _as_bool(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, got {type(value).__name__}: {value!r}")
+
+
+def _as_share(name: str, value: Any, unit: str) -> float:
+    number = as_float(name, value, unit)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and >= 0 ({unit}), got {value!r}")
+    return number
+
+
+def check_num_classes(num_classes: Any) -> int:
+    """A number of classes as a plain int.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if isinstance(num_classes, str):
+        raise TypeError(
+            f"num_classes must be an int, got str: {num_classes!r}. The loss has no reduction: it is one number for the whole batch "
+            "(a determinant). Other options are keywords"
+        )
+    found = as_int("num_classes", num_classes)
+    if found < 1:
+        raise ValueError(f"num_classes must be at least 1, got {found}")
+    return found
 
 
 @dataclass(frozen=True)
 class Options:
     """What the loss may be told, besides its tensors.
 
+    Numbers of numpy are taken, and kept as plain ones.
+
     Attributes:
-        ignore_index: an int; rows whose integer label equals it contribute nothing.
+        ignore_index: an integer; rows whose integer label equals it contribute nothing.
         absent: ``"present"``: the determinant of the classes that have weight in this batch; ``"strict"``: a batch
             that lacks a class is singular.
-        eps: a float >= 0, added to ``|det U|`` before the logarithm (the published form has 1e-3).
+        eps: a real number >= 0, added to ``|det U|`` before the logarithm (the published form has 1e-3).
         normalize: True: ``U = S / W``; False: the raw weighted counts ``S``.
-        cross_entropy_weight: a float >= 0; that much of the weighted mean cross entropy is added.
+        cross_entropy_weight: a real number >= 0; that much of the weighted mean cross entropy is added.
         input: ``"logits"`` or ``"probs"``.
         engine: the name of an engine, or None for the best one that can run.
         group: a torch.distributed group over whose ranks the batch is spread, or None.
@@ -90,16 +149,17 @@ class Options:
     group: Any = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, got {type(self.ignore_index).__name__}: {self.ignore_index!r}")
-        if not -(2**63) <= self.ignore_index < 2**63:
-            raise ValueError(f"ignore_index must fit in 64 bits, got {self.ignore_index}")
+        ignore_index = as_int("ignore_index", self.ignore_index)
+        if not -(2**63) <= ignore_index < 2**63:
+            raise ValueError(f"ignore_index must fit in 64 bits, got {ignore_index}")
         _one_of("absent", self.absent, ABSENT)
         _one_of("input", self.input, INPUT)
-        _number("eps", self.eps, "added to |det U|; 0 for the exact loss, 1e-3 in the published form")
-        _number("cross_entropy_weight", self.cross_entropy_weight, "the weight of the cross entropy term; 0 for none")
-        if not isinstance(self.normalize, bool):
-            raise TypeError(f"normalize must be a bool, got {type(self.normalize).__name__}: {self.normalize!r}")
+        eps = _as_share("eps", self.eps, "added to |det U|; 0 for the exact loss, 1e-3 in the published form")
+        ce = _as_share("cross_entropy_weight", self.cross_entropy_weight, "the weight of the cross entropy term; 0 for none")
+        normalize = _as_bool("normalize", self.normalize)
+        # Plain numbers from here on: the ops, graphs and files take no others.
+        for name, value in (("ignore_index", ignore_index), ("eps", eps), ("cross_entropy_weight", ce), ("normalize", normalize)):
+            object.__setattr__(self, name, value)
         if self.engine is not None:
             _one_of("engine", self.engine, ENGINES)
         if self.group is not None:
