@@ -197,6 +197,15 @@ def flatten(logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tup
     return logits.movedim(1, -1).reshape(-1, classes), target, sample_weight
 
 
+def look_like_probabilities(rows: Tensor) -> bool:
+    """Whether all rows [N, C] are >= 0 and sum to 1, within the rounding of their dtype. Reads the data; False for no rows."""
+    if len(rows) == 0:
+        return False
+    slack = max(1e-3, torch.finfo(rows.dtype).eps)
+    sums = rows.sum(1, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    return bool((rows >= 0).all() & ((sums - 1).abs() <= slack).all())
+
+
 def raise_for_values(target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
     """Raise if data on the CPU explain a loss that is NaN, or 0 with nothing kept: labels out of range (in rows that count), bad
     sample weights, soft targets below 0.
