@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -42,9 +45,50 @@ def installed_torch() -> Path | None:
     return None
 
 
+def cxx_compiler() -> str | None:
+    named = os.environ.get("CXX", "").split()
+    for name in [*named[:1], "c++", "g++", "clang++"]:
+        if shutil.which(name):
+            return name
+    return None
+
+
+PROBE = """
+#if __cplusplus < 202002L
+#error C++20
+#endif
+#include <Python.h>
+typedef float V __attribute__((vector_size(16)));
+V f(V a) { return __builtin_shufflevector(a, a, 1, 0, 3, 2); }
+"""
+
+
+def what_compiler_lacks(compiler: str) -> str:
+    """Why the compiler cannot build the module; empty if a small program with what the kernels need compiles."""
+    include = sysconfig.get_paths()["include"]
+    command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{include}", "-x", "c++", "-"]
+    result = subprocess.run(command, input=PROBE, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return ""
+    first = next((line for line in result.stderr.splitlines() if "error" in line), "it fails")
+    return f"{compiler} cannot compile them (C++20 with vector extensions, so GCC 12 or clang, and Python's headers): {first}"
+
+
+def why_not_compile() -> str:
+    """Why this machine cannot compile the module, whatever torch there is; empty if it can."""
+    if not sys.platform.startswith("linux"):
+        return f"the compiled kernels are built on Linux only, and this is {sys.platform}"
+    compiler = cxx_compiler()
+    if compiler is None:
+        return "no C++ compiler found (looked for $CXX, c++, g++, clang++)"
+    return what_compiler_lacks(compiler)
+
+
 def _requirements(found: list[str]) -> list[str]:
-    pure = os.environ.get("LDMI_FAST_NATIVE", "1") == "0"
-    return found if pure or installed_torch() is not None else [*found, "torch>=2.10"]
+    choice = os.environ.get("LDMI_FAST_NATIVE", "auto")
+    if choice == "0" or installed_torch() is not None or (choice == "auto" and why_not_compile()):
+        return found
+    return [*found, "torch>=2.10"]
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:

@@ -19,19 +19,24 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from build_backend import installed_torch, torch_cuda_major, torch_version
+from build_backend import installed_torch, torch_cuda_major, torch_version, why_not_compile
 
 ROOT = Path(__file__).resolve().parent
+CHOSEN = "LDMI_FAST_NATIVE=0"
 
 
 def say(message: str) -> None:
-    """Print where a person sees it: pip hides what a build prints unless it fails or is asked with -v."""
+    """Print where a person sees it: pip hides what a build prints unless it fails or is asked with -v. (Where there is no terminal
+    either, the name of the wheel says it, and the package at its first use.)"""
     text = f"ldmi_fast: {message}\n"
     try:
         with open("/dev/tty", "w") as terminal:
@@ -46,51 +51,16 @@ def version() -> str:
     return re.search(r'__version__ = "(.+)"', text)[1]
 
 
-def cxx_compiler() -> str | None:
-    named = os.environ.get("CXX", "").split()
-    for name in [*named[:1], "c++", "g++", "clang++"]:
-        if shutil.which(name):
-            return name
-    return None
-
-
-PROBE = """
-#if __cplusplus < 202002L
-#error C++20
-#endif
-#include <Python.h>
-typedef float V __attribute__((vector_size(16)));
-V f(V a) { return __builtin_shufflevector(a, a, 1, 0, 3, 2); }
-"""
-
-
-def what_compiler_lacks(compiler: str) -> str:
-    """Why the compiler cannot build the module; empty if a small program with what the kernels need compiles."""
-    include = sysconfig.get_paths()["include"]
-    command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{include}", "-x", "c++", "-"]
-    result = subprocess.run(command, input=PROBE, capture_output=True, text=True, check=False)
-    if result.returncode == 0:
-        return ""
-    first = next((line for line in result.stderr.splitlines() if "error" in line), "it fails")
-    return f"{compiler} cannot compile them (C++20 with vector extensions, so GCC 12 or clang, and Python's headers): {first}"
-
-
 def why_pure() -> str:
     """Why no compiled module is built; empty if one is."""
     choice = os.environ.get("LDMI_FAST_NATIVE", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"LDMI_FAST_NATIVE must be 0, 1 or auto, got {choice!r}")
     if choice == "0":
-        return "LDMI_FAST_NATIVE=0"
-    compiler = cxx_compiler()
-    if not sys.platform.startswith("linux"):
-        missing = f"the compiled kernels are built on Linux only, and this is {sys.platform}"
-    elif compiler is None:
-        missing = "no C++ compiler found (looked for $CXX, c++, g++, clang++)"
-    elif installed_torch() is None:
+        return CHOSEN
+    missing = why_not_compile()
+    if not missing and installed_torch() is None:
         missing = "torch >= 2.10 is not installed, and its headers are needed"
-    else:
-        missing = what_compiler_lacks(compiler)
     if missing and choice == "1":
         raise SystemExit(f"ldmi_fast: LDMI_FAST_NATIVE=1, but {missing}")
     return missing
@@ -146,10 +116,24 @@ def cuda_archs() -> list[str]:
     return wanted or here or ["80", "90a", "100", "120"]
 
 
+def tool(name: str) -> str | None:
+    """A program of the build requirements: on the PATH, or beside a Python whose environment is not activated."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
 class CMakeBuild(build_ext):
     """Configures and builds with CMake and Ninja, and puts the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
+        missing = [name for name in ("cmake", "ninja") if tool(name) is None]
+        missing += [] if find_spec("pybind11") is not None else ["pybind11"]
+        if missing:
+            raise SystemExit(
+                f"ldmi_fast: the compiled kernels need {', '.join(missing)} to be built, not found here. pip installs the build "
+                "requirements by itself unless it is called with --no-build-isolation; then, install them before: pip install "
+                "'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.12'. LDMI_FAST_NATIVE=0 builds pure Python, which needs setuptools "
+                "alone"
+            )
         torch = installed_torch()
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
@@ -158,14 +142,14 @@ class CMakeBuild(build_ext):
         pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
         subprocess.check_call(
             [
-                "cmake",
+                tool("cmake"),
                 "-S",
                 str(ROOT),
                 "-B",
                 str(build),
                 "-G",
                 "Ninja",
-                f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",  # not the one of an earlier isolated build
+                f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",  # not the one of an earlier isolated build
                 f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11}",
@@ -179,7 +163,26 @@ class CMakeBuild(build_ext):
             ]
         )
         output.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.check_call(["cmake", "--build", str(build), "--target", "_C"])
+        subprocess.check_call([tool("cmake"), "--build", str(build), "--target", "_C"])
+
+
+class NotedBuild(build_py):
+    """Writes down why there are no compiled kernels, for the warning and the report of the installed package."""
+
+    def run(self) -> None:
+        super().run()
+        if reason and not self.editable_mode:
+            (Path(self.build_lib) / "ldmi_fast" / "without_kernels.txt").write_text(f"{reason}\n")
+
+
+class NamedWheel(bdist_wheel):
+    """A wheel that had to do without compiled kernels says so in its name, as its build tag: pip shows the name of what it built, and
+    nothing of what the build prints unless it is asked with -v."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        if reason and reason != CHOSEN:
+            self.build_number = "0_without_compiled_kernels"
 
 
 # Metadata and source distributions are made before torch, or on machines that build nothing: there is nothing to decide yet.
@@ -190,5 +193,5 @@ if reason:
 setup(
     version=version(),
     ext_modules=[] if reason else [Extension("ldmi_fast._C", [])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": NotedBuild, "bdist_wheel": NamedWheel},
 )

@@ -16,7 +16,9 @@ no autograd formula: a gradient saved by a forward would give a silently wrong s
 from __future__ import annotations
 
 import importlib.util
+import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -119,10 +121,16 @@ def _fused_fake(
     return logits.new_empty((), dtype=composite.compute_dtype(logits.dtype)), logits.new_empty(logits.shape)
 
 
+def _why_pure() -> str:
+    """What the build wrote down when it left out the compiled kernels."""
+    note = Path(__file__).with_name("without_kernels.txt")
+    return note.read_text().strip() if note.is_file() else "built with LDMI_FAST_NATIVE=0 or without a C++ compiler"
+
+
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled module (importing it registers its kernels), and why there is none."""
     if importlib.util.find_spec("ldmi_fast._C") is None:
-        return None, "this installation is pure Python (built with LDMI_FAST_NATIVE=0 or without a C++ compiler)"
+        return None, f"this installation is pure Python ({_why_pure()})"
     try:
         from . import _C
     except ImportError as error:
@@ -133,3 +141,24 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 compiled, why_not_compiled = _load()
+
+# Whether it has been said that there are none: where they do not load, importing says so.
+_told = compiled is None and not why_not_compiled.startswith("this installation is pure Python")
+
+
+def warn_if_slow() -> None:
+    """Say once in a process that there are no compiled kernels, and what to do. For calls that nobody forced onto an engine."""
+    global _told
+    if _told or compiled is not None or torch.compiler.is_compiling():
+        return
+    _told = True
+    way_out = (
+        "With a C++20 compiler (GCC 12 or clang) reinstall it: pip install --force-reinstall --no-deps --no-cache-dir, and the source "
+        "that it came from"
+    )
+    warnings.warn(
+        f"ldmi_fast runs without compiled kernels, about 10 times slower on a CPU: {why_not_compiled}. "
+        f"{way_out if sys.platform.startswith('linux') else 'There are kernels for Linux only'}. "
+        'To keep it as it is and hide this warning set LDMI_FAST_ENGINE=composite, or pass engine="composite"',
+        stacklevel=2,
+    )

@@ -63,6 +63,30 @@ def test_a_pure_build_requires_nothing(bare: Path, tree: Path) -> None:
     assert "REQUIRES []" in done.stdout
 
 
+@pytest.mark.parametrize(("native", "torch"), [("auto", "[]"), ("1", "['torch>=2.10']")])
+def test_without_a_compiler_no_torch_is_fetched(bare: Path, tree: Path, tmp_path: Path, native: str, torch: str) -> None:
+    """Gigabytes for nothing. Where the kernels are demanded the build goes on to say what is missing."""
+    done = run(bare, "-c", REQUIREMENTS, cwd=tree, PATH=str(tmp_path), LDMI_FAST_NATIVE=native)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"REQUIRES {torch}" in done.stdout
+
+
+def test_missing_build_tools_are_named(bare: Path, tree: Path) -> None:
+    """As in --no-build-isolation, where nobody brings them."""
+    pretend_torch(bare, "2.14.1")
+    for part in next((bare.parents[1] / "lib").glob("python*/site-packages")).glob("pybind11*"):
+        part.unlink()
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler is not None
+    done = run(bare, "setup.py", "build_ext", cwd=tree, CXX=compiler, PATH="/nowhere")
+    assert done.returncode != 0
+    said = done.stderr.strip().splitlines()[-1]
+    assert "the compiled kernels need cmake, ninja, pybind11 to be built" in said
+    assert "--no-build-isolation" in said
+    assert "LDMI_FAST_NATIVE=0" in said
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("native", ["auto", "1"])
 def test_an_sdist_needs_no_torch(bare: Path, tree: Path, tmp_path: Path, native: str) -> None:
     command = f"import build_backend; build_backend.build_sdist({str(tmp_path / 'dist')!r})"

@@ -84,10 +84,10 @@ def test_pure_wheel(tree: Path, tmp_path: Path) -> None:
     assert made.returncode == 0, made.stdout + made.stderr
     assert "WITHOUT compiled kernels (LDMI_FAST_NATIVE=0)" in made.stdout + made.stderr
     (wheel_file,) = (tmp_path / "wheels").glob("*.whl")
-    assert wheel_file.name.endswith("-py3-none-any.whl")
+    assert wheel_file.name.endswith("0-py3-none-any.whl")
     told = run(installed(wheel_file, tmp_path), "-m", "ldmi_fast", cwd=tmp_path)
     assert told.returncode == 0, told.stdout + told.stderr
-    assert "engine cpu        cannot run: this installation is pure Python" in told.stdout
+    assert "engine cpu        cannot run: this installation is pure Python (LDMI_FAST_NATIVE=0)" in told.stdout
     assert "engine composite  runs" in told.stdout
 
 
@@ -103,6 +103,26 @@ def test_without_a_compiler(tree: Path, tmp_path: Path) -> None:
     refused = wheel(tree, tmp_path / "none", PATH=str(empty), LDMI_FAST_NATIVE="1")
     assert refused.returncode != 0
     assert "LDMI_FAST_NATIVE=1, but no C++ compiler found" in refused.stdout + refused.stderr
+
+
+def test_without_a_compiler_it_is_seen_without_asking(tree: Path, tmp_path: Path) -> None:
+    """Where there is no terminal, pip prints the name of the wheel alone; then the first call says it, once."""
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "wheels"), "."]
+    made = run(*pip, cwd=tree, PATH=str(empty))
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "0_without_compiled_kernels-py3-none-any.whl" in made.stdout
+    (wheel_file,) = (tmp_path / "wheels").glob("*.whl")
+    python = installed(wheel_file, tmp_path)
+    told = run(python, "-m", "ldmi_fast", cwd=tmp_path)
+    assert "pure Python (no C++ compiler found" in told.stdout
+    step = "import torch, ldmi_fast\nfor _ in range(2): ldmi_fast.dmi_loss(torch.randn(8, 2), torch.arange(8) % 2)"
+    told = run(python, "-c", step, cwd=tmp_path)
+    assert told.stderr.count("UserWarning: ldmi_fast runs without compiled kernels") == 1, told.stderr
+    assert "no C++ compiler found" in told.stderr
+    silenced = run(python, "-c", step, cwd=tmp_path, LDMI_FAST_ENGINE="composite")
+    assert "UserWarning" not in silenced.stderr
 
 
 def test_a_compiler_that_cannot(tree: Path, tmp_path: Path) -> None:
