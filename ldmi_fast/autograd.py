@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from .engines import composite, native
+from .engines.combine import combine
 from .options import Options
 
 _Twin = Callable[[Tensor, Tensor, "Tensor | None", Options], Tensor]
@@ -64,6 +65,51 @@ def target_grad(
     return torch.cat(blocks)
 
 
+def sample_weight_grad(
+    logits: Tensor,
+    target: Tensor,
+    sample_weight: Tensor,
+    S_grad: Tensor,
+    total_grad: Tensor,
+    ce_grad: Tensor,
+    options: Options,
+) -> Tensor:
+    """The gradient for sample weights, of S [K, C], of their sum and of the summed cross entropy:
+
+        d/dw_i = <S_grad[y_i], p_i> + total_grad + ce_grad ce_i    (soft targets: <T_i S_grad, p_i>)
+
+    It is there for a weight of 0 as well, which is where learning to reweight begins; 0 where such a row holds no finite values,
+    and in rows that are ignored. A block of rows at a time, as for soft targets.
+    """
+    dtype = composite.compute_dtype(logits.dtype)
+    labels = S_grad.shape[0]
+    soft = target.is_floating_point()
+    blocks = []
+    for start in range(0, max(logits.shape[0], 1), 4096):
+        rows = slice(start, start + 4096)
+        x, y, w = logits[rows].to(dtype), target[rows], sample_weight[rows]
+        p = (torch.softmax(x, -1) if options.input == "logits" else x).to(S_grad.dtype)
+        if soft:
+            counted = torch.ones_like(w, dtype=torch.bool)
+            G = y.to(S_grad.dtype) @ S_grad
+        else:
+            y, counted = composite.counted_labels(y, labels, options.ignore_index)
+            counted = counted & (y >= 0) & (y < labels)
+            y = torch.where(counted, y, 0)
+            G = S_grad[y]
+        grad = (G * p).sum(-1) + total_grad
+        if options.cross_entropy_weight != 0:
+            logp = (torch.log_softmax(x, -1) if options.input == "logits" else x.log()).to(S_grad.dtype)
+            if soft:
+                t = y.to(S_grad.dtype)
+                grad = grad - ce_grad * (t * torch.where((t == 0) & (p == 0), 0, logp)).sum(-1)
+            else:
+                grad = grad - ce_grad * logp.gather(1, (y % x.shape[1]).unsqueeze(-1)).squeeze(-1)
+        grad = torch.where(counted & ((w != 0) | torch.isfinite(grad)), grad, 0)
+        blocks.append(grad.to(sample_weight.dtype))
+    return torch.cat(blocks)
+
+
 def _as_result(value: Tensor, logits: Tensor) -> Tensor:
     """In the dtype of results for these logits. Never by a .to() that returns its argument: Dynamo of torch 2.11 takes that for a
     second output of the Function, and gives it the gradient that belongs to the first."""
@@ -96,6 +142,22 @@ class _Fused(torch.autograd.Function):
         return saved * grad, None, None, None, None
 
 
+def _loss_forward(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``loss_forward`` of an engine. Soft targets that say nothing about some class stand between its joint and its determinant."""
+    if not target.is_floating_point():
+        return engine.loss_forward(logits, target, sample_weight, *options.of_loss, gradient)
+    informed = composite.classes_with_samples(target, sample_weight)
+    if informed.is_cpu and composite.may_look(informed) and informed.all():
+        return engine.loss_forward(logits, target, sample_weight, *options.of_loss, gradient)
+    S, n, lse, ce = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
+    log_abs_det, _, kept, V = engine.logdet_inverse(S, torch.where(informed, n, 0), options.absent)
+    total = composite.total_weight(target, sample_weight, n)
+    value, scale, ce_scale = combine(log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight)
+    return _as_result(value, logits), lse, V if gradient else V.new_empty((0, 0)), scale, ce_scale
+
+
 class _Loss(torch.autograd.Function):
     """loss_forward (joint -> logdet_inverse and the scalars behind them), and in the backward logits_grad."""
 
@@ -108,7 +170,7 @@ class _Loss(torch.autograd.Function):
         options: Options,
         engine: ModuleType,
     ) -> Tensor:
-        loss, lse, V, scale, ce_scale = engine.loss_forward(logits, target, sample_weight, *options.of_loss, True)
+        loss, lse, V, scale, ce_scale = _loss_forward(logits, target, sample_weight, options, engine, True)
         ctx.options = options
         ctx.engine = engine
         ctx.save_for_backward(logits, target, sample_weight, lse, V, scale, ce_scale)
@@ -179,10 +241,10 @@ def _needs_gradient(logits: Tensor, target: Tensor) -> bool:
 
 def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
     """The loss [] of flattened arguments, by ``engine``, differentiable."""
-    if engine is composite or transformed():
+    if engine is composite or composite.transformed():
         return composite.loss(logits, target, sample_weight, options)
     if not _needs_gradient(logits, target):
-        return engine.loss_forward(logits, target, sample_weight, *options.of_loss, False)[0]
+        return _loss_forward(logits, target, sample_weight, options, engine, False)[0]
     function = _Fused if engine.is_fused(logits, target) else _Loss
     return function.apply(logits, target, sample_weight, options, engine)
 
@@ -196,11 +258,6 @@ def fused(logits: Tensor, target: Tensor, options: Options) -> Tensor:
 
 def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
     """The joint matrix [C, C] of flattened arguments, by ``engine``, differentiable."""
-    if engine is composite or transformed():
+    if engine is composite or composite.transformed():
         return composite.joint_matrix(logits, target, sample_weight, options)
     return _Joint.apply(logits, target, sample_weight, options, engine)
-
-
-def transformed() -> bool:
-    """Whether a functorch transform (torch.func.grad, vmap, ...) is tracing this call."""
-    return torch._C._are_functorch_transforms_active()

@@ -8,14 +8,18 @@ be if the joint of the batch were B. The class counts are averaged as well, and 
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from .engines import composite
 from .stages import Sums
 
 _LIBRARY = torch.library.Library("ldmi_fast", "FRAGMENT")
-_LIBRARY.define("in_backward(Tensor like) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+for _name in ("in_backward", "in_function_forward"):
+    _LIBRARY.define(f"{_name}(Tensor like) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _in_backward() -> bool:
@@ -24,14 +28,38 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _in_function_forward() -> bool:
+    """Whether the forward of a custom autograd Function is running, which turns gradients off and yet is part of training: reentrant
+    activation checkpointing, of PyTorch or of others, is such a Function, and its backward calls the model again."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount and isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def takes_part() -> bool:
+    """Whether a forward that runs now belongs to training, as far as it shows: a gradient can be asked for. Evaluation under
+    ``no_grad`` or ``inference_mode`` does not belong."""
+    return torch.is_grad_enabled() or _in_function_forward()
+
+
 # A compiled forward is also what an outer checkpoint repeats, so a graph has to ask when it runs, not when it is traced.
 @torch.library.impl(_LIBRARY, "in_backward", "CompositeExplicitAutograd")
 def _in_backward_tensor(like: Tensor) -> Tensor:
     return torch.full((), _in_backward(), dtype=torch.bool, device=like.device)
 
 
+@torch.library.impl(_LIBRARY, "in_function_forward", "CompositeExplicitAutograd")
+def _in_function_forward_tensor(like: Tensor) -> Tensor:
+    return torch.full((), _in_function_forward(), dtype=torch.bool, device=like.device)
+
+
 @torch.library.register_fake("ldmi_fast::in_backward", lib=_LIBRARY)
-def _in_backward_fake(like: Tensor) -> Tensor:
+@torch.library.register_fake("ldmi_fast::in_function_forward", lib=_LIBRARY)
+def _flag_fake(like: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.bool, device=like.device)
 
 
@@ -54,27 +82,40 @@ class MovingAverage:
     def __call__(self, sums: Sums) -> Sums:
         """Enter a batch, and return sums whose determinant is that of the average, and whose gradient flows to the batch.
 
-        A batch in which nothing counts, or that is not finite, leaves the average as it is; so does one inside a backward pass.
+        A batch in which nothing counts, or that is not finite, leaves the average as it is; so does one inside a backward pass, which
+        repeats a forward that has entered. Where no gradient can be asked for the average stays as it is, and the sums are returned
+        as they are.
         """
+        tracing = torch.compiler.is_compiling()
+        part = None  # None: this batch takes part; else a flag that is known when the graph runs
+        if not torch.is_grad_enabled():
+            if tracing:
+                part = torch.ops.ldmi_fast.in_function_forward(sums.S.detach())
+            elif not takes_part():
+                return sums
         empty = sums.total == 0
         safe = torch.where(empty, 1, sums.total)
         U = sums.S / safe
         with torch.no_grad():
-            U_now, shares = U.detach(), sums.n / safe
+            U_now, shares = U.detach(), sums.n / safe.detach()
             enters = ~empty & torch.isfinite(U_now).all() & torch.isfinite(shares).all()
-            if torch.compiler.is_compiling():
+            if tracing:
                 enters = enters & ~torch.ops.ldmi_fast.in_backward(U_now)
             elif _in_backward():
                 enters = torch.zeros_like(enters)
+            if part is not None:
+                enters = enters & part
             m = self.momentum
             for state, new in ((self.joint, U_now), (self.counts, shares), (self.weight, 1.0)):
                 state.copy_(torch.where(enters, m * state + (1 - m) * new, state))
             self.steps.add_(enters)
-            started = self.weight > 0
+            averaged = self.weight > 0
+            if part is not None:
+                averaged = averaged & part
             B, counts = self.mean()
-            B, counts = torch.where(started, B, U_now), torch.where(started, counts, shares)
+            B, counts = torch.where(averaged, B, U_now), torch.where(averaged, counts, shares)
         # U - U is exactly 0, and NaN where U is
-        return Sums((B + (U - U_now)) * sums.total, counts * sums.total, sums.total, sums.ce)
+        return Sums((B + (U - U_now)) * sums.total, counts * sums.total.detach(), sums.total, sums.ce)
 
     def set(self, sums: Sums) -> None:
         """Start again from the sums of a pass over data, with the weight of an average that has run for ever."""

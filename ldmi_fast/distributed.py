@@ -178,4 +178,4 @@ def all_reduce(sums: Sums, options: Options, momentum: float | None = None) -> S
     S, n, tail = buffer.split((classes * classes, classes, 4))
     total, ce, first, second = tail.unbind()
     nan = torch.where(first * first == second * world_size, 0.0, torch.nan).detach().to(S.dtype)
-    return Sums(S.view(classes, classes) + nan, n.detach() + nan, total.detach(), ce)
+    return Sums(S.view(classes, classes) + nan, n.detach() + nan, total if sums.total.requires_grad else total.detach(), ce)

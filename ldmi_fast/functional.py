@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, stages
+from . import autograd, few_rows, stages
 from .average import MovingAverage
 from .checks import check_tensors, flatten, raise_for_values
 from .engines import composite, native
@@ -22,13 +22,28 @@ from .stages import Sums
 def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check the tensors and flatten them to one row a sample."""
     check_tensors(logits, target, sample_weight, options)
-    return flatten(logits, target, sample_weight)
+    return flatten(logits, target, widen(sample_weight))
 
 
-def _may_look(value: Tensor) -> bool:
+def engine_for(logits: Tensor, options: Options) -> ModuleType:
+    """The engine for these logits. A program that torch.export makes has no autograd Functions, so one that may be trained takes the
+    engine that PyTorch differentiates itself."""
+    if torch.compiler.is_exporting() and torch.is_grad_enabled():
+        return composite
+    return choose(logits, options)
+
+
+def widen(sample_weight: Tensor | None) -> Tensor | None:
+    """Sample weights in fp64 if they need a gradient: its parts cancel, and are rounded to the weights' dtype after their sum."""
+    if sample_weight is None or not composite.may_need_gradient(sample_weight):
+        return sample_weight
+    return sample_weight.to(composite.accumulator(sample_weight.device))
+
+
+def may_look(value: Tensor) -> bool:
     """Whether the data may be looked at: in eager, on the CPU. Elsewhere that would wait for the device at every step, so there it is
     for debugging, with LDMI_FAST_CHECK=1."""
-    if torch.compiler.is_compiling() or type(value) is not Tensor or autograd.transformed():
+    if not composite.may_look(value):
         return False
     if value.is_cpu:
         return True
@@ -37,7 +52,7 @@ def _may_look(value: Tensor) -> bool:
 
 def check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
     """A NaN result is worth a look at the labels and weights: they may be out of range."""
-    if _may_look(value) and math.isnan(value.item()):
+    if may_look(value) and math.isnan(value.item()):
         raise_for_values(target, sample_weight, classes, ignore_index)
 
 
@@ -54,7 +69,8 @@ def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
         and native.is_fused(logits, target)
         and options.engine is None
         and ENGINE_VARIABLE not in os.environ
-        and not autograd.transformed()
+        and not composite.transformed()
+        and not few_rows.applies(logits, target)
     )
 
 
@@ -72,8 +88,14 @@ def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, optio
         check_values(loss, target, None, logits.shape[1], options.ignore_index)
         return loss
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
-    engine = choose(logits, options)
-    loss = autograd.loss(logits, target, sample_weight, options, engine)
+    engine = engine_for(logits, options)
+    if few_rows.applies(logits, target):
+        loss = few_rows.loss(logits, target, sample_weight, options, engine)
+    elif engine is not composite and sample_weight is not None and composite.may_need_gradient(sample_weight):
+        sums = stages.joint_sums(logits, target, sample_weight, options, engine)
+        loss = conclude(sums, options, engine, logits.dtype)
+    else:
+        loss = autograd.loss(logits, target, sample_weight, options, engine)
     check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
     return loss
 
@@ -83,6 +105,11 @@ def conclude(sums: Sums, options: Options, engine: ModuleType, dtype: torch.dtyp
     if options.group is not None:
         from . import distributed  # imports torch.distributed, which most programs do without
 
+        if composite.transformed():
+            raise RuntimeError(
+                "torch.func transforms (grad, vmap, jvp, hessian, ...) do not go through the all-reduce of group=...: use "
+                "torch.autograd.grad, with create_graph=True for derivatives of the gradient, or leave out group"
+            )
         sums = distributed.all_reduce(sums, options, None if average is None else average.momentum)
     if average is not None:
         sums = average(sums)
@@ -95,7 +122,7 @@ def evaluate_in_stages(
 ) -> Tensor:
     """The loss where something stands between the joint and its determinant: other ranks, or an average."""
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
-    engine = choose(logits, options)
+    engine = engine_for(logits, options)
     sums = stages.joint_sums(logits, target, sample_weight, options, engine)
     loss = conclude(sums, options, engine, logits.dtype, average)
     check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
@@ -132,7 +159,8 @@ def dmi_loss(
         logits: (N, C) or (N, C, d1, ...), fp16, bf16, fp32 or fp64, any strides. Sums run in fp64.
         target: class indices of any integer dtype, (N,) or (N, d1, ...); or distributions over the classes, floating,
             in the shape of the logits (they get a gradient if they require one).
-        sample_weight: (N,) or (N, d1, ...), floating, >= 0. Rows of weight 0 contribute nothing, whatever they hold. No gradient.
+        sample_weight: (N,) or (N, d1, ...), floating, >= 0. Rows of weight 0 contribute nothing, whatever they hold. They get a
+            gradient if they require one (learning to reweight); that of a row of weight 0 is 0 unless its values are finite.
         ignore_index: class index whose rows contribute nothing.
         absent: what a class without weight in this batch means. ``"present"``: the determinant of the other classes'
             submatrix; ``"strict"``: the batch is singular.
@@ -198,7 +226,13 @@ def joint_matrix(
         explain_keywords("joint_matrix", unknown, ("sample_weight", "ignore_index", "normalize", "input", "engine"))
     options = make_options(ignore_index, "present", 0.0, normalize, 0.0, input, engine)
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
-    joint = autograd.joint_matrix(logits, target, sample_weight, options, choose(logits, options))
-    if _may_look(joint):  # else the sum would cost a launch
+    engine = engine_for(logits, options)
+    if engine is not composite and sample_weight is not None and composite.may_need_gradient(sample_weight):
+        S, _, total, _ = stages.joint_sums(logits, target, sample_weight, options, engine)
+        joint = S / torch.where(total == 0, 1, total) if normalize else S
+        joint = joint.to(composite.compute_dtype(logits.dtype))
+    else:
+        joint = autograd.joint_matrix(logits, target, sample_weight, options, engine)
+    if may_look(joint):  # else the sum would cost a launch
         check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], options.ignore_index)
     return joint

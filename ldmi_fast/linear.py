@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import autograd
+from . import autograd, few_rows, stages
 from .checks import FLOATS, check_tensors
 from .engines import composite
 from .engines.choose import choose
-from .functional import check_values, conclude, evaluate_in_stages
+from .functional import check_values, conclude, evaluate_in_stages, widen
 from .options import OPTION_NAMES, Options, explain_keywords, make_options
 from .stages import Sums
 
@@ -35,8 +36,7 @@ def _add_joint(
     Returns:
         lse [rows] and the summed cross entropy [].
     """
-    classes = logits.shape[1]
-    used, label, weight, nan = composite.used_rows(target, sample_weight, classes, options.ignore_index, S.dtype)
+    used, label, weight, nan = composite.used_rows(target, sample_weight, len(S), options.ignore_index, S.dtype)
     x = logits.to(composite.compute_dtype(logits.dtype))
     if used is not None:
         x = torch.where(used.unsqueeze(-1), x, 0)
@@ -51,7 +51,7 @@ def _add_joint(
         if options.cross_entropy_weight != 0:
             ce = -(t * torch.where((t == 0) & (p == 0), 0, torch.log_softmax(x, -1).to(S.dtype))).sum()
     else:
-        own = x.gather(1, label.unsqueeze(-1)).squeeze(-1)
+        own = x.gather(1, (label % x.shape[1]).unsqueeze(-1)).squeeze(-1)
         ce = (ones * (lse - own).to(S.dtype)).sum()
         S.index_add_(0, label, p if weight is None else p.mul_(weight.unsqueeze(-1)))
         n.index_add_(0, label, ones)
@@ -59,6 +59,24 @@ def _add_joint(
         S.add_(nan)
         n.add_(nan)
     return lse if used is None else torch.where(used, lse, 0), ce
+
+
+def _without_unused(hidden: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
+    """Hidden rows [N, D], zeros where a row does not count: the gradient of the logits is 0 there, and 0 times NaN is NaN."""
+    soft = target.is_floating_point()
+    if soft and sample_weight is None:
+        return hidden
+    used = None
+    if sample_weight is not None:
+        used = sample_weight != 0
+        if composite.may_need_gradient(sample_weight):  # a weight of 0 has a derivative
+            used = used | hidden.isfinite().all(-1)
+    if not soft:
+        counted = composite.counted_labels(target, 0, options.ignore_index)[1]
+        used = counted if used is None else used & counted
+    if used.is_cpu and composite.may_look(used) and used.all():
+        return hidden
+    return torch.where(used.unsqueeze(-1), hidden, 0)
 
 
 class _LinearSums(torch.autograd.Function):
@@ -70,10 +88,11 @@ class _LinearSums(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         sample_weight: Tensor | None,
+        num_labels: int,
         options: Options,
         engine: ModuleType,
         chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         classes = weight.shape[0]
         acc = composite.accumulator(hidden.device)
         S = n = ce = None
@@ -83,14 +102,14 @@ class _LinearSums(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 logits = F.linear(hidden[rows], weight, bias)
                 y, w = target[rows], None if sample_weight is None else sample_weight[rows]
-                if chunk >= classes:
-                    added = engine.joint(logits, y, w, classes, options.ignore_index, "logits")
+                if chunk >= num_labels:
+                    added = engine.joint(logits, y, w, num_labels, options.ignore_index, "logits")
                     S, n = (added[0], added[1]) if S is None else (S.add_(added[0]), n.add_(added[1]))
                     lse, part = added[2], added[3]
                 else:
                     if S is None:
-                        S = torch.zeros(classes, classes, dtype=acc, device=hidden.device)
-                        n = torch.zeros(classes, dtype=acc, device=hidden.device)
+                        S = torch.zeros(num_labels, classes, dtype=acc, device=hidden.device)
+                        n = torch.zeros(num_labels, dtype=acc, device=hidden.device)
                     lse, part = _add_joint(S, n, logits, y, w, options)
                 lses.append(lse)
                 ce = part if ce is None else ce + part
@@ -98,15 +117,16 @@ class _LinearSums(torch.autograd.Function):
             S, n = S.clone(), n.clone()
         ctx.options, ctx.engine, ctx.chunk = options, engine, chunk
         ctx.save_for_backward(hidden, weight, bias, target, sample_weight, torch.cat(lses))
-        ctx.mark_non_differentiable(n)
-        return S, n, ce
+        total = composite.total_weight(target, sample_weight, n)
+        ctx.mark_non_differentiable(*((n,) if ctx.needs_input_grad[4] else (n, total)))
+        return S, n, total, ce
 
     @staticmethod
-    def backward(ctx: FunctionCtx, S_grad: Tensor, n_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, S_grad: Tensor, n_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, sample_weight, lse = ctx.saved_tensors
-        options, needed = ctx.options, ctx.needs_input_grad[:4]
+        options, needed = ctx.options, ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            return *_gradients_with_graph(ctx, S_grad, ce_grad), None, None, None, None
+            return *_gradients_with_graph(ctx, S_grad, total_grad, ce_grad), None, None, None, None
         S_grad = S_grad.contiguous()
         minus = S_grad.new_full((), -1.0)
         # sums over chunks are made in fp32 at least
@@ -115,6 +135,7 @@ class _LinearSums(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
         d_bias = torch.zeros_like(bias, dtype=wide) if needed[2] else None
         d_target = torch.empty_like(target) if needed[3] else None
+        d_sample_weight = torch.empty_like(sample_weight) if needed[4] else None
         with composite.full_precision(hidden.device):
             for start in range(0, len(hidden), ctx.chunk):
                 rows = slice(start, start + ctx.chunk)
@@ -122,6 +143,8 @@ class _LinearSums(torch.autograd.Function):
                 logits = F.linear(x, weight, bias)
                 if d_target is not None:
                     d_target[rows] = autograd.target_grad(logits, y, w, S_grad, minus, ce_grad, options)
+                if d_sample_weight is not None:
+                    d_sample_weight[rows] = autograd.sample_weight_grad(logits, y, w, S_grad, total_grad, ce_grad, options)
                 if d_hidden is None and d_weight is None and d_bias is None:
                     continue
                 d_logits = ctx.engine.logits_grad(logits, y, w, lse[rows], S_grad, minus, ce_grad, options.ignore_index, "logits")
@@ -129,6 +152,7 @@ class _LinearSums(torch.autograd.Function):
                 if d_hidden is not None:
                     torch.mm(d_logits, weight, out=d_hidden[rows])
                 if d_weight is not None:
+                    x = _without_unused(x, y, w, options)
                     if wide == weight.dtype:
                         d_weight.addmm_(d_logits.mT, x)
                     else:
@@ -140,6 +164,7 @@ class _LinearSums(torch.autograd.Function):
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(weight.dtype),
             d_target,
+            d_sample_weight,
             None,
             None,
             None,
@@ -147,16 +172,19 @@ class _LinearSums(torch.autograd.Function):
         )
 
 
-def _gradients_with_graph(ctx: FunctionCtx, S_grad: Tensor, ce_grad: Tensor) -> list[Tensor | None]:
+def _gradients_with_graph(ctx: FunctionCtx, S_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> list[Tensor | None]:
     """The gradients, themselves differentiable. Derivatives of a gradient need all logits at once."""
     hidden, weight, bias, target, sample_weight, _ = ctx.saved_tensors
-    options, needed = ctx.options, ctx.needs_input_grad[:4]
-    wanted = [tensor for tensor, need in zip((hidden, weight, bias, target), needed, strict=True) if need]
+    options, needed = ctx.options, ctx.needs_input_grad[:5]
+    wanted = [tensor for tensor, need in zip((hidden, weight, bias, target, sample_weight), needed, strict=True) if need]
     need_ce = options.cross_entropy_weight != 0
     with torch.enable_grad(), composite.full_precision(hidden.device):
-        logits = F.linear(hidden, weight, bias)
-        S, _, _, ce = composite.joint(logits, target, sample_weight, weight.shape[0], options.ignore_index, "logits", need_ce)
+        logits = F.linear(_without_unused(hidden, target, sample_weight, options), weight, bias)
+        S, n, _, ce = composite.joint(logits, target, sample_weight, len(S_grad), options.ignore_index, "logits", need_ce)
         outputs, upstream = ([S, ce], [S_grad, ce_grad]) if need_ce else ([S], [S_grad])
+        if needed[4]:
+            outputs.append(composite.differentiable_total(logits, target, sample_weight, n, options))
+            upstream.append(total_grad)
         found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
     return [next(found) if need else None for need in needed]
 
@@ -176,6 +204,8 @@ def _check(hidden: Any, weight: Any, bias: Any, chunk_size: Any) -> None:
             f"hidden must have shape (N, ..., D) and weight (C, D) as in torch.nn.Linear, got {tuple(hidden.shape)} and "
             f"{tuple(weight.shape)}"
         )
+    if weight.shape[1] == 0 or weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape (C, D) with C and D at least 1, got {tuple(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape (C,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
     if chunk_size is not None:
@@ -233,7 +263,7 @@ def linear_dmi_loss(
         explain_keywords("linear_dmi_loss", unknown, ("bias", "sample_weight", *names, "chunk_size"))
     options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, "logits", engine, group)
     _check(hidden, weight, bias, chunk_size)
-    if torch.is_autocast_enabled(hidden.device.type):
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -251,19 +281,30 @@ def linear_dmi_loss(
     if isinstance(sample_weight, Tensor):
         if sample_weight.shape != shape:
             raise ValueError(f"sample_weight must have one weight a sample, shape {tuple(shape)}, got {tuple(sample_weight.shape)}")
-        sample_weight = sample_weight.reshape(-1)
+        sample_weight = widen(sample_weight.reshape(-1))
     hidden = hidden.reshape(-1, hidden.shape[-1])
     # nothing is stored for it: one number, seen from everywhere
-    check_tensors(hidden.new_empty(1).expand(len(hidden), classes), target, sample_weight, options)
-    if autograd.transformed():
-        return evaluate_in_stages(F.linear(hidden, weight, bias), target, sample_weight, options)
+    logits_like = hidden.new_empty(1).expand(len(hidden), classes)
+    check_tensors(logits_like, target, sample_weight, options)
+    if composite.transformed() or (torch.compiler.is_exporting() and torch.is_grad_enabled()):
+        logits = F.linear(_without_unused(hidden, target, sample_weight, options), weight, bias)
+        return evaluate_in_stages(logits, target, sample_weight, options)
     chosen = choose(hidden, options)
     chunk = _rows(len(hidden), classes, chunk_size)
-    S, n, ce = _LinearSums.apply(hidden, weight, bias, target, sample_weight, options, chosen, chunk)
+    few = options.group is None and options.cross_entropy_weight == 0 and few_rows.applies(logits_like, target)
+    if few:
+        slot, class_of_slot = few_rows.slots(target, sample_weight, classes, options.ignore_index)
+        by_slot = replace(options, ignore_index=-100)
+        S, n, total, ce = _LinearSums.apply(hidden, weight, bias, slot, sample_weight, len(class_of_slot), by_slot, chosen, chunk)
+    else:
+        S, n, total, ce = _LinearSums.apply(hidden, weight, bias, target, sample_weight, classes, options, chosen, chunk)
     n = n.detach()
-    sums = Sums(S, n, composite.total_weight(target, sample_weight, n), ce)
+    sums = Sums(S, stages.with_samples(n, target, sample_weight), total, ce)
     del S  # the determinant's backward needs V alone
-    loss = conclude(sums, options, chosen, hidden.dtype)
+    if few:
+        loss = few_rows.finish(sums, class_of_slot, classes, options, chosen, hidden.dtype)
+    else:
+        loss = conclude(sums, options, chosen, hidden.dtype)
     if not torch.compiler.is_compiling():
         check_values(loss, target, sample_weight, classes, options.ignore_index)
     return loss

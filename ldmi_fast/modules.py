@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
@@ -9,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import autograd
-from .average import MovingAverage, new_state
+from .average import MovingAverage, new_state, takes_part
 from .checks import check_tensors
 from .diagnostics import JointReport, report_on
 from .engines import composite
@@ -21,6 +21,8 @@ from .options import OPTION_NAMES, Options, explain_keywords
 SAMPLES_PER_CLASS = 250
 """What :meth:`DMILoss.recommended` wants in the average: with fewer a class the determinant is noise, with more the average lags
 behind the model for nothing (``bench/many_classes.py`` measures both sides)."""
+AVERAGES = ("average_joint", "average_counts", "average_weight")
+
 LEAST_MOMENTUM, MOST_MOMENTUM = 0.9, 0.999
 
 
@@ -36,9 +38,10 @@ class DMILoss(nn.Module):
     and batches with fewer samples than classes work. Which classes are present is decided by B as well.
 
     The average is kept in buffers (fp64, whatever dtype the module is converted to) and so in the state dict. Only a forward in
-    training mode enters it: in eval mode the loss is that of the batch alone, and a forward that activation checkpointing
-    repeats uses the average as it is. A batch in which nothing counts, or with NaN, does not enter. The buffers have to be on
-    the device of the logits: ``criterion.to(device)``.
+    training mode, where a gradient can be asked for, enters it. In eval mode, and under ``torch.no_grad()`` or
+    ``torch.inference_mode()`` in either mode, the loss is that of the batch alone. A forward that activation checkpointing repeats
+    uses the average as it is. A batch in which nothing counts, or with NaN, does not enter. The buffers have to be on the device of
+    the logits: ``criterion.to(device)``. A class whose share of the average falls below 1e-12 is absent.
 
     Args:
         num_classes: C, if it is to be checked against the logits; None takes any. ``momentum`` needs it.
@@ -82,6 +85,7 @@ class DMILoss(nn.Module):
                 raise ValueError("momentum needs num_classes: the average is a num_classes x num_classes buffer")
             for name, tensor in new_state(num_classes).items():
                 self.register_buffer(name, tensor)
+            self._remember()
 
     @classmethod
     def recommended(cls, num_classes: int, batch_size: int, **options: Any) -> DMILoss:
@@ -122,6 +126,7 @@ class DMILoss(nn.Module):
         """The moving average, over this module's buffers; None without momentum."""
         if self.momentum is None:
             return None
+        self._restore_precision()
         return MovingAverage(self.average_joint, self.average_counts, self.average_weight, self.average_steps, self.momentum)
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -139,7 +144,9 @@ class DMILoss(nn.Module):
             )
         if self.momentum is None or not self.training:
             return evaluate(logits, target, sample_weight, self.options)
-        if autograd.transformed():
+        if not torch.compiler.is_compiling() and not takes_part():  # evaluation, whatever mode this module is in
+            return evaluate(logits, target, sample_weight, self.options)
+        if composite.transformed():
             raise RuntimeError(
                 "DMILoss with momentum cannot update its average inside a torch.func transform (grad, vmap, ...); "
                 "use torch.autograd, or criterion.eval() for the loss of the batch alone"
@@ -196,6 +203,54 @@ class DMILoss(nn.Module):
         check_tensors(logits, target, sample_weight, self.options)
         return report_on(logits, target, sample_weight, self.options, self.average)
 
+    def _remember(self) -> None:
+        """Keep a second tensor over the memory of each buffer of the average. It costs nothing, and still has fp64 numbers after
+        something has replaced the data of the buffer by a rounded copy."""
+        self._exact = {name: self._buffers[name].detach() for name in AVERAGES}
+
+    def _restore_precision(self) -> None:
+        """Bring the average back to fp64 if something has cast the buffers without asking the module: FSDP and DDP with
+        ``MixedPrecision(buffer_dtype=...)`` replace the data of buffers, ``load_state_dict(assign=True)`` the buffers themselves."""
+        wide = composite.accumulator(self.average_joint.device)
+        if all(self._buffers[name].dtype == wide for name in AVERAGES):
+            return
+        rounded = False
+        for name in AVERAGES:
+            buffer, exact = self._buffers[name], self.__dict__.get("_exact", {}).get(name)
+            restored = buffer.detach().to(wide)
+            if torch.compiler.is_compiling():
+                self._buffers[name] = restored
+                continue
+            if not composite.may_look(buffer):
+                continue
+            if exact is not None and exact.dtype == wide and torch.equal(exact.to(buffer.device).to(buffer.dtype), buffer.detach()):
+                restored = exact.to(buffer.device)
+            else:
+                rounded |= bool(buffer.count_nonzero())
+            buffer.data = restored  # the same tensor: a wrapper may hold it
+        if torch.compiler.is_compiling():
+            return
+        self._remember()
+        if rounded:
+            warnings.warn(
+                "the moving average of this DMILoss was rounded to half or single precision, and a determinant of rounded numbers is "
+                f"noise. It is {wide} again, but what it had held is rounded: call calibrate() or reset(). "
+                "load_state_dict(assign=True) does this with a state in half precision: load it without assign, or save it in fp64. "
+                "So do wrappers that cast buffers, such as MixedPrecision(buffer_dtype=...): leave that out, or keep the criterion "
+                "out of the wrapped module",
+                stacklevel=4,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_exact", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.momentum is not None:
+            self._remember()
+
     def _with_momentum(self, what: str) -> MovingAverage:
         if self.average is None:
             raise RuntimeError(f"{what}() is about the moving average, and this DMILoss has none: pass momentum, such as 0.9")
@@ -217,6 +272,8 @@ class DMILoss(nn.Module):
                 self._buffers[name] = torch.zeros(buffer.shape, dtype=dtype, device=device)
             elif buffer.dtype != dtype or buffer.device != device:
                 self._buffers[name] = buffer.to(dtype).to(device)
+        if self.momentum is not None:
+            self._remember()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
@@ -225,6 +282,8 @@ class DMILoss(nn.Module):
             for name, buffer in self._buffers.items():
                 state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if self.momentum is not None:
+            self._remember()
 
     def extra_repr(self) -> str:
         defaults = Options()

@@ -29,9 +29,10 @@ class Sums(NamedTuple):
     """What a batch leaves behind; batches add up.
 
     Attributes:
-        S: [C, C], the joint sums of labels (rows) and predictions; carries the gradient.
-        n: [C], the weight of each class; no gradient (the loss does not depend on it, given S).
-        total: [], W, the weight of all rows that count; no gradient.
+        S: [K, C], the joint sums of labels (rows) and predictions; carries the gradient. K is C, but for ``few_rows``.
+        n: [K], the weight of each class, 0 for one that the targets say nothing about; no gradient (the loss does not depend on it,
+            given S).
+        total: [], W, the weight of all rows that count; carries the gradient of sample weights.
         ce: [], the weighted sum of cross entropies; carries the gradient.
     """
 
@@ -42,12 +43,13 @@ class Sums(NamedTuple):
 
 
 def _differentiable(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, num_labels: int, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sums by operations that PyTorch differentiates itself, as often as asked."""
+    """S, n, W and the cross entropy by operations that PyTorch differentiates itself, as often as asked."""
     with composite.full_precision(logits.device):
         need_ce = options.cross_entropy_weight != 0
-        return composite.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input, need_ce)
+        S, n, _, ce = composite.joint(logits, target, sample_weight, num_labels, options.ignore_index, options.input, need_ce)
+        return S, n, composite.differentiable_total(logits, target, sample_weight, n, options), ce
 
 
 class _JointSums(torch.autograd.Function):
@@ -57,51 +59,66 @@ class _JointSums(torch.autograd.Function):
         logits: Tensor,
         target: Tensor,
         sample_weight: Tensor | None,
+        num_labels: int,
         options: Options,
         engine: ModuleType,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        S, n, lse, ce = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        S, n, lse, ce = engine.joint(logits, target, sample_weight, num_labels, options.ignore_index, options.input)
+        total = composite.total_weight(target, sample_weight, n)
         ctx.options = options
         ctx.engine = engine
         ctx.save_for_backward(logits, target, sample_weight, lse)
-        ctx.mark_non_differentiable(n)
-        return S, n, ce
+        ctx.mark_non_differentiable(*((n,) if ctx.needs_input_grad[2] else (n, total)))
+        return S, n, total, ce
 
     @staticmethod
-    def backward(ctx: FunctionCtx, S_grad: Tensor, n_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, S_grad: Tensor, n_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
         options = ctx.options
         logits, target, sample_weight, lse = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            wanted = [tensor for tensor, needed in zip((logits, target), ctx.needs_input_grad[:2], strict=True) if needed]
+            wanted = [tensor for tensor, need in zip((logits, target, sample_weight), needed, strict=True) if need]
             with torch.enable_grad():
-                S, _, _, ce = _differentiable(logits, target, sample_weight, options)
+                S, _, total, ce = _differentiable(logits, target, sample_weight, len(S_grad), options)
             outputs, upstream = [S], [S_grad]
             if options.cross_entropy_weight != 0:
-                outputs, upstream = [S, ce], [S_grad, ce_grad]
-            found = list(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
-            d_logits = found.pop(0) if ctx.needs_input_grad[0] else None
-            d_target = found.pop(0) if ctx.needs_input_grad[1] else None
-            return d_logits, d_target, None, None, None
+                outputs, upstream = [*outputs, ce], [*upstream, ce_grad]
+            if needed[2]:
+                outputs, upstream = [*outputs, total], [*upstream, total_grad]
+            found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
+            return *(next(found) if need else None for need in needed), None, None, None
         S_grad = S_grad.contiguous()
         minus = S_grad.new_full((), -1.0)
-        d_logits = d_target = None
-        if ctx.needs_input_grad[0]:
+        d_logits = d_target = d_weight = None
+        if needed[0]:
             d_logits = ctx.engine.logits_grad(
                 logits, target, sample_weight, lse, S_grad, minus, ce_grad, options.ignore_index, options.input
             )
-        if ctx.needs_input_grad[1]:
+        if needed[1]:
             d_target = autograd.target_grad(logits, target, sample_weight, S_grad, minus, ce_grad, options)
-        return d_logits, d_target, None, None, None
+        if needed[2]:
+            d_weight = autograd.sample_weight_grad(logits, target, sample_weight, S_grad, total_grad, ce_grad, options)
+        return d_logits, d_target, d_weight, None, None, None
 
 
-def joint_sums(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Sums:
-    """The sums of flattened, checked arguments, by ``engine``."""
-    if engine is composite or autograd.transformed():
-        S, n, _, ce = _differentiable(logits, target, sample_weight, options)
+def joint_sums(
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType, num_labels: int | None = None
+) -> Sums:
+    """The sums of flattened, checked arguments, by ``engine``. ``num_labels``: K, if it is not C."""
+    num_labels = logits.shape[1] if num_labels is None else num_labels
+    if engine is composite or composite.transformed():
+        S, n, total, ce = _differentiable(logits, target, sample_weight, num_labels, options)
     else:
-        S, n, ce = _JointSums.apply(logits, target, sample_weight, options, engine)
+        S, n, total, ce = _JointSums.apply(logits, target, sample_weight, num_labels, options, engine)
     n = n.detach()
-    return Sums(S, n, composite.total_weight(target, sample_weight, n), ce)
+    return Sums(S, with_samples(n, target, sample_weight), total, ce)
+
+
+def with_samples(n: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """n [C], and 0 for a class that soft targets say nothing about: it is absent from this batch."""
+    if not target.is_floating_point():
+        return n
+    return torch.where(composite.classes_with_samples(target, sample_weight), n, 0)
 
 
 class _LogAbsDet(torch.autograd.Function):
@@ -127,7 +144,7 @@ class _LogAbsDet(torch.autograd.Function):
 
 def log_abs_det(S: Tensor, n: Tensor, absent: str, engine: ModuleType) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log|det S| [], its sign, the number of classes kept and V = S^-T [C, C], as ``logdet_inverse`` gives them, differentiable."""
-    if engine is composite or autograd.transformed():
+    if engine is composite or composite.transformed():
         with composite.full_precision(S.device):
             return composite.logdet_inverse(S, n, absent)
     return _LogAbsDet.apply(S, n, absent, engine)

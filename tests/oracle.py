@@ -7,6 +7,10 @@ With P = softmax(Z) (or the probabilities given), labels y (or soft targets T), 
     l = log|det S| - k log W                        k = number of classes kept; without k log W when not normalised
     loss = -log(exp(l) + eps) + a * (weighted mean cross entropy)
     V = S^{-T},  dloss/dp_i = -w_i V[y_i],  dloss/dT_iy = -w_i <p_i, V[y]>      (times sigmoid(l - log eps))
+    dloss/dw_i = k / W - <p_i, V[y_i]>   (without k / W when not normalised; the same factor)   + a (ce_i - mean ce) / W
+
+A class is kept if its share of the weight is at least ``ABSENT_SHARE`` and, for soft targets whose rows sum to 1, if they differ in
+its column.
 
 Everything runs in numpy's longdouble (64-bit significand on x86) up to ``EXTENDED_CLASSES`` classes, in float64 above,
 where the factorisation is LAPACK's. ``test_oracle.py`` holds it against mpmath and against finite differences.
@@ -22,6 +26,10 @@ import scipy.linalg
 
 Array = npt.NDArray[np.floating]
 
+ABSENT_SHARE = 1e-12
+#: Columns of soft targets whose entries differ by less, relatively, differ by rounding.
+SAME = {np.dtype(np.float16): 2.0**-8, np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-6}
+
 #: Above these the plain numpy elimination (no BLAS for longdouble) would take seconds.
 EXTENDED_CLASSES = 130
 EXTENDED_ELEMENTS = 1_000_000
@@ -34,6 +42,7 @@ class Answer:
     loss: float
     grad: npt.NDArray[np.float64]  # d loss / d logits (or probabilities), shaped like them
     target_grad: npt.NDArray[np.float64] | None  # d loss / d soft targets, shaped like them; None for labels
+    weight_grad: npt.NDArray[np.float64]  # d loss / d sample weights [N * d1 * ...]; 0 in rows that are not used
     share: float  # sigmoid(l - log eps): what eps leaves of the gradient; 1 without eps
     log_abs_det: float  # l above: -inf when singular, 0 for an empty batch
     sign: float  # of det S over the kept classes; 0 when singular
@@ -80,9 +89,13 @@ def dmi(
         membership[used, labels[used]] = 1
     z, membership, weight = z[used], membership[used], weight[used]
 
-    def answer(loss: float, grad: Array, target_grad: Array, **rest: object) -> Answer:
+    def answer(loss: float, grad: Array, target_grad: Array, weight_grad: Array | None = None, **rest: object) -> Answer:
+        by_weight = np.zeros(rows)
+        if weight_grad is not None:
+            by_weight[used] = weight_grad
         return Answer(
             loss=float(loss),
+            weight_grad=by_weight,
             grad=_like(logits, grad, used),
             target_grad=_like(logits, target_grad, used) if soft else None,
             counts=(weight[:, None] * membership).sum(0).astype(np.float64),
@@ -130,7 +143,9 @@ def dmi(
         )
 
     counts = weight @ membership
-    present = counts > 0
+    present = (counts > 0) & (counts / counts.max() >= ABSENT_SHARE * (counts / counts.max()).sum())
+    if soft:
+        present &= _told(membership, SAME[target.dtype])
     kept = int(present.sum()) if absent == "present" else classes
     joint = (weight[:, None] * membership).T @ p
     total = weight.sum()
@@ -157,6 +172,7 @@ def dmi(
         loss, share = -log_abs_det, 1
     grad_p = -share * weight[:, None] * (membership @ V)
     target_grad = -share * weight[:, None] * (p @ V.T)
+    weight_grad = share * ((kept / total if normalize else 0) - ((membership @ V) * p).sum(1))
     if input == "probs":
         grad, terms = grad_p, np.abs(grad_p)
     else:
@@ -166,7 +182,10 @@ def dmi(
     if cross_entropy_weight:
         scale = cross_entropy_weight * weight[:, None] / total
         with np.errstate(all="ignore"):
-            loss = loss - (scale * np.where(membership == 0, 0, membership * log_p)).sum()
+            ce = -np.where(membership == 0, 0, membership * log_p).sum(1)
+            mean = (weight * ce).sum() / total
+            loss = loss + cross_entropy_weight * mean
+            weight_grad = weight_grad + cross_entropy_weight * (ce - mean) / total
             if input == "probs":
                 grad = grad - scale * np.where(membership == 0, 0, membership / p)
             else:
@@ -179,6 +198,7 @@ def dmi(
         loss,
         grad,
         target_grad,
+        weight_grad,
         share=float(share),
         log_abs_det=float(log_abs_det),
         sign=float(sign),
@@ -190,6 +210,19 @@ def dmi(
         V=V.astype(np.float64),
         joint=joint.astype(np.float64),
     )
+
+
+def _told(T: Array, same: float) -> npt.NDArray[np.bool_]:
+    """Which columns of the soft targets T tell samples apart."""
+    columns = T.shape[1]
+    if np.abs(T.sum(1) - 1).max() > 1e-2:
+        return np.ones(columns, bool)
+    constant = np.array([np.ptp(T[:, c]) <= same * abs(T[:, c].max()) for c in range(columns)])
+    if not constant.all():
+        return ~constant
+    # one sample, or one class: the target itself tells
+    lowest = T.max(0) <= T.max(0).min() * (1 + same)
+    return ~lowest | lowest.all()
 
 
 @dataclass(frozen=True)

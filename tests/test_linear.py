@@ -240,3 +240,51 @@ def good() -> dict[str, Any]:
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         linear_dmi_loss(**{**good(), **change})
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("how", ["ignored", "weight", "soft"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_hidden_rows_that_do_not_count_may_hold_anything(
+    engine: str, device: torch.device, chunk: int | None, how: str, value: float
+) -> None:
+    """Padding holds NaN after attention that masks a whole row."""
+    batch = problem(40, 5, soft=how == "soft", dtype=torch.float64).to(device=device)
+    hidden, weight, bias = layer(problem(40, 5, dtype=torch.float64), device)
+    broken = hidden.detach().clone()
+    broken[:3] = value
+    broken.requires_grad_()
+    target = batch.target.clone()
+    sample_weight = None
+    if how == "ignored":
+        target[:3] = -100
+    else:
+        sample_weight = torch.ones(40, dtype=torch.float64, device=device)
+        sample_weight[:3] = 0
+    options: dict[str, Any] = {"engine": engine, "chunk_size": chunk, "cross_entropy_weight": 0.3}
+    for order in (1, 2):
+        ours = linear_dmi_loss(broken, weight, target, bias, sample_weight=sample_weight, **options)
+        theirs = linear_dmi_loss(hidden[3:], weight, batch.target[3:], bias, **options)
+        got = torch.autograd.grad(ours, (broken, weight, bias), create_graph=order == 2)
+        expected = torch.autograd.grad(theirs, (hidden, weight, bias), create_graph=order == 2)
+        if order == 2:
+            got = torch.autograd.grad(sum((part**2).sum() for part in got[1:]), (broken, weight, bias))
+            expected = torch.autograd.grad(sum((part**2).sum() for part in expected[1:]), (hidden, weight, bias))
+        assert not got[0][:3].any()
+        for mine, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-11)
+    functional = torch.func.grad(lambda w: linear_dmi_loss(broken, w, target, bias, sample_weight=sample_weight, **options))
+    (expected_weight,) = torch.autograd.grad(linear_dmi_loss(hidden[3:], weight, batch.target[3:], bias, **options), weight)
+    torch.testing.assert_close(functional(weight.detach()), expected_weight, rtol=1e-8, atol=1e-11)
+
+
+def test_meta_tensors(engine: str) -> None:
+    hidden, weight = torch.empty(20, 4, device="meta"), torch.empty(6, 4, device="meta")
+    loss = linear_dmi_loss(hidden, weight, torch.empty(20, dtype=torch.int64, device="meta"))
+    assert loss.is_meta
+    assert loss.shape == ()
+
+
+def test_a_layer_without_features_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"C and D at least 1, got \(3, 0\)"):
+        linear_dmi_loss(torch.zeros(5, 0), torch.zeros(3, 0), torch.zeros(5, dtype=torch.int64))

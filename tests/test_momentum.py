@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -163,13 +164,79 @@ def test_what_does_not_enter_the_average(engine: str, device: torch.device) -> N
     assert criterion.average_steps.item() == 2
 
 
-def test_no_grad_in_training_mode_enters(engine: str, device: torch.device) -> None:
-    """As batch norm's statistics do."""
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_nothing_enters_where_no_gradient_can_be_asked_for(engine: str, device: torch.device, off: Any) -> None:
+    """An evaluation loop that puts the model into eval mode, and not the criterion: the loss is that of the batch alone."""
     criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
+    first, second = (batch.to(device=device) for batch in several(2))
+    criterion(first.leaf(), first.target)
+    before = copy.deepcopy(criterion.state_dict())
+    expected = dmi_loss(second.logits, second.target, engine=engine)
+    with off():
+        assert torch.equal(criterion(second.logits, second.target), expected)
+        assert torch.equal(criterion(second.leaf(), second.target), expected)
+    for name, value in criterion.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    criterion(second.leaf(), second.target)
+    assert criterion.average_steps.item() == 2
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_nothing_enters_a_compiled_evaluation(engine: str, device: torch.device, off: Any) -> None:
+    torch._dynamo.reset()
+    criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
     batch = problem(60, 6).to(device=device)
-    with torch.no_grad():
-        assert not criterion(batch.leaf(), batch.target).requires_grad
+    compiled(batch.leaf(), batch.target)
+    other = problem(60, 6, seed=5).to(device=device)
+    with off():
+        torch.testing.assert_close(compiled(other.logits, other.target), dmi_loss(other.logits, other.target, engine=engine))
     assert criterion.average_steps.item() == 1
+
+
+def test_a_class_that_leaves_the_data(engine: str, device: torch.device) -> None:
+    """Its share decays; below 1e-12 of the weight it is absent, and the loss is that of the classes that are left."""
+    criterion = DMILoss(5, momentum=0.5, engine=engine).to(device)
+    batch = problem(100, 5, dtype=torch.float64).to(device=device)
+    criterion(batch.logits, batch.target)
+    left = batch.target != 4
+    logits = batch.logits[left].requires_grad_()
+    target = batch.target[left]
+    alone = dmi_loss(logits, target, engine=engine)
+    (expected,) = torch.autograd.grad(alone, logits)
+    rising = []
+    for step in range(1, 46):
+        loss = criterion(logits, target)
+        if step in (30, 35):
+            rising.append(loss.item())
+    # 0.2 * 2^-45 of the weight is below 1e-12; until then each step costs log 2
+    assert rising[1] - rising[0] == pytest.approx(5 * np.log(2), rel=1e-6)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-9)
+    torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-12)
+    report = criterion.diagnose(logits, target)
+    assert report.average is not None
+    assert report.average.kept == 4
+    assert report.average.log_abs_det == pytest.approx(-alone.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
+def test_an_average_from_long_ago(engine: str, device: torch.device, momentum: float) -> None:
+    """As after a hundred thousand steps: the weight of a class is subnormal. The loss neither is inf nor stays where it was."""
+    criterion = DMILoss(5, momentum=momentum, engine=engine).to(device)
+    batch = problem(100, 5, dtype=torch.float64).to(device=device)
+    left = batch.target != 4
+    criterion.calibrate([(batch.logits, batch.target)], lambda x: x)
+    for tiny in (1e-300, 1e-310, 5e-324):
+        criterion.calibrate([(batch.logits[left], batch.target[left])], lambda x: x)
+        criterion.average_joint[4] = tiny
+        criterion.average_counts[4] = 5 * tiny
+        logits = batch.logits[left].requires_grad_()
+        loss = criterion(logits, batch.target[left])
+        (grad,) = torch.autograd.grad(loss, logits)
+        expected = dmi_loss(logits, batch.target[left], engine=engine)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected, logits)[0], rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "hooks"])
@@ -231,6 +298,62 @@ def test_conversions_keep_the_precision(convert: str) -> None:
     for name, value in criterion.state_dict().items():
         assert value.dtype == before[name].dtype, name
         assert torch.equal(value, before[name]), name
+
+
+def cast_buffers(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """As FSDP and DDP do for MixedPrecision(buffer_dtype=...)."""
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copy"])
+def test_buffers_that_something_casts_are_restored(engine: str, device: torch.device, dtype: torch.dtype, copied: bool) -> None:
+    plain, cast = (DMILoss(6, momentum=0.9, engine=engine).to(device) for _ in range(2))
+    batches = [batch.to(device=device) for batch in several(6)]
+    for criterion in (plain, cast):
+        criterion.calibrate([(batches[0].logits, batches[0].target)], lambda x: x)
+    if copied:
+        cast = pickle.loads(pickle.dumps(copy.deepcopy(cast)))
+    names = {name: id(buffer) for name, buffer in cast.named_buffers()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step, batch in enumerate(batches):
+            if step % 2 == 0:
+                cast_buffers(cast, dtype)
+                assert cast.average_joint.dtype == dtype
+            assert torch.equal(cast(batch.logits, batch.target), plain(batch.logits, batch.target))
+    for name in STATE:
+        assert torch.equal(getattr(cast, name), getattr(plain, name)), name
+    assert {name: id(buffer) for name, buffer in cast.named_buffers()} == names  # a wrapper may hold them
+
+
+def test_a_rounded_state_is_named(engine: str, device: torch.device) -> None:
+    """What was saved in half precision has lost its digits: the forward says so, once, and goes on in fp64."""
+    criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
+    batch = problem(60, 6).to(device=device)
+    criterion(batch.logits, batch.target)
+    state = {name: value.bfloat16() if value.is_floating_point() else value for name, value in criterion.state_dict().items()}
+    criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
+    criterion.load_state_dict(state, assign=True)
+    assert criterion.average_joint.dtype == torch.bfloat16
+    with pytest.warns(UserWarning, match=r"rounded to half or single precision.*calibrate\(\) or reset\(\)"):
+        criterion(batch.logits, batch.target)
+    assert criterion.average_joint.dtype == torch.float64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(batch.logits, batch.target)
+
+
+def test_a_compiled_forward_restores_the_buffers(engine: str, device: torch.device) -> None:
+    torch._dynamo.reset()
+    criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
+    cast_buffers(criterion, torch.bfloat16)
+    batch = problem(60, 6).to(device=device)
+    loss = torch.compile(criterion, backend="aot_eager", fullgraph=True)(batch.logits, batch.target)
+    torch.testing.assert_close(loss, dmi_loss(batch.logits, batch.target, engine=engine))
+    assert criterion.average_joint.dtype == torch.float64
 
 
 def test_meta_device_and_back() -> None:

@@ -20,7 +20,7 @@ from torch.func import (
     vmap,
 )
 
-from ldmi_fast import DMILoss, dmi_loss, joint_matrix
+from ldmi_fast import DMILoss, dmi_loss, joint_matrix, linear_dmi_loss
 from tests.compare import Result, assert_gradient, assert_matches, budget
 from tests.problems import Problem, as_array, problem
 
@@ -261,3 +261,13 @@ def test_joint_matrix_under_transforms(engine: str, device: torch.device) -> Non
     forward = jacfwd(joint)(logits[0], target[0], weight[0])
     assert jacobian.shape == (5, 5, 40, 5)
     assert torch.allclose(jacobian, forward, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian, torch.func.jacrev], ids=lambda f: f.__name__)
+def test_a_group_is_refused_by_name(transform: Any) -> None:
+    batch = problem(20, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms .* do not go through the all-reduce of group"):
+        transform(lambda z: dmi_loss(z, batch.target, group="world"))(batch.logits)
+    weight = torch.randn(4, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms .* do not go through the all-reduce of group"):
+        transform(lambda w: linear_dmi_loss(batch.logits, w, batch.target, group="world"))(weight)

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..options import Options
 from .combine import combine
@@ -43,6 +44,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def counted_labels(target: Tensor, num_labels: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Integer labels as int64 [N] (num_labels for a uint64 that int64 cannot hold), and which are not ignored [N] bool."""
+    if target.dtype == torch.uint64:
+        target = torch.where(target.view(torch.int64) < 0, num_labels, target.view(torch.int64))
+    target = target.to(torch.int64)
+    return target, target != ignore_index
+
+
 def used_rows(
     target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, acc: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
@@ -56,10 +65,7 @@ def used_rows(
         weight = sample_weight.to(acc)
         used = weight != 0
     if not soft:
-        if target.dtype == torch.uint64:
-            target = torch.where(target.view(torch.int64) < 0, num_labels, target.view(torch.int64))
-        target = target.to(torch.int64)
-        kept = target != ignore_index
+        target, kept = counted_labels(target, num_labels, ignore_index)
         used = kept if used is None else used & kept
         bad = used & ((target < 0) | (target >= num_labels))
         poison = bad.any()
@@ -73,6 +79,94 @@ def used_rows(
         weight = used.to(acc) if weight is None else torch.where(used, weight, 0)
     nan = None if poison is None else torch.where(poison, torch.nan, 0.0).to(acc)
     return used, target, weight, nan
+
+
+# Entries of a column of soft targets that are equal up to the rounding of mixing and smoothing differ by less, relatively.
+_SAME = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 4 * 2.0**-10, torch.bfloat16: 4 * 2.0**-7}
+# Rows of soft targets that sum to 1 within this are distributions: half precision rounds each of many entries.
+_SUM_ROUNDING = 1e-2
+
+
+def classes_with_samples(target: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """Which classes the soft targets T [N, C] say something about: [C] bool.
+
+    A column c of T that has one value a_c in all rows that count says nothing about any sample; label smoothing makes such a column
+    for a class that the batch lacks. The rows of T sum to 1, so row c of S = T^T diag(w) P is
+
+        S_c = a_c sum_i w_i p_i,    and    sum over k of S_k = sum_i w_i p_i,
+
+    a multiple of the sum of the others: with it S is singular, whatever the model predicts. Without it, for hard labels H of the
+    classes that remain and T_K = H M, S_KK = M^T (H^T diag(w) P)_KK: a constant, invertible M, so the gradient is that of the hard
+    labels.
+
+    Where all columns are constant (one sample, or samples of one class) those with the lowest value go; equal targets in all columns
+    (no class is distinguished) leave all. Rows that do not sum to 1 leave all, too: there a constant column says something.
+    """
+    rows, classes = target.shape
+    if rows == 0:
+        return torch.ones(classes, dtype=torch.bool, device=target.device)
+    same = _SAME[target.dtype]
+    T = target.detach()
+    low, high, sums = T, T, T.sum(-1, dtype=compute_dtype(T.dtype))
+    proper = (sums - 1).abs() <= _SUM_ROUNDING
+    if sample_weight is not None:
+        used = sample_weight.detach() != 0
+        low = torch.where(used.unsqueeze(-1), T, torch.inf)
+        high = torch.where(used.unsqueeze(-1), T, -torch.inf)
+        proper = proper | ~used
+    low, high = low.amin(0), high.amax(0)
+    constant = (high - low <= same * high.abs()) & proper.all()
+    least = high <= high.amin() * (1 + same)
+    drop = constant & (~constant.all() | (least & ~least.all()))
+    return ~drop
+
+
+def may_look(value: Tensor) -> bool:
+    """Whether there are data to look at, now: not while a graph is traced, a functorch transform runs, or tensors are fake."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(value).__torch_dispatch__ == Tensor.__torch_dispatch__
+        and not value.is_meta
+        and not transformed()
+        and not any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING_MODES)
+    )
+
+
+_TRACING_MODES = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+
+
+def may_need_gradient(tensor: Tensor) -> bool:
+    """Whether a derivative by this tensor can be asked for: by autograd, in forward mode or by a torch.func transform."""
+    return (tensor.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0 or transformed()
+
+
+def transformed() -> bool:
+    """Whether a functorch transform (torch.func.grad, vmap, ...) is tracing this call."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def rows_with_derivatives(
+    x: Tensor, target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, input: str
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """As ``used_rows``; but where the weights may need a gradient, a row of weight 0 counts too if its label does and its values are
+    finite: it adds nothing, and the loss has a derivative by its weight."""
+    acc = accumulator(x.device)
+    used, label, weight, nan = used_rows(target, sample_weight, num_labels, ignore_index, acc)
+    if sample_weight is None or not may_need_gradient(sample_weight):
+        return used, label, weight, nan
+    logp = torch.log_softmax(x.detach(), -1) if input == "logits" else x.detach().log()
+    finite = ~logp.isnan().any(-1)
+    if target.is_floating_point():
+        finite = finite & torch.where(target == 0, 0, logp * target.detach()).isfinite().all(-1)
+        used = (sample_weight != 0) | finite
+        label = torch.where(used.unsqueeze(-1), target, 0)
+    else:
+        label, counted = counted_labels(target, num_labels, ignore_index)
+        counted = counted & (label >= 0) & (label < num_labels)
+        label = torch.where(counted, label, 0)
+        own = logp.gather(-1, (label % x.shape[-1]).unsqueeze(-1)).squeeze(-1)
+        used = counted & ((sample_weight != 0) | (finite & own.isfinite()))
+    return used, label, torch.where(used, sample_weight.to(acc), 0), nan
 
 
 def joint(
@@ -100,8 +194,8 @@ def joint(
     acc = accumulator(logits.device)
     dtype = compute_dtype(logits.dtype)
     rows, classes = logits.shape
-    used, label, weight, nan = used_rows(target, sample_weight, num_labels, ignore_index, acc)
     x = logits.to(dtype)
+    used, label, weight, nan = rows_with_derivatives(x, target, sample_weight, num_labels, ignore_index, input)
     if used is not None:
         x = torch.where(used.unsqueeze(-1), x, 1.0 / classes if input == "probs" else 0.0)
     p = torch.softmax(x, -1) if input == "logits" else x + torch.where(torch.isfinite(x), 0, torch.nan).to(dtype)
@@ -158,6 +252,8 @@ def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, T
     """
     classes = S.shape[-1]
     present = present_classes(n)
+    if S.dim() == 2 and classes >= _COMPACT_CLASSES and S.is_cpu and may_look(S) and 0 < int(present.sum()) < classes:
+        return _logdet_inverse_compacted(S, n, absent, present)
     empty = ~present.any(-1)
     eye = torch.eye(classes, dtype=torch.bool, device=S.device)
     finite = torch.isfinite(S).all(-1).all(-1) & torch.isfinite(n).all(-1)
@@ -191,6 +287,26 @@ def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, T
     log_abs_det = torch.where(singular, -torch.inf, log_abs_det + poison)
     sign = torch.where(singular, 0, sign * nan)
     return log_abs_det, sign, kept, V * nan[..., None, None]
+
+
+# Where fewer classes than this are there, looking for the absent ones costs more than it saves.
+_COMPACT_CLASSES = 32
+
+
+def _logdet_inverse_compacted(S: Tensor, n: Tensor, absent: str, present: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``logdet_inverse`` in the time of the k classes that are present, k^3 instead of C^3."""
+    index = present.nonzero().squeeze(-1)
+    rows = S.index_select(0, index)
+    log_abs_det, sign, kept, V = logdet_inverse(rows.index_select(1, index), n[index], "present")
+    if absent == "strict" and len(index) > 0:
+        kept = torch.full_like(kept, S.shape[-1])
+        log_abs_det = torch.where(log_abs_det.isnan(), log_abs_det, -torch.inf)
+        sign, V = torch.where(sign.isnan(), sign, 0), torch.where(V.isnan(), V, 0)
+    # what is left out decides nothing, unless it is not finite
+    finite = torch.isfinite(S).all() & torch.isfinite(n).all()
+    poison = (S * torch.where(finite, 0.0, torch.nan).to(S.dtype)).sum()
+    V = S.new_zeros(S.shape).index_put((index.unsqueeze(-1), index), V)
+    return log_abs_det + poison, sign + poison.detach(), kept, V + poison
 
 
 def logits_grad(
@@ -287,8 +403,18 @@ def total_weight(target: Tensor, sample_weight: Tensor | None, n: Tensor) -> Ten
     if not target.is_floating_point():
         return n.sum(-1)
     if sample_weight is None:
-        return n.new_full((), float(target.shape[0]))
+        return n.new_ones(()) * target.shape[0]  # float() would fix the size in an exported program
     return sample_weight.sum(dtype=n.dtype)
+
+
+def differentiable_total(logits: Tensor, target: Tensor, sample_weight: Tensor | None, n: Tensor, options: Options) -> Tensor:
+    """W [], with a derivative by the weights of the rows that have one."""
+    if sample_weight is None or not may_need_gradient(sample_weight):
+        return total_weight(target, sample_weight, n.detach())
+    rows = rows_with_derivatives(
+        logits.detach().to(compute_dtype(logits.dtype)), target, sample_weight, len(n), options.ignore_index, options.input
+    )
+    return rows[2].sum(dtype=n.dtype)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
@@ -308,8 +434,10 @@ def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: 
             options.input,
             options.cross_entropy_weight != 0,
         )
-        log_abs_det, _, kept, _ = logdet_inverse(S, n, options.absent)
-        total = total_weight(target, sample_weight, n.detach())
+        total = differentiable_total(logits, target, sample_weight, n, options)
+        if target.is_floating_point():
+            n = torch.where(classes_with_samples(target, sample_weight), n, 0)
+        log_abs_det, _, kept, _ = logdet_inverse(S, n.detach(), options.absent)
         value, _, _ = combine(log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight)
         return value.to(compute_dtype(logits.dtype))
 
@@ -319,6 +447,6 @@ def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, o
     with full_precision(logits.device):
         S, n, _, _ = joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input, need_ce=False)
         if options.normalize:
-            total = total_weight(target, sample_weight, n.detach())
+            total = differentiable_total(logits, target, sample_weight, n, options)
             S = S / torch.where(total == 0, 1, total)
         return S.to(compute_dtype(logits.dtype))

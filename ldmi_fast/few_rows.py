@@ -1,0 +1,92 @@
+"""Batches with fewer samples than classes: the determinant is of the classes that occur, at most N of C.
+
+The labels that occur get the slots 0, 1, ... in the order of the classes, N slots in all whatever occurs, so that no shape depends on
+data and no device has to be waited for. The joint is then [N, C] instead of [C, C]; the columns of the classes in the slots make it
+[N, N], and the determinant costs N^3 instead of C^3. Slots that stay empty are absent classes to ``logdet_inverse``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import stages
+from .engines import composite
+from .engines.combine import combine
+from .options import Options
+from .stages import Sums
+
+# With fewer classes the [C, C] matrix costs less than the dozen small operations that avoid it.
+_LEAST_CLASSES = 512
+
+
+def applies(logits: Tensor, target: Tensor) -> bool:
+    """Whether hard labels of fewer samples than classes are worth the slots. Not inside a transform, nor where a graph is exported
+    that has to serve batches of any size."""
+    return (
+        logits.shape[1] >= _LEAST_CLASSES
+        and target.dim() == 1
+        and not torch.compiler.is_exporting()
+        and logits.shape[0] < logits.shape[1]
+        and not composite.transformed()
+    )
+
+
+def slots(target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The slot of each sample [N] int64 and the class in each slot [max(N, 1)] int64 (0 in slots that stay empty).
+
+    The slot is -100 for a row that does not count, and N, which is out of range, for a label that is out of range.
+    """
+    rows = max(target.shape[0], 1)
+    label, counted = composite.counted_labels(target, classes, ignore_index)
+    if sample_weight is not None and not composite.may_need_gradient(sample_weight):
+        counted = counted & (sample_weight != 0)
+    inside = (label >= 0) & (label < classes)
+    label = torch.where(counted & inside, label, classes)
+    occurs = torch.zeros(classes + 1, dtype=torch.int64, device=target.device)
+    occurs = occurs.scatter(0, label, 1)
+    occurs[classes] = 0
+    slot_of_class = occurs.cumsum(0) - 1
+    slot = torch.where(counted, torch.where(inside, slot_of_class[label], rows), -100)
+    every = torch.arange(classes + 1, device=target.device)
+    class_of_slot = torch.zeros(rows + 1, dtype=torch.int64, device=target.device)
+    class_of_slot = class_of_slot.scatter(0, torch.where(occurs > 0, slot_of_class, rows), every)[:rows]
+    return slot, class_of_slot
+
+
+def cross_entropy(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
+    """The weighted sum of cross entropies [], differentiable."""
+    classes = logits.shape[1]
+    x = logits.to(composite.compute_dtype(logits.dtype))
+    used, label, weight, nan = composite.rows_with_derivatives(x, target, sample_weight, classes, options.ignore_index, options.input)
+    x = torch.where(used.unsqueeze(-1), x, 1.0 / classes)
+    logp = torch.log_softmax(x, -1) if options.input == "logits" else x.log()
+    own = logp.gather(1, label.unsqueeze(-1)).squeeze(-1).to(weight.dtype)
+    return -(weight * own).sum() + nan
+
+
+def finish(sums: Sums, class_of_slot: Tensor, classes: int, options: Options, engine: ModuleType, dtype: torch.dtype) -> Tensor:
+    """The loss [] of sums whose S is [N, C] and n [N] by slots. ``dtype``: of the logits."""
+    level, _, kept, _ = stages.log_abs_det(sums.S.index_select(1, class_of_slot), sums.n, "present", engine)
+    if options.absent == "strict":  # fewer samples than classes: some class is absent
+        level = torch.where((kept > 0) & ~level.isnan(), -torch.inf, level)
+        kept = torch.full_like(kept, classes)
+    value, _, _ = combine(level, kept, sums.total, sums.ce, options.eps, options.normalize, options.cross_entropy_weight)
+    return value.to(composite.compute_dtype(dtype))
+
+
+def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
+    """The loss [] of flattened, checked arguments, as :func:`ldmi_fast.autograd.loss`."""
+    dtype = logits.dtype
+    slot, class_of_slot = slots(target, sample_weight, logits.shape[1], options.ignore_index)
+    if options.cross_entropy_weight != 0:
+        logits = logits.to(composite.compute_dtype(dtype))  # two gradients meet there: they are rounded once, after their sum
+    # the joint's own cross entropy would take slots for classes
+    by_slot = replace(options, ignore_index=-100, cross_entropy_weight=0.0)
+    sums = stages.joint_sums(logits, slot, sample_weight, by_slot, engine, len(class_of_slot))
+    if options.cross_entropy_weight != 0:
+        sums = sums._replace(ce=cross_entropy(logits, target, sample_weight, options))
+    return finish(sums, class_of_slot, logits.shape[1], options, engine, dtype)
