@@ -27,6 +27,12 @@ INTEGERS = frozenset(
 )
 
 
+# Rows that sum to 1 within this are distributions: half precision rounds each of many entries.
+SUM_ROUNDING = 1e-2
+# Soft targets of a class that sum to less than minus this share of all are wrong, more than rounding.
+NEGATIVE_SHARE = 1e-6
+
+
 def check_dense(name: str, value: Any, kind: str) -> None:
     """Raise TypeError unless ``value`` is a tensor whose elements lie in one dense block. ``kind``: what it should hold, such as
     "a floating point"."""
@@ -65,11 +71,11 @@ def _from_no_tensor(name: str, value: Any) -> str:
     return ""
 
 
-def _two_classes(target: Tensor | None, dims: int, input: str) -> str:
-    """What to pass in the place of one logit a sample. ``dims``: of the logits."""
-    logits = "torch.cat([1 - p, p], 1)" if input == "probs" else "torch.cat([torch.zeros_like(z), z], 1)"
-    labels = "" if target is None else ".long()" if target.dim() < dims else ".long().squeeze(1)"
-    return f"for two classes pass both, {logits}, and integer labels" + (labels and f", target{labels}")
+# What to pass in the place of one logit, or one probability, a sample.
+TWO_CLASSES = {
+    "logits": "for two classes pass both, torch.cat([torch.zeros_like(z), z], 1)",
+    "probs": "for two classes pass both, torch.cat([1 - p, p], 1)",
+}
 
 
 def _for_soft(target: Tensor, shape: torch.Size) -> str:
@@ -140,7 +146,8 @@ def check_tensors(logits: Any, target: Any, sample_weight: Any, options: Options
         if shape[1] == 1:
             raise ValueError(
                 f"logits of shape {tuple(shape)} are of one class, for which the loss is constant, and the target is "
-                f"{target.dtype}, as for a binary cross entropy: {_two_classes(target, len(shape), options.input)}"
+                f"{target.dtype}, as for a binary cross entropy: {TWO_CLASSES[options.input]}, and integer labels, target.long()"
+                f"{'' if target.dim() < len(shape) else '.squeeze(1)'}"
             )
         if target.shape != shape:
             raise ValueError(
@@ -197,13 +204,21 @@ def flatten(logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tup
     return logits.movedim(1, -1).reshape(-1, classes), target, sample_weight
 
 
-def look_like_probabilities(rows: Tensor) -> bool:
-    """Whether all rows [N, C] are >= 0 and sum to 1, within the rounding of their dtype. Reads the data; False for no rows."""
-    if len(rows) == 0:
-        return False
-    slack = max(1e-3, torch.finfo(rows.dtype).eps)
+def check_place(place: torch.device, logits: Tensor) -> None:
+    """Raise ValueError unless the logits are where the average of a DMILoss is."""
+    if logits.device != place:
+        raise ValueError(
+            f"the average of this DMILoss is on {place}, the logits on {logits.device}: call criterion.to({str(logits.device)!r})"
+        )
+
+
+def probability_rows(rows: Tensor, slack: float | None = None) -> Tensor:
+    """Which rows of [N, C] are >= 0 and sum to 1, [N] bool. ``slack``: how far the sum may be off; None: 1e-3, or what the dtype
+    needs."""
+    if slack is None:
+        slack = max(1e-3, torch.finfo(rows.dtype).eps)
     sums = rows.sum(1, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
-    return bool((rows >= 0).all() & ((sums - 1).abs() <= slack).all())
+    return (rows >= 0).all(1) & ((sums - 1).abs() <= slack)
 
 
 def raise_for_values(target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
@@ -241,7 +256,7 @@ def raise_for_values(target: Tensor, sample_weight: Tensor | None, classes: int,
         bad &= sample_weight != 0
     if bad.any():
         i = int(bad.nonzero()[0])
-        way_out = f"; {_two_classes(None, 2, 'logits')}" if classes == 1 else ""
+        way_out = f"; {TWO_CLASSES['logits']}" if classes == 1 else ""
         raise IndexError(
             f"target {label[i].item()} of sample {i} is out of range: expected 0 <= target < {classes} (the number of "
             f"classes) or ignore_index = {ignore_index} ({int(bad.sum())} such of {bad.numel()}){way_out}"
@@ -255,7 +270,7 @@ def _raise_for_negative_targets(target: Tensor, sample_weight: Tensor | None) ->
         used = sample_weight != 0
         T = torch.where(used.unsqueeze(-1), T * sample_weight.unsqueeze(-1), 0)
     sums = T.sum(0)
-    bad = sums < -1e-6 * T.abs().sum()
+    bad = sums < -NEGATIVE_SHARE * T.abs().sum()
     if bad.any():
         c = int(bad.nonzero()[0])
         i = int(T[:, c].argmin())

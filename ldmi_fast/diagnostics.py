@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import stages
 from .average import MovingAverage
-from .checks import check_tensors
+from .checks import NEGATIVE_SHARE, SUM_ROUNDING, TWO_CLASSES, check_place, check_tensors, probability_rows
 from .engines import composite
-from .engines.choose import choose_name
+from .engines.choose import choose, choose_name
 from .functional import evaluate, prepare
 from .options import OPTION_NAMES, Options, explain_keywords, make_options
-from .stages import Sums
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class JointReport:
         sign: the sign of that determinant; 0 if singular. A warmed-up model has +1.
         condition_number: of R = diag(1/n) S, rows scaled to mean predictions, in the 2-norm; inf if singular.
         counts: [C] fp64, the weight of each class in the batch.
-        absent_classes: the classes without weight.
+        absent_classes: the classes that the determinant leaves out: those without weight (a share below 1e-12), and those of which
+            soft targets say nothing, the same in every row, as label smoothing makes them for a class without a sample of its own.
         kept: how many classes the determinant is of.
         num_samples: how many rows count.
         singular: whether the loss treats the matrix as singular.
@@ -87,7 +89,7 @@ class JointReport:
 
     @property
     def num_absent(self) -> int:
-        """How many classes have no weight."""
+        """How many classes the determinant leaves out."""
         return len(self.absent_classes)
 
     def __str__(self) -> str:
@@ -144,62 +146,50 @@ def report_on(
     logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, average: MovingAverage | None = None
 ) -> JointReport:
     """The report for checked options; ``average``: to compare the batch with."""
+    if average is not None:
+        check_place(average.joint.device, logits)
     with torch.no_grad():
         logits, target = logits.detach(), target.detach()
+        sample_weight = None if sample_weight is None else sample_weight.detach()
         loss = evaluate(logits, target, sample_weight, options).item()
-        flat = prepare(logits, target, sample_weight, options)
-        classes = flat[0].shape[1]
-        ignore_index, input = options.ignore_index, options.input
-        S, n, _, ce = composite.joint(*flat, classes, ignore_index, input, need_ce=False)
-        sums = Sums(S, n, composite.total_weight(flat[1], flat[2], n), ce)
-        used, label, weight, _ = composite.used_rows(flat[1], flat[2], classes, ignore_index, n.dtype)
-        rows = torch.tensor(flat[0].shape[0]) if used is None else used.sum()
+        x, y, w = prepare(logits, target, sample_weight, options)
+        engine = choose(x, options)
+        sums = stages.joint_sums(x, y, w, options, engine)
+        used, label, weight, _ = composite.used_rows(y, w, x.shape[1], options.ignore_index, sums.n.dtype)
+        rows = _Rows(x, label, used, weight, options, sums.n)
         if options.group is not None:
             from .distributed import all_reduce
 
             sums = all_reduce(sums, options)
         S, n, total, _ = sums
-        log_abs_det, sign, kept, V = composite.logdet_inverse(S, n, options.absent)
-        present = n > 0
-        R = (S / n.unsqueeze(-1))[present][:, present]
-        if options.normalize and kept > 0:
-            log_abs_det = log_abs_det - kept * total.log()
+        log_abs_det, sign, kept, V = engine.logdet_inverse(S, n, options.absent)
+        W = torch.where(total == 0, 1, total)
+        if options.normalize:
+            log_abs_det = log_abs_det - kept * W.log()
+        seen = rows.look(V, kept / W)
+        present = composite.present_classes(n)
+        R = (S / seen.counts.unsqueeze(-1))[present][:, present]
         finite = bool(torch.isfinite(S).all())
         singular = finite and math.isinf(log_abs_det.item())
         # a nearly singular matrix still has a number, which says how far gone it is
         condition = math.nan if not finite else torch.linalg.cond(R).item() if len(R) else 1.0
         if singular and not condition > 2.0**52:
             condition = math.inf
-        weight = n.new_ones(len(flat[0])) if weight is None else weight
-        p = _probabilities(flat[0], used, options).to(n.dtype)
-        # sums over rows, and so over ranks: of the squares that the spread and the drift are made of, and of rows
-        W = torch.where(total == 0, 1, total)
-        leverage = weight * (p * (label.to(V.dtype) @ V if label.is_floating_point() else V[label])).sum(-1)
-        moments = torch.stack(
-            (
-                (leverage - kept * weight / W).square().sum(),
-                (weight.square() * p.square().sum(-1)).sum(),
-                weight.square().sum(),
-                rows.to(n),
-            )
-        )
-        if options.group is not None:
-            moments = _summed(moments, options.group)
-        squares, heights, weights, count = moments.tolist()
-        spread = math.sqrt(squares) if finite and not singular else math.nan
+        spread = math.sqrt(seen.leverage) if finite and not singular else math.nan
         compared = None
         if average is not None and finite:
-            compared = _compare(S / W, average, spread, heights / W.item() ** 2, weights / W.item() ** 2)
-    absent_classes = (~present).nonzero().squeeze(-1).tolist() if finite else []
+            compared = _compare(S / W, average, spread, seen.heights / W.item() ** 2, seen.weights / W.item() ** 2, engine)
+        without = composite.present_classes(seen.counts) & ~present if finite else torch.zeros_like(present)
+        target_rank = rows.target_rank(present | without) if singular or (finite and bool(without.any())) else len(R)
     report = JointReport(
         loss=loss,
         log_abs_det=log_abs_det.item(),
         sign=int(sign.item()) if finite else 0,
         condition_number=condition,
-        counts=n.cpu(),
-        absent_classes=absent_classes,
+        counts=seen.counts.cpu(),
+        absent_classes=_listed(~present) if finite else [],
         kept=int(kept.item()),
-        num_samples=int(count),
+        num_samples=seen.used,
         singular=singular,
         engine=choose_name(logits.device, options),
         rank=int(torch.linalg.matrix_rank(R)) if finite and len(R) else 0,
@@ -207,8 +197,112 @@ def report_on(
         permutation=_permutation(R, present) if finite else None,
         average=compared,
     )
-    report.advice.extend(_advice(report, options, finite, classes, R))
+    report.advice.extend(_advice(report, options, finite, R, seen, _Targets(target_rank, _listed(without), _listed(present))))
     return report
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was seen in the rows that count, of all ranks.
+
+    Attributes:
+        leverage, heights, weights: sums over the rows of the squares that the spread and the drift are made of.
+        used: how many rows count. counts: [C], the weight of each class. tops: [C], in how many rows it has the largest target.
+        probable: how many rows of the first argument are probabilities.
+        improper: how many rows of soft targets do not sum to 1.
+    """
+
+    leverage: float
+    heights: float
+    weights: float
+    used: int
+    probable: int
+    improper: int
+    counts: Tensor
+    tops: Tensor
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """``rank``: of the targets of the classes that have weight. ``without``: those of them that the determinant leaves out because
+    the targets say nothing about them. ``kept``: those that it is of."""
+
+    rank: int
+    without: list[int]
+    kept: list[int]
+
+
+class _Rows:
+    """The rows of one rank, flattened, and sums over them, which are added up over the ranks. The methods communicate: every rank has
+    to call them alike."""
+
+    def __init__(self, x: Tensor, label: Tensor, used: Tensor | None, weight: Tensor | None, options: Options, like: Tensor) -> None:
+        self.x, self.label, self.options = x, label, options
+        self.used = torch.ones(len(x), dtype=torch.bool, device=x.device) if used is None else used
+        self.weight = like.new_ones(len(x)) if weight is None else weight
+        self.acc = like.dtype
+
+    def _soft(self) -> Tensor:
+        """T [N, C], zero in rows that do not count."""
+        return torch.where(self.used.unsqueeze(-1), self.label.to(self.acc), 0)
+
+    def _hard(self) -> Tensor:
+        """The weight of each class [C] of labels that are indices."""
+        return self.weight.new_zeros(self.x.shape[1]).index_add(0, self.label, self.weight)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return values if self.options.group is None else _summed(values, self.options.group)
+
+    def look(self, V: Tensor, share: Tensor) -> _Seen:
+        """``share``: what each unit of weight has of the sum of <p, V[y]> over all rows, which is the number of classes kept."""
+        classes = self.x.shape[1]
+        soft = self.label.is_floating_point()
+        p = _probabilities(self.x, self.used, self.options).to(self.acc)
+        leverage = self.weight * (p * (self.label.to(V.dtype) @ V if soft else V[self.label])).sum(-1)
+        if soft:
+            T = self._soft()
+            counts = (T * self.weight.unsqueeze(-1)).sum(0)
+            tops = torch.where(self.used, T.argmax(-1), classes)
+            improper = self.used & ~((T.sum(-1) - 1).abs() <= SUM_ROUNDING)
+        else:
+            counts = self._hard()
+            tops = torch.where(self.used, self.label, classes)
+            improper = torch.zeros_like(self.used)
+        slack = SUM_ROUNDING if self.options.input == "probs" else None
+        parts = (
+            (leverage - share * self.weight).square().sum(),
+            (self.weight.square() * p.square().sum(-1)).sum(),
+            self.weight.square().sum(),
+            self.used.sum(),
+            (self.used & probability_rows(self.x, slack)).sum(),
+            improper.sum(),
+        )
+        numbers = torch.stack([part.to(self.acc) for part in parts])
+        found = self._summed(torch.cat((numbers, counts, torch.bincount(tops, minlength=classes + 1)[:classes].to(self.acc))))
+        squares, heights, weights, used, probable, improper_rows = found[: len(parts)].tolist()
+        counts, tops = found[len(parts) :].split(classes)
+        return _Seen(squares, heights, weights, int(used), int(probable), int(improper_rows), counts, tops)
+
+    def target_rank(self, which: Tensor) -> int:
+        """The numerical rank of the targets of some classes [C] bool, seen in their products: T^T diag(w) T."""
+        rounding = 0.0
+        if self.label.is_floating_point():
+            T = self._soft()
+            products = T.mT @ (T * self.weight.unsqueeze(-1))
+            # entries of T are exact up to the rounding of their dtype, which is squared in the products
+            rounding = torch.finfo(self.label.dtype).eps
+        else:
+            products = torch.diag(self._hard())
+        products = self._summed(products)[which][:, which]
+        scale = products.diagonal().clamp(min=0).sqrt()
+        scale = torch.where(scale > 0, scale, 1)
+        products = products / scale / scale.unsqueeze(-1)
+        tolerance = max(len(products) * composite.UNIT_ROUNDOFF[self.acc], (4 * rounding) ** 2)
+        return int(torch.linalg.matrix_rank(products, rtol=tolerance, hermitian=True)) if len(products) else 0
+
+
+def _listed(which: Tensor) -> list[int]:
+    return which.nonzero().squeeze(-1).tolist()
 
 
 def _summed(values: Tensor, group: Any) -> Tensor:
@@ -221,11 +315,11 @@ def _summed(values: Tensor, group: Any) -> Tensor:
     return values
 
 
-def _probabilities(logits: Tensor, used: Tensor | None, options: Options) -> Tensor:
+def _probabilities(logits: Tensor, used: Tensor, options: Options) -> Tensor:
     """p [N, C], zero in rows that do not count."""
     x = logits.to(composite.compute_dtype(logits.dtype))
     p = torch.softmax(x, -1) if options.input == "logits" else x
-    return p if used is None else torch.where(used.unsqueeze(-1), p, 0)
+    return torch.where(used.unsqueeze(-1), p, 0)
 
 
 def _permutation(R: Tensor, present: Tensor) -> list[int] | None:
@@ -239,10 +333,10 @@ def _permutation(R: Tensor, present: Tensor) -> list[int] | None:
     return found.tolist()
 
 
-def _compare(U: Tensor, average: MovingAverage, spread: float, heights: float, weights: float) -> AverageReport:
+def _compare(U: Tensor, average: MovingAverage, spread: float, heights: float, weights: float, engine: ModuleType) -> AverageReport:
     """``heights``: sum (w_i |p_i| / W)^2; ``weights``: sum (w_i / W)^2. So E|U - E U|^2 is about heights - weights |E U|^2."""
     B, counts = average.mean()
-    log_abs_det, sign, kept, _ = composite.logdet_inverse(B, counts, "present")
+    log_abs_det, sign, kept, _ = engine.logdet_inverse(B, counts, "present")  # as the loss
     m = average.momentum
     expected = math.sqrt(max(heights - weights * U.square().sum().item(), 0.0))
     distance = (U - B).norm().item()
@@ -256,8 +350,9 @@ def _compare(U: Tensor, average: MovingAverage, spread: float, heights: float, w
     )
 
 
-def _advice(report: JointReport, options: Options, finite: bool, classes: int, R: Tensor) -> list[str]:
+def _advice(report: JointReport, options: Options, finite: bool, R: Tensor, seen: _Seen, targets: _Targets) -> list[str]:
     advice = []
+    classes = len(report.counts)
     if not finite:
         advice.append(
             "a row that counts holds NaN or +inf, or has no finite logit: look at the model's outputs (learning rate, "
@@ -268,25 +363,32 @@ def _advice(report: JointReport, options: Options, finite: bool, classes: int, R
     if report.num_samples == 0:
         advice.append("no row counts (empty batch, every label ignored, or every weight 0): the loss is 0 and so is the gradient")
         return advice
-    if report.num_absent:
-        what = (
-            "the determinant is of the other classes only"
-            if options.absent == "present"
-            else "with absent='strict' that makes the batch singular and its gradient zero; use absent='present'"
-        )
+    if classes == 1:
+        advice.append(f"with one class the loss is constant and its gradient 0: {TWO_CLASSES[options.input]}, and labels 0 and 1")
+        return advice
+    advice.extend(_advice_on_input(report, options, seen))
+    what = (
+        "the determinant is of the other classes only"
+        if options.absent == "present"
+        else "with absent='strict' that makes the batch singular and its gradient zero; use absent='present'"
+    )
+    missing = report.num_absent - len(targets.without)
+    if missing:
+        advice.append(f"{missing} of {classes} classes have no sample in this batch: {what}. Larger or class-balanced batches help")
+    if targets.without:
+        column = "its column is" if len(targets.without) == 1 else "each of their columns is"
         advice.append(
-            f"{report.num_absent} of {classes} classes have no sample in this batch: {what}. Larger or class-balanced batches help"
+            f"{_own(targets.without)}: the targets have rank {targets.rank} of {len(targets.kept) + len(targets.without)}, because "
+            f"{column} the same in every row, as smoothing makes it for a class that is not in the batch; {what}"
         )
     if report.num_samples < report.kept:
         advice.append(
             f"{report.num_samples} samples cannot give a joint matrix of rank {report.kept}: the batch must have at least as "
             "many samples as classes, better several times as many"
         )
+    strict = options.absent == "strict" and report.num_absent > 0
     if report.singular:
-        advice.append(
-            f"the joint matrix is singular (rank {report.rank} of {report.kept}): {_alike(R, report)} (an untrained or collapsed "
-            "model); warm up with cross entropy, or add cross_entropy_weight so that the step is not wasted"
-        )
+        advice.extend(_advice_on_singular(report, R, seen, targets, strict))
     elif report.condition_number > 1e4:
         advice.append(
             f"condition number {report.condition_number:.1e}: some class is nearly a mixture of others ({_alike(R, report)}), and the "
@@ -318,6 +420,57 @@ def _advice(report: JointReport, options: Options, finite: bool, classes: int, R
         advice.append(
             f"|det| is far below eps = {options.eps:g}: the loss sits near {-math.log(options.eps):.4g} and the gradient is scaled by "
             f"{math.exp(report.log_abs_det - math.log(options.eps)):.1e}; use eps=0"
+        )
+    return advice
+
+
+def _advice_on_singular(report: JointReport, R: Tensor, seen: _Seen, targets: _Targets, strict: bool) -> list[str]:
+    """``strict``: absent classes make it singular, and that has been said."""
+    singular = f"the joint matrix is singular (rank {report.rank} of {report.kept})"
+    if targets.rank < len(targets.kept):
+        without = [y for y in targets.kept if seen.tops[y] == 0]
+        own = f" ({_own(without)}: no row has its largest target there)" if without else ""
+        return [
+            f"{singular}, whatever the model predicts: the targets have rank {targets.rank} of {len(targets.kept)}{own}. Pass hard "
+            "labels, or targets that are 0 for a class without samples, or larger batches"
+        ]
+    if strict and report.rank == len(R):
+        return []
+    return [
+        f"{singular}: {_alike(R, report)} (an untrained or collapsed model); warm up with cross entropy, or add "
+        "cross_entropy_weight so that the step is not wasted"
+    ]
+
+
+def _own(classes: list[int]) -> str:
+    shown = ", ".join(map(str, classes[:10])) + (", ..." if len(classes) > 10 else "")
+    return f"class {shown} has no sample of its own" if len(classes) == 1 else f"classes {shown} have no samples of their own"
+
+
+def _advice_on_input(report: JointReport, options: Options, seen: _Seen) -> list[str]:
+    """On arguments that can be computed with and are hardly what was meant."""
+    advice = []
+    if options.input == "logits" and seen.probable == seen.used:
+        advice.append(
+            "every row of the logits is >= 0 and sums to 1, as probabilities do: if they are, pass input='probs', or the model's "
+            "output before its softmax; the softmax of probabilities is nearly uniform"
+        )
+    if options.input == "probs" and seen.probable < seen.used:
+        advice.append(
+            f"input='probs', and {seen.used - seen.probable} of {seen.used} rows are no probabilities (>= 0 with the sum 1): for "
+            "logits leave out input"
+        )
+    negative = _listed(seen.counts < -NEGATIVE_SHARE * seen.counts.abs().sum())
+    if negative:
+        advice.append(
+            f"soft targets below 0: those of class {negative[0]} sum to {seen.counts[negative[0]].item():.3g} ({len(negative)} such "
+            f"of {len(seen.counts)} classes), and the determinant leaves such a class out; targets are probabilities"
+        )
+    elif seen.improper:
+        advice.append(
+            f"{seen.improper} of {seen.used} rows of the soft targets do not sum to 1: the loss is for one label a sample, with soft "
+            "targets as its distribution over the classes. Divide target by target.sum(1, keepdim=True); where a sample may have "
+            "several labels at once, give each label a loss of two classes"
         )
     return advice
 

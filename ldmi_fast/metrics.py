@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import stages
-from .checks import look_like_probabilities, raise_for_values
+from .checks import SUM_ROUNDING, probability_rows, raise_for_values
 from .engines import composite
 from .engines.choose import choose
 from .functional import prepare
@@ -116,15 +116,14 @@ class DMI(Metric):
         self._looked = len(rows) > 0
         if not self._looked or not rows.isfinite().all():
             return
-        fit = look_like_probabilities(rows)
-        if self.options.input == "probs" and not fit:
+        if self.options.input == "probs" and not probability_rows(rows, SUM_ROUNDING).all():
             self._looked = False
             sums = rows.sum(1, dtype=composite.compute_dtype(rows.dtype))
             raise ValueError(
                 f'DMI(input="probs") takes rows of probabilities, >= 0 with the sum 1; got entries from {rows.min().item():.3g} to '
                 f"{rows.max().item():.3g} and sums from {sums.min().item():.3g} to {sums.max().item():.3g}; for logits leave out input"
             )
-        if self.options.input == "logits" and fit and self.num_classes > 1:
+        if self.options.input == "logits" and self.num_classes > 1 and probability_rows(rows).all():
             warnings.warn(
                 "DMI takes logits, and every row of this batch is >= 0 with the sum 1, as probabilities are: the score of those is "
                 f'that of another model. For probabilities pass DMI({self.num_classes}, input="probs")',

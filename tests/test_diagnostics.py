@@ -31,6 +31,8 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
     ],
 )
 def test_joint_matrix_values(engine: str, device: torch.device, n: int, classes: int, soft: bool, dtype: torch.dtype) -> None:
+    if soft and classes == 1:
+        pytest.skip("soft targets of one class are refused")
     batch = problem(n, classes, soft=soft, weighted=True, dtype=dtype)
     here = batch.to(device=device)
     exact = batch.answer().joint
@@ -374,3 +376,182 @@ def test_a_batch_and_the_average(device: torch.device) -> None:
     assert "keeps this batch from pulling the wrong way" in "\n".join(swapped.advice)
     assert ldmi_fast.DMILoss(5).to(device).diagnose(logits, target).average is None
     assert "drift" in str(moved)
+
+
+def smoothed(target: Tensor, classes: int, rate: float = 0.1) -> Tensor:
+    return torch.nn.functional.one_hot(target, classes).double() * (1 - rate) + rate / classes
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_smoothed_targets_of_a_class_that_is_missing(engine: str, device: torch.device, dtype: torch.dtype, weighted: bool) -> None:
+    batch = problem(576, 10, absent=(9,), weighted=weighted)
+    target = smoothed(batch.target, 10).to(device, dtype)
+    here = batch.to(device=device)
+    report = diagnose(here.logits, target, sample_weight=here.sample_weight, engine=engine)
+    assert report.loss == dmi_loss(here.logits, target, sample_weight=here.sample_weight, engine=engine).item()
+    assert math.isfinite(report.loss)
+    assert report.log_abs_det == pytest.approx(-report.loss, rel=1e-6)
+    assert (report.absent_classes, report.kept, report.rank, report.singular) == ([9], 9, 9, False)
+    assert report.counts[9] > 0
+    words = "\n".join(report.advice)
+    assert "class 9 has no sample of its own: the targets have rank 9 of 10, because its column is the same in every row" in words
+    assert "the determinant is of the other classes only" in words
+    assert "predicted most alike" not in words
+    assert "have no sample in this batch" not in words
+    strict = diagnose(here.logits, target, sample_weight=here.sample_weight, absent="strict", engine=engine)
+    assert strict.loss == math.inf
+    words = "\n".join(strict.advice)
+    assert "class 9 has no sample of its own" in words
+    assert "absent='present'" in words
+    assert "predicted most alike" not in words
+
+
+def test_smoothed_targets_of_some_classes_that_are_missing(engine: str, device: torch.device) -> None:
+    """Beside one whose targets are 0: the two kinds are told apart."""
+    batch = problem(300, 8, absent=(2, 5, 7))
+    target = smoothed(batch.target, 8)
+    target[:, 7] = 0
+    target /= target.sum(1, keepdim=True)
+    report = diagnose(batch.logits.to(device), target.to(device), engine=engine)
+    assert report.absent_classes == [2, 5, 7]
+    assert math.isfinite(report.loss)
+    words = "\n".join(report.advice)
+    assert "classes 2, 5 have no samples of their own: the targets have rank 5 of 7" in words
+    assert "1 of 8 classes have no sample in this batch" in words
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_mixed_targets_of_a_class_that_is_missing(engine: str, device: torch.device, dtype: torch.dtype) -> None:
+    """A mixing that differs from class to class: no column is constant, and yet the targets lack a rank."""
+    batch = problem(576, 6, absent=(3,), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.eye(6, dtype=torch.float64) + 0.3 * torch.rand(6, 6, generator=generator, dtype=torch.float64)
+    target = (mixing / mixing.sum(1, keepdim=True))[batch.target].to(device, dtype)
+    report = diagnose(batch.logits.to(device), target, engine=engine)
+    words = "\n".join(report.advice)
+    assert report.singular
+    assert "whatever the model predicts: the targets have rank 5 of 6" in words
+    assert "class 3 has no sample of its own" in words
+    assert "predicted most alike" not in words
+
+
+def test_strict_names_the_cause_alone(engine: str, device: torch.device) -> None:
+    batch = problem(300, 6, absent=(4,)).to(device=device)
+    report = diagnose(batch.logits, batch.target, absent="strict", engine=engine)
+    assert report.singular
+    assert "predicted most alike" not in "\n".join(report.advice)
+    collapsed = diagnose(torch.zeros_like(batch.logits), batch.target, absent="strict", engine=engine)
+    assert "predicted most alike" in "\n".join(collapsed.advice)
+
+
+def test_a_class_of_next_to_no_weight_is_absent(engine: str, device: torch.device) -> None:
+    """As to the loss."""
+    batch = problem(300, 6, dtype=torch.float64).to(device=device)
+    weight = torch.where(batch.target == 4, 1e-14, 1.0).double()
+    report = diagnose(batch.logits, batch.target, sample_weight=weight, engine=engine)
+    without = diagnose(batch.logits, batch.target, sample_weight=(weight == 1).double(), engine=engine)
+    assert report.absent_classes == without.absent_classes == [4]
+    assert report.kept == without.kept == 5
+    assert report.log_abs_det == pytest.approx(without.log_abs_det, rel=1e-9)
+    assert report.log_abs_det == pytest.approx(-dmi_loss(batch.logits, batch.target, sample_weight=weight, engine=engine).item())
+
+
+@pytest.mark.parametrize("share", [1e-14, 1e-300, 1e-320, 0.0])
+def test_the_average_is_that_of_the_loss(engine: str, device: torch.device, share: float) -> None:
+    """Also where a class left the data long ago."""
+    batch = problem(300, 6, dtype=torch.float64).to(device=device)
+    criterion = ldmi_fast.DMILoss(6, momentum=0.9, engine=engine).to(device)
+    criterion.calibrate([(batch.logits, batch.target)], lambda x: x)
+    with torch.no_grad():
+        for state in (criterion.average_joint, criterion.average_counts):
+            state[5] *= share
+    report = criterion.diagnose(batch.logits, batch.target)
+    assert report.average is not None
+    assert (report.average.kept, report.average.sign) == (5, 1)
+    rest = criterion.average_joint[:5, :5]
+    assert report.average.log_abs_det == pytest.approx(torch.linalg.slogdet(rest)[1].item(), rel=1e-9)
+
+
+def test_an_average_that_is_elsewhere() -> None:
+    criterion = ldmi_fast.DMILoss(5, momentum=0.9)
+    criterion.calibrate([(torch.randn(50, 5), torch.arange(50) % 5)], lambda x: x)
+    with pytest.raises(ValueError, match=r"the average of this DMILoss is on meta, the logits on cpu: call criterion.to\('cpu'\)"):
+        criterion.to("meta").diagnose(torch.randn(50, 5), torch.arange(50) % 5)
+
+
+def test_weights_that_require_a_gradient(engine: str, device: torch.device) -> None:
+    batch = problem(60, 5, weighted=True).to(device=device)
+    assert batch.sample_weight is not None
+    weight = batch.sample_weight.clone().requires_grad_()
+    report = diagnose(batch.leaf(), batch.target, sample_weight=weight, engine=engine)
+    expected = diagnose(batch.logits, batch.target, sample_weight=batch.sample_weight, engine=engine)
+    assert report.loss == expected.loss
+    assert report.spread == expected.spread
+    assert not report.counts.requires_grad
+    assert weight.grad is None
+    assert explain(batch.logits, batch.target, sample_weight=weight, engine=engine).engine == engine
+
+
+@pytest.mark.parametrize("function", [diagnose, explain, joint_matrix, ldmi_fast.DMILoss(5).diagnose], ids=str)
+def test_what_is_no_tensor(function: Any) -> None:
+    batch = problem(20, 5)
+    for wrong in ({"logits": batch.logits}, None, [1.0]):
+        with pytest.raises(TypeError, match="logits must be a floating point tensor, got"):
+            function(wrong, batch.target)
+        with pytest.raises(TypeError, match="target must be an integer"):
+            function(batch.logits, wrong)
+
+
+def test_advice_on_one_class(engine: str, device: torch.device) -> None:
+    logits, target = torch.randn(20, 1, device=device), torch.zeros(20, dtype=torch.int64, device=device)
+    words = advice(logits, target, engine=engine)
+    assert "with one class the loss is constant and its gradient 0" in words
+    assert "torch.cat([torch.zeros_like(z), z], 1)" in words
+    assert "torch.cat([1 - p, p], 1)" in advice(logits.sigmoid(), target, input="probs", engine=engine)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_advice_on_probabilities_in_the_place_of_logits(engine: str, device: torch.device, dtype: torch.dtype) -> None:
+    batch = problem(400, 5, weighted=True).to(device=device)
+    assert batch.sample_weight is not None
+    probs = batch.logits.softmax(1).to(dtype)
+    probs[batch.sample_weight == 0] = 7  # rows that do not count
+    options: dict[str, Any] = {"sample_weight": batch.sample_weight, "engine": engine}
+    assert "pass input='probs'" in advice(probs, batch.target, **options)
+    assert diagnose(probs, batch.target, input="probs", **options).advice == []
+    assert diagnose(batch.logits.to(dtype), batch.target, **options).advice == []
+    some = torch.where(torch.arange(400, device=device).unsqueeze(-1) < 398, probs, batch.logits.to(dtype))
+    assert "input='probs'" not in advice(some, batch.target, **options)
+
+
+def test_advice_on_logits_in_the_place_of_probabilities(engine: str, device: torch.device) -> None:
+    batch = problem(400, 5).to(device=device)
+    for rows in (batch.logits, batch.logits.sigmoid()):
+        words = advice(rows, batch.target, input="probs", engine=engine)
+        assert "400 of 400 rows are no probabilities" in words
+        assert "leave out input" in words
+
+
+def test_advice_on_several_labels_a_sample(engine: str, device: torch.device) -> None:
+    batch = problem(400, 5).to(device=device)
+    labels = torch.nn.functional.one_hot(batch.target, 5).float()
+    labels[:100, 0] = 1
+    twice = int((batch.target[:100] != 0).sum())
+    words = advice(batch.logits, labels, engine=engine)
+    assert f"{twice} of 400 rows of the soft targets do not sum to 1" in words
+    assert "target.sum(1, keepdim=True)" in words
+    weight = torch.where(labels.sum(1) > 1, 0.0, 1.0)
+    assert diagnose(batch.logits, labels, sample_weight=weight, engine=engine).advice == []
+    for dtype in FLOATS:
+        rounded = problem(400, 5, soft=True, dtype=dtype).to(device=device)
+        assert "do not sum to 1" not in advice(rounded.logits, rounded.target, engine=engine)
+
+
+def test_advice_on_negative_targets(device: torch.device) -> None:
+    """Of one class: the loss of the others is a number."""
+    batch = problem(400, 5).to(device=device)
+    labels = torch.nn.functional.one_hot(batch.target, 5).double()
+    labels[:, 2] *= -1
+    words = advice(batch.logits, labels)
+    assert "soft targets below 0: those of class 2 sum to -80 (1 such of 5 classes)" in words
