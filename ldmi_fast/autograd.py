@@ -148,11 +148,11 @@ def _loss_forward(
     """``loss_forward`` of an engine. Soft targets that say nothing about some class stand between its joint and its determinant."""
     if not target.is_floating_point():
         return engine.loss_forward(logits, target, sample_weight, *options.of_loss, gradient)
-    informed = composite.classes_with_samples(target, sample_weight)
-    if informed.is_cpu and composite.may_look(informed) and informed.all():
+    told = composite.classes_with_samples(target, sample_weight)
+    if told is None:
         return engine.loss_forward(logits, target, sample_weight, *options.of_loss, gradient)
     S, n, lse, ce = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
-    log_abs_det, _, kept, V = engine.logdet_inverse(S, torch.where(informed, n, 0), options.absent)
+    log_abs_det, _, kept, V = engine.logdet_inverse(S, torch.where(told, n, 0), options.absent)
     total = composite.total_weight(target, sample_weight, n)
     value, scale, ce_scale = combine(log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight)
     return _as_result(value, logits), lse, V if gradient else V.new_empty((0, 0)), scale, ce_scale

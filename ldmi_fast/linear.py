@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import autograd, few_rows, stages
+from . import autograd, few_rows
 from .checks import FLOATS, check_tensors
 from .engines import composite
 from .engines.choose import choose
@@ -299,7 +299,7 @@ def linear_dmi_loss(
     else:
         S, n, total, ce = _LinearSums.apply(hidden, weight, bias, target, sample_weight, classes, options, chosen, chunk)
     n = n.detach()
-    sums = Sums(S, stages.with_samples(n, target, sample_weight), total, ce)
+    sums = Sums(S, composite.with_samples(n, target, sample_weight), total, ce)
     del S  # the determinant's backward needs V alone
     if few:
         loss = few_rows.finish(sums, class_of_slot, classes, options, chosen, hidden.dtype)

@@ -111,14 +111,7 @@ def joint_sums(
     else:
         S, n, total, ce = _JointSums.apply(logits, target, sample_weight, num_labels, options, engine)
     n = n.detach()
-    return Sums(S, with_samples(n, target, sample_weight), total, ce)
-
-
-def with_samples(n: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """n [C], and 0 for a class that soft targets say nothing about: it is absent from this batch."""
-    if not target.is_floating_point():
-        return n
-    return torch.where(composite.classes_with_samples(target, sample_weight), n, 0)
+    return Sums(S, composite.with_samples(n, target, sample_weight), total, ce)
 
 
 class _LogAbsDet(torch.autograd.Function):

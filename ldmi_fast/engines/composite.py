@@ -87,8 +87,8 @@ _SAME = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 4 * 2.0**-10, 
 _SUM_ROUNDING = 1e-2
 
 
-def classes_with_samples(target: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Which classes the soft targets T [N, C] say something about: [C] bool.
+def classes_with_samples(target: Tensor, sample_weight: Tensor | None) -> Tensor | None:
+    """Which classes the soft targets T [N, C] say something about: [C] bool; None if it is at once clear that they all are.
 
     A column c of T that has one value a_c in all rows that count says nothing about any sample; label smoothing makes such a column
     for a class that the batch lacks. The rows of T sum to 1, so row c of S = T^T diag(w) P is
@@ -102,23 +102,33 @@ def classes_with_samples(target: Tensor, sample_weight: Tensor | None) -> Tensor
     Where all columns are constant (one sample, or samples of one class) those with the lowest value go; equal targets in all columns
     (no class is distinguished) leave all. Rows that do not sum to 1 leave all, too: there a constant column says something.
     """
-    rows, classes = target.shape
-    if rows == 0:
-        return torch.ones(classes, dtype=torch.bool, device=target.device)
+    if target.shape[0] == 0:
+        return None
     same = _SAME[target.dtype]
     T = target.detach()
-    low, high, sums = T, T, T.sum(-1, dtype=compute_dtype(T.dtype))
-    proper = (sums - 1).abs() <= _SUM_ROUNDING
+    if sample_weight is None:
+        low, high = T.aminmax(dim=0)
+    else:
+        used = (sample_weight.detach() != 0).unsqueeze(-1)
+        low, high = torch.where(used, T, torch.inf).amin(0), torch.where(used, T, -torch.inf).amax(0)
+    constant = high - low <= same * high.abs()
+    if constant.is_cpu and may_look(constant) and not constant.any():
+        return None
+    proper = (T.sum(-1, dtype=compute_dtype(T.dtype)) - 1).abs() <= _SUM_ROUNDING
     if sample_weight is not None:
-        used = sample_weight.detach() != 0
-        low = torch.where(used.unsqueeze(-1), T, torch.inf)
-        high = torch.where(used.unsqueeze(-1), T, -torch.inf)
-        proper = proper | ~used
-    low, high = low.amin(0), high.amax(0)
-    constant = (high - low <= same * high.abs()) & proper.all()
+        proper = proper | ~used.squeeze(-1)
+    constant = constant & proper.all()
     least = high <= high.amin() * (1 + same)
     drop = constant & (~constant.all() | (least & ~least.all()))
     return ~drop
+
+
+def with_samples(n: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """n [C], and 0 for a class that soft targets say nothing about: it is absent from this batch."""
+    if not target.is_floating_point():
+        return n
+    told = classes_with_samples(target, sample_weight)
+    return n if told is None else torch.where(told, n, 0)
 
 
 def may_look(value: Tensor) -> bool:
@@ -128,11 +138,14 @@ def may_look(value: Tensor) -> bool:
         and type(value).__torch_dispatch__ == Tensor.__torch_dispatch__
         and not value.is_meta
         and not transformed()
-        and not any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING_MODES)
+        and _mode(_FAKE) is None
+        and _mode(_PROXY) is None
+        and _mode(_FUNCTIONAL) is None
     )
 
 
-_TRACING_MODES = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+_mode = torch._C._get_dispatch_mode
+_FAKE, _PROXY, _FUNCTIONAL = (getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 
 
 def may_need_gradient(tensor: Tensor) -> bool:
@@ -435,8 +448,7 @@ def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: 
             options.cross_entropy_weight != 0,
         )
         total = differentiable_total(logits, target, sample_weight, n, options)
-        if target.is_floating_point():
-            n = torch.where(classes_with_samples(target, sample_weight), n, 0)
+        n = with_samples(n, target, sample_weight)
         log_abs_det, _, kept, _ = logdet_inverse(S, n.detach(), options.absent)
         value, _, _ = combine(log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight)
         return value.to(compute_dtype(logits.dtype))

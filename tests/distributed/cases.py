@@ -50,6 +50,31 @@ def loss_and_gradient(
     return loss.detach(), logits.grad, target.grad
 
 
+def gradient_of_weights(group: Any, options: dict[str, Any]) -> list[Tensor]:
+    """The gradient of the sample weights of this rank's rows, of dmi_loss and of linear_dmi_loss."""
+    whole = problem(100, 6, weighted=True, dtype=torch.float64)
+    mine = part(whole, cuts(group.size(), 100), group.rank())
+    weight = mine.sample_weight.clone().requires_grad_()
+    eye = torch.eye(6, dtype=torch.float64)
+    losses = [
+        dmi_loss(mine.logits, mine.target, sample_weight=weight, group=group, **options),
+        linear_dmi_loss(mine.logits, eye, mine.target, sample_weight=weight, group=group, **options),
+    ]
+    return [torch.autograd.grad(loss, weight)[0] for loss in losses]
+
+
+def smoothed(group: Any) -> list[Tensor]:
+    """The gradient for smoothed labels where a rank has samples of one class alone, and no rank has any of the last class."""
+    whole = problem(60, 4, absent=(3,), dtype=torch.float64)
+    order = whole.target.argsort()
+    mine = part(Problem(whole.logits[order], whole.target[order]), cuts(group.size(), 60), group.rank())
+    gradients = []
+    for target in (mine.target, nn.functional.one_hot(mine.target, 4).double() * 0.9 + 0.025):
+        logits = mine.leaf()
+        gradients.append(torch.autograd.grad(dmi_loss(logits, target, group=group), logits)[0])
+    return gradients
+
+
 def named_groups(group: Any) -> list[float]:
     """The default group by name, as an object and as a mesh."""
     mine = part(problem(100, 5), cuts(4, 100), group.rank())

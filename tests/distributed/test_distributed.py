@@ -46,6 +46,26 @@ def test_all_ranks_have_the_loss_of_the_whole_batch(
         torch.testing.assert_close(torch.cat([grad for _, _, grad in results]), size * target.grad, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", [{}, {"cross_entropy_weight": 0.4, "eps": 1e-6}], ids=str)
+def test_gradient_of_sample_weights(pool: Pool, engine: str, size: int, options: dict[str, Any]) -> None:
+    whole = problem(100, 6, weighted=True, dtype=torch.float64)
+    weight = whole.sample_weight.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(dmi_loss(whole.logits, whole.target, sample_weight=weight, **options), weight)
+    assert expected.any()
+    for found in zip(*pool.run(size, cases.gradient_of_weights, {"engine": engine, **options}), strict=True):
+        # weights, and so their gradient, are fp32: both sides are rounded to it
+        torch.testing.assert_close(torch.cat(found), size * expected, rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_smoothed_labels_of_a_class_that_no_rank_has(pool: Pool, size: int) -> None:
+    results = pool.run(size, cases.smoothed)
+    assert any(hard.any() for hard, _ in results)
+    for hard, soft in results:
+        torch.testing.assert_close(soft, hard, rtol=1e-8, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes(pool: Pool, dtype: torch.dtype) -> None:
     whole = problem(100, 6, dtype=dtype)
