@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -146,6 +146,29 @@ class _WithLoss(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.criterion(self.model(x), y)
+
+
+def cast_by_fsdp(group: Any, dtype: torch.dtype | None) -> tuple[list[float], torch.dtype]:
+    """The losses of a criterion with an average inside FSDP1, which casts buffers; ``dtype`` None: no FSDP."""
+    inner = _WithLoss(network(), DMILoss(5, momentum=0.995))
+    x, y = data(0)
+    inner.criterion.calibrate([(x, y)], inner.model)
+    model: nn.Module = inner
+    if dtype is not None:
+        model = FullyShardedDataParallel(
+            inner, process_group=group, device_id=torch.device("cpu"), mixed_precision=MixedPrecision(buffer_dtype=dtype)
+        )
+    losses = []
+    for step in range(4):
+        x, y = data(step)
+        loss = model(x, y)
+        loss.backward()
+        losses.append(loss.item())
+        model.eval()
+        with torch.no_grad():
+            model(x, y)
+        model.train()
+    return losses, inner.criterion.average_joint.dtype
 
 
 def go_on(group: Any, state: dict[str, Tensor]) -> float:

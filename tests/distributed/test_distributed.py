@@ -87,6 +87,13 @@ def test_one_graph(pool: Pool, engine: str) -> None:
         torch.testing.assert_close(grad, expected_grad)
 
 
+def test_fsdp_that_casts_buffers_leaves_the_average_alone(pool: Pool) -> None:
+    ((plain, _),) = pool.run(1, cases.cast_by_fsdp, None)
+    ((cast, dtype),) = pool.run(1, cases.cast_by_fsdp, torch.bfloat16)
+    assert dtype == torch.float64
+    assert cast == plain
+
+
 def test_a_step_is_one_all_reduce(pool: Pool) -> None:
     assert pool.run(2, cases.counts_collectives) == [1, 1]
 
