@@ -249,7 +249,7 @@ def raise_for_values(target: Tensor, sample_weight: Tensor | None, classes: int,
                 f"({int(bad.sum())} such of {bad.numel()})"
             )
     if label is None:
-        _raise_for_negative_targets(target, sample_weight)
+        raise_for_negative_targets(target, sample_weight)
         return
     bad = ((label < 0) | (label >= classes)) & (label != ignore_index)
     if sample_weight is not None:
@@ -263,7 +263,7 @@ def raise_for_values(target: Tensor, sample_weight: Tensor | None, classes: int,
         )
 
 
-def _raise_for_negative_targets(target: Tensor, sample_weight: Tensor | None) -> None:
+def raise_for_negative_targets(target: Tensor, sample_weight: Tensor | None) -> None:
     """A few entries below 0 are harmless (a target corrected for noise may have some); a class of negative weight is not counted."""
     T = target.to(torch.float64)
     if sample_weight is not None:
