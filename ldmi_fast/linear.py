@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +14,7 @@ from . import autograd, few_rows
 from .checks import FLOATS, check_tensors
 from .engines import composite
 from .engines.choose import choose
-from .functional import check_values, conclude, evaluate_in_stages, widen
+from .functional import check_values, conclude, evaluate, widen
 from .options import OPTION_NAMES, Options, explain_keywords, make_options
 from .stages import Sums
 
@@ -36,7 +35,7 @@ def _add_joint(
     Returns:
         lse [rows] and the summed cross entropy [].
     """
-    used, label, weight, nan = composite.used_rows(target, sample_weight, len(S), options.ignore_index, S.dtype)
+    used, label, weight, nan = composite.used_rows(target, sample_weight, logits.shape[1], options.ignore_index, S.dtype)
     x = logits.to(composite.compute_dtype(logits.dtype))
     if used is not None:
         x = torch.where(used.unsqueeze(-1), x, 0)
@@ -51,7 +50,7 @@ def _add_joint(
         if options.cross_entropy_weight != 0:
             ce = -(t * torch.where((t == 0) & (p == 0), 0, torch.log_softmax(x, -1).to(S.dtype))).sum()
     else:
-        own = x.gather(1, (label % x.shape[1]).unsqueeze(-1)).squeeze(-1)
+        own = x.gather(1, label.unsqueeze(-1)).squeeze(-1)
         ce = (ones * (lse - own).to(S.dtype)).sum()
         S.index_add_(0, label, p if weight is None else p.mul_(weight.unsqueeze(-1)))
         n.index_add_(0, label, ones)
@@ -88,7 +87,6 @@ class _LinearSums(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         sample_weight: Tensor | None,
-        num_labels: int,
         options: Options,
         engine: ModuleType,
         chunk: int,
@@ -102,14 +100,14 @@ class _LinearSums(torch.autograd.Function):
                 rows = slice(start, start + chunk)
                 logits = F.linear(hidden[rows], weight, bias)
                 y, w = target[rows], None if sample_weight is None else sample_weight[rows]
-                if chunk >= num_labels:
-                    added = engine.joint(logits, y, w, num_labels, options.ignore_index, "logits")
+                if chunk >= classes:
+                    added = engine.joint(logits, y, w, classes, options.ignore_index, "logits")
                     S, n = (added[0], added[1]) if S is None else (S.add_(added[0]), n.add_(added[1]))
                     lse, part = added[2], added[3]
                 else:
                     if S is None:
-                        S = torch.zeros(num_labels, classes, dtype=acc, device=hidden.device)
-                        n = torch.zeros(num_labels, dtype=acc, device=hidden.device)
+                        S = torch.zeros(classes, classes, dtype=acc, device=hidden.device)
+                        n = torch.zeros(classes, dtype=acc, device=hidden.device)
                     lse, part = _add_joint(S, n, logits, y, w, options)
                 lses.append(lse)
                 ce = part if ce is None else ce + part
@@ -126,7 +124,7 @@ class _LinearSums(torch.autograd.Function):
         hidden, weight, bias, target, sample_weight, lse = ctx.saved_tensors
         options, needed = ctx.options, ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            return *_gradients_with_graph(ctx, S_grad, total_grad, ce_grad), None, None, None, None
+            return *_gradients_with_graph(ctx, S_grad, total_grad, ce_grad), None, None, None
         S_grad = S_grad.contiguous()
         minus = S_grad.new_full((), -1.0)
         # sums over chunks are made in fp32 at least
@@ -168,7 +166,6 @@ class _LinearSums(torch.autograd.Function):
             None,
             None,
             None,
-            None,
         )
 
 
@@ -180,7 +177,7 @@ def _gradients_with_graph(ctx: FunctionCtx, S_grad: Tensor, total_grad: Tensor, 
     need_ce = options.cross_entropy_weight != 0
     with torch.enable_grad(), composite.full_precision(hidden.device):
         logits = F.linear(_without_unused(hidden, target, sample_weight, options), weight, bias)
-        S, n, _, ce = composite.joint(logits, target, sample_weight, len(S_grad), options.ignore_index, "logits", need_ce)
+        S, n, _, ce = composite.joint(logits, target, sample_weight, weight.shape[0], options.ignore_index, "logits", need_ce)
         outputs, upstream = ([S, ce], [S_grad, ce_grad]) if need_ce else ([S], [S_grad])
         if needed[4]:
             outputs.append(composite.differentiable_total(logits, target, sample_weight, n, options))
@@ -286,25 +283,19 @@ def linear_dmi_loss(
     # nothing is stored for it: one number, seen from everywhere
     logits_like = hidden.new_empty(1).expand(len(hidden), classes)
     check_tensors(logits_like, target, sample_weight, options)
-    if composite.transformed() or (torch.compiler.is_exporting() and torch.is_grad_enabled()):
-        logits = F.linear(_without_unused(hidden, target, sample_weight, options), weight, bias)
-        return evaluate_in_stages(logits, target, sample_weight, options)
+    # With fewer rows than classes the logits are no larger than their joint.
+    few = options.group is None and few_rows.applies(logits_like, target)
+    if few or composite.transformed() or (torch.compiler.is_exporting() and torch.is_grad_enabled()):
+        with composite.full_precision(hidden.device):
+            logits = F.linear(_without_unused(hidden, target, sample_weight, options), weight, bias)
+        return evaluate(logits, target, sample_weight, options)
     chosen = choose(hidden, options)
     chunk = _rows(len(hidden), classes, chunk_size)
-    few = options.group is None and options.cross_entropy_weight == 0 and few_rows.applies(logits_like, target)
-    if few:
-        slot, class_of_slot = few_rows.slots(target, sample_weight, classes, options.ignore_index)
-        by_slot = replace(options, ignore_index=-100)
-        S, n, total, ce = _LinearSums.apply(hidden, weight, bias, slot, sample_weight, len(class_of_slot), by_slot, chosen, chunk)
-    else:
-        S, n, total, ce = _LinearSums.apply(hidden, weight, bias, target, sample_weight, classes, options, chosen, chunk)
+    S, n, total, ce = _LinearSums.apply(hidden, weight, bias, target, sample_weight, options, chosen, chunk)
     n = n.detach()
     sums = Sums(S, composite.with_samples(n, target, sample_weight), total, ce)
     del S  # the determinant's backward needs V alone
-    if few:
-        loss = few_rows.finish(sums, class_of_slot, classes, options, chosen, hidden.dtype)
-    else:
-        loss = conclude(sums, options, chosen, hidden.dtype)
+    loss = conclude(sums, options, chosen, hidden.dtype)
     if not torch.compiler.is_compiling():
         check_values(loss, target, sample_weight, classes, options.ignore_index)
     return loss
