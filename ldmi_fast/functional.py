@@ -65,6 +65,7 @@ def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
         and type(target) is Tensor
         and logits.device == target.device
         and native.runs_on(logits.device)
+        and not logits.is_nested
         and logits.dim() == 2
         and native.is_fused(logits, target)
         and options.engine is None

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import autograd, few_rows
-from .checks import FLOATS, check_tensors
+from .checks import FLOATS, check_dense, check_tensors
 from .engines import composite
 from .engines.choose import choose
 from .functional import check_values, conclude, evaluate, widen
-from .options import OPTION_NAMES, Options, explain_keywords, make_options
+from .options import OPTION_NAMES, Options, as_int, explain_keywords, make_options
 from .stages import Sums
 
 # Logits in a chunk, by default: 16 MB in fp32, enough rows for a product of matrices to run at full speed.
@@ -190,8 +190,7 @@ def _check(hidden: Any, weight: Any, bias: Any, chunk_size: Any) -> None:
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if value is None and name == "bias":
             continue
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense floating point tensor, got {type(value).__name__}")
+        check_dense(name, value, "a floating point")
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
         if value.device != hidden.device:
@@ -205,11 +204,8 @@ def _check(hidden: Any, weight: Any, bias: Any, chunk_size: Any) -> None:
         raise ValueError(f"weight must have shape (C, D) with C and D at least 1, got {tuple(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape (C,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if chunk_size is not None:
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-            raise TypeError(f"chunk_size must be an int (rows) or None, got {type(chunk_size).__name__}: {chunk_size!r}")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")
+    if chunk_size is not None and as_int("chunk_size", chunk_size, "rows, or None") < 1:
+        raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")
 
 
 def linear_dmi_loss(
@@ -260,6 +256,7 @@ def linear_dmi_loss(
         explain_keywords("linear_dmi_loss", unknown, ("bias", "sample_weight", *names, "chunk_size"))
     options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, "logits", engine, group)
     _check(hidden, weight, bias, chunk_size)
+    chunk_size = None if chunk_size is None else int(chunk_size)
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

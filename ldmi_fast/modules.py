@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .average import MovingAverage, new_state, takes_part
-from .checks import check_tensors
+from .checks import check_place, check_tensors
 from .diagnostics import JointReport, report_on
 from .engines import composite
 from .functional import evaluate, evaluate_in_stages
-from .joint_state import JointState, check_num_classes
-from .options import OPTION_NAMES, Options, explain_keywords
+from .joint_state import JointState
+from .options import OPTION_NAMES, Options, as_float, as_int, check_num_classes, explain_keywords
 
 SAMPLES_PER_CLASS = 250
 """What :meth:`DMILoss.recommended` wants in the average: with fewer a class the determinant is noise, with more the average lags
@@ -83,7 +83,7 @@ class DMILoss(nn.Module):
         if momentum is not None:
             if num_classes is None:
                 raise ValueError("momentum needs num_classes: the average is a num_classes x num_classes buffer")
-            for name, tensor in new_state(num_classes).items():
+            for name, tensor in new_state(self.num_classes).items():
                 self.register_buffer(name, tensor)
             self._remember()
 
@@ -113,8 +113,7 @@ class DMILoss(nn.Module):
         """
         if "momentum" in options:
             raise TypeError("DMILoss.recommended() chooses the momentum: for one of your own call DMILoss(num_classes, momentum=...)")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-            raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}: {batch_size!r}")
+        batch_size = as_int("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         batches = SAMPLES_PER_CLASS * check_num_classes(num_classes) / batch_size
@@ -136,12 +135,7 @@ class DMILoss(nn.Module):
             ValueError: the logits do not have ``num_classes`` classes, or are not where the average is.
             RuntimeError: an average would have to be updated inside a ``torch.func`` transform.
         """
-        known = self.num_classes is not None and isinstance(logits, Tensor) and logits.dim() >= 2
-        if known and logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"this DMILoss is for {self.num_classes} classes, got logits of shape {tuple(logits.shape)} "
-                f"with {logits.shape[1]} in dimension 1"
-            )
+        self._check_classes(logits)
         if self.momentum is None or not self.training:
             return evaluate(logits, target, sample_weight, self.options)
         if not torch.compiler.is_compiling() and not takes_part():  # evaluation, whatever mode this module is in
@@ -151,11 +145,8 @@ class DMILoss(nn.Module):
                 "DMILoss with momentum cannot update its average inside a torch.func transform (grad, vmap, ...); "
                 "use torch.autograd, or criterion.eval() for the loss of the batch alone"
             )
-        if isinstance(logits, Tensor) and logits.device != self.average_joint.device:
-            raise ValueError(
-                f"the average of this DMILoss is on {self.average_joint.device}, the logits on {logits.device}: "
-                f"call criterion.to({str(logits.device)!r})"
-            )
+        if isinstance(logits, Tensor):
+            check_place(self.average_joint.device, logits)
         return evaluate_in_stages(logits, target, sample_weight, self.options, self.average)
 
     def reset(self) -> None:
@@ -201,6 +192,7 @@ class DMILoss(nn.Module):
             logits, target, sample_weight: as for the loss.
         """
         check_tensors(logits, target, sample_weight, self.options)
+        self._check_classes(logits)
         return report_on(logits, target, sample_weight, self.options, self.average)
 
     def _remember(self) -> None:
@@ -251,6 +243,15 @@ class DMILoss(nn.Module):
         if self.momentum is not None:
             self._remember()
 
+    def _check_classes(self, logits: Any) -> None:
+        if self.num_classes is None or not isinstance(logits, Tensor) or logits.is_nested or logits.dim() < 2:
+            return
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"this DMILoss is for {self.num_classes} classes, got logits of shape {tuple(logits.shape)} "
+                f"with {logits.shape[1]} in dimension 1"
+            )
+
     def _with_momentum(self, what: str) -> MovingAverage:
         if self.average is None:
             raise RuntimeError(f"{what}() is about the moving average, and this DMILoss has none: pass momentum, such as 0.9")
@@ -300,8 +301,7 @@ class DMILoss(nn.Module):
 def _check_momentum(momentum: Any) -> float | None:
     if momentum is None:
         return None
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
-        raise TypeError(f"momentum must be a float, 0 <= momentum < 1, or None, got {type(momentum).__name__}: {momentum!r}")
+    momentum = as_float("momentum", momentum, "0 <= momentum < 1, or None")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be >= 0 and < 1 (0.9 averages about 10 batches, 0.99 about 100), got {momentum!r}")
-    return float(momentum)
+    return momentum

@@ -221,7 +221,7 @@ def good() -> dict[str, Any]:
     [
         ({"hidden": torch.randn(6, 5)}, ValueError, r"got \(6, 5\) and \(3, 4\)"),
         ({"weight": torch.randn(4)}, ValueError, r"weight \(C, D\)"),
-        ({"hidden": [1.0]}, TypeError, "hidden must be a dense floating point tensor, got list"),
+        ({"hidden": [1.0]}, TypeError, "hidden must be a floating point tensor, got list"),
         ({"hidden": torch.ones(6, 4, dtype=torch.int64)}, TypeError, "hidden must be float16.*got torch.int64"),
         ({"hidden": torch.randn(6, 4).half()}, TypeError, "hidden and weight must have one dtype"),
         ({"bias": torch.randn(4)}, ValueError, r"bias must have shape \(C,\) = \(3,\), got \(4,\)"),

@@ -86,6 +86,8 @@ def test_trace_identity(
     engine: str, device: torch.device, classes: int, absent: tuple[int, ...], soft: bool, dtype: torch.dtype
 ) -> None:
     """sum_i w_i <p_i, V[y_i]> = k, the number of classes kept; with input="probs" the gradient is -w_i V[y_i]."""
+    if soft and classes == 1:
+        pytest.skip("soft targets of one class are refused")
     batch = problem(600, classes, absent=absent, soft=soft, weighted=True, dtype=dtype).to(device=device)
     probs = Problem(batch.logits.softmax(1), batch.target, batch.sample_weight)
     grad = run(probs, engine, input="probs").grad

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ldmi_fast
-from ldmi_fast import DMILoss, diagnose, dmi_loss, explain, joint_matrix
+from ldmi_fast import DMILoss, JointState, diagnose, dmi_loss, explain, joint_matrix, linear_dmi_loss
 from ldmi_fast.checks import raise_for_values
 from ldmi_fast.options import as_float, as_int, check_num_classes, make_options
 from tests.problems import problem
@@ -68,6 +68,12 @@ BAD: list[Any] = [
     case("logits-tuple", lambda: dmi_loss((LOGITS, LOGITS), LABELS), TypeError, "logits", "tensor", "tuple", "the one of its tensors"),
     case("logits-numpy", lambda: dmi_loss(LOGITS.numpy(), LABELS), TypeError, "logits", "ndarray", "torch.as_tensor"),
     case("logits-nested", lambda: dmi_loss(nested(), LABELS), TypeError, "logits", "nested", "unbind", "pad"),
+    case("logits-nested-vectors", lambda: dmi_loss(torch.nested.nested_tensor([LOGITS[0]]), LABELS), TypeError, "logits", "nested"),
+    case("module-logits-nested", lambda: DMILoss(3)(nested(), LABELS), TypeError, "logits", "nested"),
+    case("hidden-nested", lambda: linear_dmi_loss(nested(), torch.zeros(3, 3), LABELS), TypeError, "hidden", "nested"),
+    case("weight-matrix-nested", lambda: linear_dmi_loss(LOGITS, nested(), LABELS), TypeError, "weight", "nested"),
+    case("batch-size-float", lambda: DMILoss.recommended(3, 6.0), TypeError, "batch_size", "int", "float"),
+    case("chunk-size-bool", lambda: linear_dmi_loss(LOGITS, LOGITS, LABELS, chunk_size=True), TypeError, "chunk_size", "int", "bool"),
     case("logits-jagged", lambda: dmi_loss(nested(torch.jagged), LABELS), TypeError, "logits", "nested", "jagged", "unbind"),
     case("logits-integer", lambda: dmi_loss(LOGITS.long(), LABELS), TypeError, "logits", "float32", "int64"),
     case("logits-bool", lambda: dmi_loss(LOGITS.bool(), LABELS), TypeError, "logits", "float32", "bool"),
@@ -562,6 +568,22 @@ def test_numbers_of_numpy(kind: Any) -> None:
     assert type(as_float("share", kind(0.5))) is float
 
 
+def test_numbers_of_numpy_in_every_entry_point() -> None:
+    batch = problem(40, 5)
+    criterion = DMILoss(np.int64(5), momentum=np.float32(0.9))
+    assert (type(criterion.num_classes), type(criterion.momentum)) == (int, float)
+    assert criterion.momentum == float(np.float32(0.9))
+    assert criterion(batch.leaf(), batch.target).isfinite()
+    assert DMILoss.recommended(np.int32(5), np.int64(64)).momentum == DMILoss.recommended(5, 64).momentum
+    state = JointState(np.int64(5), eps=np.float32(1e-3))
+    state.update(batch.logits, batch.target)
+    assert type(state.num_classes) is int
+    layer = torch.randn(5, 5)
+    assert linear_dmi_loss(batch.logits, layer, batch.target, chunk_size=np.int64(7)) == linear_dmi_loss(
+        batch.logits, layer, batch.target, chunk_size=7
+    )
+
+
 @pytest.mark.parametrize("value", [True, np.bool_(True), "3", 3.0, np.float64(3), torch.tensor(3), None], ids=repr)
 def test_what_is_no_integer(value: Any) -> None:
     with pytest.raises(TypeError, match=f"size must be an int, got {type(value).__name__}"):
@@ -611,6 +633,13 @@ def test_negative_soft_targets_are_named() -> None:
     hot = torch.nn.functional.one_hot(LABELS, 3).double()
     with pytest.raises(ValueError, match=r"soft targets must be probabilities.*got -1 for class 0 of sample 0.*3 such of 3 classes"):
         raise_for_values(-hot, None, 3, -100)
+    with pytest.raises(ValueError, match="soft targets must be probabilities"):
+        dmi_loss(LOGITS, -hot)
+    one = hot.clone()
+    one[:, 1] *= -1
+    for call in (dmi_loss, DMILoss(3), JointState(3).update, diagnose):
+        with pytest.raises(ValueError, match="got -1 for class 1"):
+            call(torch.randn(6, 3), one)
     # one entry below 0 that the others of its class outweigh, and a row that does not count
     raise_for_values(hot + torch.tensor([0.01, 0.0, -0.01]), None, 3, -100)
     hot[4] = -7
@@ -646,6 +675,20 @@ for placement in (Shard(0), Replicate(), Shard(1)):
                 assert "to_local()" in str(error) and "group=" in str(error) and "full_tensor()" in str(error), error
             else:
                 raise AssertionError((function, name, placement))
+dw = DTensor.from_local(torch.randn(3, 3), mesh, [Replicate()])
+for args, name in (((x, dw, y), "weight"), ((dx, torch.randn(3, 3), y), "hidden")):
+    try:
+        ldmi_fast.linear_dmi_loss(*args)
+    except TypeError as error:
+        assert f"{name} must be a plain tensor, got DTensor" in str(error), error
+    else:
+        raise AssertionError(name)
+try:
+    ldmi_fast.JointState(3).update(dx, dy)
+except TypeError as error:
+    assert "to_local()" in str(error)
+else:
+    raise AssertionError("JointState")
 dist.destroy_process_group()
 print("all named")
 """

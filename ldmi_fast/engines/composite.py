@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..checks import SUM_ROUNDING, raise_for_negative_targets
 from ..options import Options
 from .combine import combine
 
@@ -83,8 +84,6 @@ def used_rows(
 
 # Entries of a column of soft targets that are equal up to the rounding of mixing and smoothing differ by less, relatively.
 _SAME = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 4 * 2.0**-10, torch.bfloat16: 4 * 2.0**-7}
-# Rows of soft targets that sum to 1 within this are distributions: half precision rounds each of many entries.
-_SUM_ROUNDING = 1e-2
 
 
 def classes_with_samples(target: Tensor, sample_weight: Tensor | None) -> Tensor | None:
@@ -112,9 +111,12 @@ def classes_with_samples(target: Tensor, sample_weight: Tensor | None) -> Tensor
         used = (sample_weight.detach() != 0).unsqueeze(-1)
         low, high = torch.where(used, T, torch.inf).amin(0), torch.where(used, T, -torch.inf).amax(0)
     constant = high - low <= same * high.abs()
-    if constant.is_cpu and may_look(constant) and not constant.any():
-        return None
-    proper = (T.sum(-1, dtype=compute_dtype(T.dtype)) - 1).abs() <= _SUM_ROUNDING
+    if constant.is_cpu and may_look(constant):
+        if (low < 0).any():
+            raise_for_negative_targets(target, sample_weight)
+        if not constant.any():
+            return None
+    proper = (T.sum(-1, dtype=compute_dtype(T.dtype)) - 1).abs() <= SUM_ROUNDING
     if sample_weight is not None:
         proper = proper | ~used.squeeze(-1)
     constant = constant & proper.all()
