@@ -18,6 +18,7 @@
 // the norms), M^{-1} M - I does not. The contract is S V^T = I, and S V^T - I is (M^{-1} M - I)^T, up to the scales.
 
 #include "../plan/plan.h"
+#include "../plan/presence.h"
 #include "isa.h"
 #include "rows.h"
 
@@ -306,8 +307,7 @@ bool eliminate(double* data, int64_t C, bool inverse, int64_t* exchanged, Elimin
   return regular;
 }
 
-// What is seen of S and n on the way to R = diag(1/n) S of the classes that have weight, with identity rows and columns for the
-// others.
+// What is seen of S and n on the way to R = diag(1/n) S of the classes that are present.
 struct Screening {
   double norm = 0;  // ||R||_inf
   bool finite = true;
@@ -323,87 +323,137 @@ void exchange(double* a, double* b, int64_t count) {
   }
 }
 
-// The rows begin..end-1 of R, which are columns of M
-Screening equilibrate(const double* S, const double* n, int64_t C, int64_t begin, int64_t end, double* M) {
+// The k classes that are present, in order, and their weights.
+struct Present {
+  int64_t k = 0;
+  Buffer<int64_t> classes;
+  Buffer<double> weights;
+
+  Present(const double* n, int64_t C) : classes(C), weights(C) {
+    double least = 0;
+    for (int64_t i = 0; i < C; ++i) least += plan::least_part(n[i]);
+    for (int64_t i = 0; i < C; ++i) {
+      if (!plan::is_present(n[i], least)) continue;
+      classes[k] = i;
+      weights[k++] = n[i];
+    }
+  }
+};
+
+bool all_finite(const double* values, int64_t count) {
+  double all = 0;
+  for (int64_t j = 0; j < count; ++j) all += values[j] * 0;  // NaN if any entry is NaN or infinite
+  return all == 0;
+}
+
+// The rows begin..end-1 of R, which are columns of M [k, k]
+Screening equilibrate(const double* S, const Present& present, int64_t C, int64_t begin, int64_t end, double* M) {
   Screening out;
   for (int64_t i = begin; i < end; ++i) {
-    const double* const row = S + i * C;
-    double* const to = M + i * C;
-    const bool here = n[i] > 0;
-    const double scale = here ? 1 / n[i] : 0;
-    double sum = 0, all = n[i] * 0;
-    for (int64_t j = 0; j < C; ++j) {
-      all += row[j] * 0;  // NaN if any entry is NaN or infinite
-      to[j] = here && n[j] > 0 ? row[j] * scale : 0.0;
-      sum += __builtin_fabs(to[j]);
+    const double* const row = S + present.classes[i] * C;
+    double* const to = M + i * present.k;
+    const double n = present.weights[i], lift = plan::lift_of(n), scale = 1 / (n * lift);
+    double sum = 0;
+    if (present.k == C) {
+      double all = n * 0;
+      for (int64_t j = 0; j < C; ++j) {
+        all += row[j] * 0;
+        to[j] = row[j] * lift * scale;
+        sum += __builtin_fabs(to[j]);
+      }
+      out.finite &= all == 0;
+    } else {
+      for (int64_t j = 0; j < present.k; ++j) {
+        to[j] = row[present.classes[j]] * lift * scale;
+        sum += __builtin_fabs(to[j]);
+      }
     }
-    if (!here) to[i] = sum = 1;
-    out.finite &= all == 0;
     out.norm = sum > out.norm ? sum : out.norm;
   }
   return out;
 }
 
-// V = diag(1/n) R^{-T}, zeros for absent classes, in the place of M^{-1} = R^{-T} (column-major): the blocks of kBlock rows from
-// `begin` on change places with those of kBlock columns, from the diagonal on.
-void transpose(const double* n, int64_t C, int64_t begin, int64_t end, double* V) {
-  const auto scaled = [&](double value, int64_t i, int64_t j) { return n[i] > 0 && n[j] > 0 ? value / n[i] : 0.0; };
-  for (int64_t j0 = begin; j0 < C; j0 += kBlock) {
-    const int64_t j1 = C - j0 < kBlock ? C : j0 + kBlock;
+// V = diag(1/n) R^{-T} in the place of M^{-1} = R^{-T} (column-major): the blocks of kBlock rows from `begin` on change places with
+// those of kBlock columns, from the diagonal on.
+void transpose(const double* n, int64_t k, int64_t begin, int64_t end, double* V) {
+  for (int64_t j0 = begin; j0 < k; j0 += kBlock) {
+    const int64_t j1 = k - j0 < kBlock ? k : j0 + kBlock;
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t j = j0 > i ? j0 : i; j < j1; ++j) {
-        const double above = V[j * C + i], below = V[i * C + j];  // M^{-1}[i, j] and [j, i]
-        V[i * C + j] = scaled(above, i, j);
-        V[j * C + i] = scaled(below, j, i);
+        const double above = V[j * k + i], below = V[i * k + j];  // M^{-1}[i, j] and [j, i]
+        V[i * k + j] = above / n[i];
+        V[j * k + i] = below / n[j];
       }
     }
+  }
+}
+
+// From [k, k], the classes that are present, to [C, C] with zeros in the rows and columns of the others, in place. No entry moves
+// towards the beginning, so going from the last to the first overwrites none that has still to move.
+void spread(const Present& present, int64_t C, double* V) {
+  const int64_t k = present.k;
+  for (int64_t i = C - 1, r = k - 1; i >= 0; --i) {
+    const bool here = r >= 0 && present.classes[r] == i;
+    double* const to = V + i * C;
+    const double* const from = V + r * k;
+    for (int64_t j = C - 1, c = k - 1; j >= 0; --j) {
+      const bool both = here && c >= 0 && present.classes[c] == j;
+      to[j] = both ? from[c--] : 0.0;
+    }
+    r -= here;
   }
 }
 
 }  // namespace
 
 Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool strict, double* V, const Threads& threads) {
-  const bool inverse = V != nullptr, parallel = plan::cpu_logdet_inverse(C).parallel;
-  const int64_t blocks = (C + kBlock - 1) / kBlock;
-  Buffer<double> own(inverse ? 0 : C * C);
-  Buffer<int64_t> exchanged(C);
-  Buffer<Screening> screenings(blocks);
-  double* const M = inverse ? V : own.get();
-  const auto for_each_block = [&](auto body) {
-    const auto run = [&](int64_t b) { body(b, b * kBlock, C - b * kBlock < kBlock ? C : (b + 1) * kBlock); };
-    if (parallel) {
+  const Present present(n, C);
+  const int64_t k = present.k;
+  const bool inverse = V != nullptr;
+  const int64_t kept = strict && k > 0 ? C : k;
+  const auto for_each_block = [&](int64_t size, auto body) {
+    const int64_t blocks = (size + kBlock - 1) / kBlock;
+    const auto run = [&](int64_t b) { body(b, b * kBlock, size - b * kBlock < kBlock ? size : (b + 1) * kBlock); };
+    if (plan::cpu_logdet_inverse(size).parallel) {
       for_each_task(threads, blocks, run);
     } else {
       for (int64_t b = 0; b < blocks; ++b) run(b);
     }
   };
-  for_each_block([&](int64_t b, int64_t begin, int64_t end) { screenings[b] = equilibrate(S, n, C, begin, end, M); });
-  Screening seen;
-  for (int64_t b = 0; b < blocks; ++b) {
-    seen.finite &= screenings[b].finite;
-    seen.norm = screenings[b].norm > seen.norm ? screenings[b].norm : seen.norm;
-  }
-  int64_t present = 0;
-  for (int64_t i = 0; i < C; ++i) present += n[i] > 0;
-  const int64_t kept = strict && present > 0 ? C : present;
   const auto without_inverse = [&](double log_abs_det, double sign, double everywhere) {
     for (int64_t i = 0; inverse && i < C * C; ++i) V[i] = everywhere;
     return Determinant{log_abs_det, sign, kept};
   };
-  if (!seen.finite) return without_inverse(kNaN, kNaN, kNaN);
-  if (present == 0) return without_inverse(0, 1, 0);
-  if (kept != present) return without_inverse(-__builtin_inf(), 0, 0);
-  Elimination found{static_cast<double>(C) * 0x1p-52 * seen.norm, 1, {}};
-  for (int64_t i = 0; i < C; ++i) {
-    if (n[i] > 0) found.determinant.multiply(n[i]);
+  bool finite = all_finite(n, C);
+  if (k != C) {  // else the entries are looked at on the way to R
+    Buffer<uint8_t> fine((C + kBlock - 1) / kBlock);
+    for_each_block(C, [&](int64_t b, int64_t begin, int64_t end) { fine[b] = all_finite(S + begin * C, (end - begin) * C); });
+    for (int64_t b = 0; b * kBlock < C; ++b) finite &= fine[b] != 0;
   }
-  if (!eliminate(M, C, inverse, exchanged.get(), found, threads)) return without_inverse(-__builtin_inf(), 0, 0);
+  if (!finite) return without_inverse(kNaN, kNaN, kNaN);
+  if (k == 0) return without_inverse(0, 1, 0);
+  if (kept != k) return without_inverse(-__builtin_inf(), 0, 0);
+  Buffer<double> own(inverse ? 0 : k * k);
+  Buffer<int64_t> exchanged(k);
+  Buffer<Screening> screenings((k + kBlock - 1) / kBlock);
+  double* const M = inverse ? V : own.get();
+  for_each_block(k, [&](int64_t b, int64_t begin, int64_t end) { screenings[b] = equilibrate(S, present, C, begin, end, M); });
+  Screening seen{k == C ? 0.0 : 1.0, true};  // an absent class is a row of the identity
+  for (int64_t b = 0; b * kBlock < k; ++b) {
+    seen.finite &= screenings[b].finite;
+    seen.norm = screenings[b].norm > seen.norm ? screenings[b].norm : seen.norm;
+  }
+  if (!seen.finite) return without_inverse(kNaN, kNaN, kNaN);
+  Elimination found{static_cast<double>(C) * 0x1p-52 * seen.norm, 1, {}};
+  for (int64_t i = 0; i < k; ++i) found.determinant.multiply(present.weights[i]);
+  if (!eliminate(M, k, inverse, exchanged.get(), found, threads)) return without_inverse(-__builtin_inf(), 0, 0);
   if (inverse) {
     // columns of the inverse change places as the rows of M did, last exchange first
-    for (int64_t k = C - 1; k >= 0; --k) {
-      if (exchanged[k] != k) exchange(V + k * C, V + exchanged[k] * C, C);
+    for (int64_t i = k - 1; i >= 0; --i) {
+      if (exchanged[i] != i) exchange(V + i * k, V + exchanged[i] * k, k);
     }
-    for_each_block([&](int64_t, int64_t begin, int64_t end) { transpose(n, C, begin, end, V); });
+    for_each_block(k, [&](int64_t, int64_t begin, int64_t end) { transpose(present.weights.get(), k, begin, end, V); });
+    if (k != C) spread(present, C, V);
   }
   return {found.determinant.log(), found.sign, kept};
 }
