@@ -35,6 +35,7 @@
 #include <utility>
 
 #include "../cpu/kernels.h"
+#include "../plan/presence.h"
 #include "simt.cuh"
 
 namespace ldmi::cuda {
@@ -95,6 +96,30 @@ inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // The largest magnitude that is no pivot
 LDMI_HOST_DEVICE double threshold(int64_t C, double norm) { return static_cast<double>(C) * 0x1p-52 * norm; }
+
+// The least weight of a class that is present. Each warp adds up all C by itself, in the same order: all have the same bits.
+template <class Weight>
+LDMI_DEVICE double least_weight(int C, const Weight& weight) {
+  double least = 0.0;
+  for (int i = lane(); i < C; i += kWarp) least += plan::least_part(weight(i));
+  return warp_sum(least);
+}
+
+// What is kept of a row of R besides its entries: its norm (NaN: something there is not finite), and in the sign whether its class is
+// absent. Bit by bit, since negating may lose the sign of NaN.
+struct RowNote {
+  double value;
+
+  LDMI_HOST_DEVICE static RowNote of(double norm, bool finite, bool here) {
+    const uint64_t bits = simt::bit_cast<uint64_t>(finite ? norm : kNaN) & ~kSign;
+    return {simt::bit_cast<double>(here ? bits : bits | kSign)};
+  }
+  LDMI_HOST_DEVICE bool here() const { return (simt::bit_cast<uint64_t>(value) & kSign) == 0; }
+  LDMI_HOST_DEVICE double norm() const { return simt::bit_cast<double>(simt::bit_cast<uint64_t>(value) & ~kSign); }
+
+ private:
+  static constexpr uint64_t kSign = uint64_t{1} << 63;
+};
 
 // The logarithm of a product of positive numbers, some in each lane, by one logarithm: their fractions in [1, 2) are multiplied, their
 // exponents added as integers.
@@ -258,7 +283,7 @@ template <int kColumns, class Entry, class Weight, class Emit>
 LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& entry, const Weight& weight, const Emit& emit) {
   const int i = lane();
   const double n = i < C ? weight(i) : 0.0;
-  const bool here = n > 0.0;
+  const bool here = plan::is_present(n, warp_sum(plan::least_part(n)));
   const unsigned present = ballot(here);
   const auto everywhere = [&](double value) {
     if (!inverse) return;
@@ -278,11 +303,11 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
     for (int j = 0; j < kColumns; ++j) a[0][j] = i < C && j < C ? entry(i, j) : 0.0;
     bool finite = isfinite(n);
     double sum = 0.0;
-    const double scale = here ? 1.0 / n : 0.0;
+    const double lift = plan::lift_of(n), scale = here ? 1.0 / (n * lift) : 0.0;
     LDMI_UNROLL
     for (int j = 0; j < kColumns; ++j) {
       finite &= isfinite(a[0][j]);
-      a[0][j] = here && (present >> j & 1u) != 0 ? a[0][j] * scale : (i == j && i < C ? 1.0 : 0.0);
+      a[0][j] = here && (present >> j & 1u) != 0 ? a[0][j] * lift * scale : (i == j && i < C ? 1.0 : 0.0);
       sum += abs(a[0][j]);
     }
     seen = {all(finite), strict, popcount(present), C};
@@ -437,12 +462,13 @@ template <int kSlots, class Entry, class Weight>
 LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, const Entry& entry, const Weight& weight,
                                   double* norm) {
   const int warps = block_dim() / kWarp;
+  const double least = least_weight(C, weight);
   bool finite = true;
   for (int word = warp(); word * kWarp < C; word += warps) {
     const int i = word * kWarp + lane();
     const double n = i < C ? weight(i) : 0.0;
     finite &= isfinite(n);
-    const unsigned bits = ballot(n > 0.0);
+    const unsigned bits = ballot(plan::is_present(n, least));
     if (lane() == 0) space.present[word] = bits;
   }
   if (thread_idx() < 2) space.tickets[thread_idx()] = 0;
@@ -455,12 +481,13 @@ LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, 
   double largest = 0.0;
   constexpr int kRows = kSlots <= 2 ? 4 : 2;  // of a warp at a time: loads on their way together
   for (int i0 = warp(); i0 < C; i0 += kRows * warps) {
-    double scale[kRows], values[kRows][kSlots];
+    double lift[kRows], scale[kRows], values[kRows][kSlots];
     LDMI_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const int i = i0 + r * warps;
       const double n = i < C ? weight(i) : 0.0;
-      scale[r] = n > 0.0 ? 1.0 / n : 0.0;
+      lift[r] = plan::lift_of(n);
+      scale[r] = n > 0.0 ? 1.0 / (n * lift[r]) : 0.0;
       LDMI_UNROLL
       for (int s = 0; s < kSlots; ++s) {
         const int j = lane() + kWarp * s;
@@ -477,7 +504,7 @@ LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, 
         const int j = lane() + kWarp * s;
         if (i >= C || j >= C) continue;
         finite &= isfinite(values[r][s]);
-        const double value = row_here && (here >> s & 1u) != 0 ? values[r][s] * scale[r] : (i == j ? 1.0 : 0.0);
+        const double value = row_here && (here >> s & 1u) != 0 ? values[r][s] * lift[r] * scale[r] : (i == j ? 1.0 : 0.0);
         space.columns[i * space.stride + j] = value;
         sum += abs(value);
       }
@@ -563,7 +590,7 @@ LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, b
     for (int k0 = kDown * warp(); k0 < C; k0 += kDown * warps) {
       const int k = k0 + lane() % kDown;
       if (k >= C) continue;
-      const double n = weight(k), scale = n > 0.0 ? 1.0 / n : 0.0;
+      const double scale = here(k) ? 1.0 / weight(k) : 0.0;
       const double* const from = space.columns + space.pivot_row[k];
       for (int l0 = lane() / kDown; l0 < C; l0 += kAhead * kAcross) {
         double value[kAhead];

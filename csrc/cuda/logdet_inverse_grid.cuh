@@ -103,12 +103,21 @@ LDMI_HOST_DEVICE GridShared take_grid_shared(simt::Carve& carve, int C, int pane
 
 namespace factor {
 
-// M from S, a warp a row of R, and the norms of these rows
+// M from S, a warp a row of R, and a RowNote of each. parts: [kThreads / kWarp], in shared memory
 template <int kThreads>
-LDMI_DEVICE void equilibrate_rows(const double* S, const double* n, int64_t C, double* M, double* norms) {
+LDMI_DEVICE void equilibrate_rows(const double* S, const double* n, int64_t C, double* M, double* norms, double* parts) {
   constexpr int kWarps = kThreads / kWarp;
+  double least = 0.0;  // all blocks add in the same order
+  for (int64_t i = thread_idx(); i < C; i += kThreads) least += plan::least_part(load_const(n + i));
+  least = warp_sum(least);
+  if (lane() == 0) parts[warp()] = least;
+  sync_block();
+  least = 0.0;
+  for (int w = 0; w < kWarps; ++w) least += parts[w];
   for (int64_t i = block_idx() * kWarps + warp(); i < C; i += grid_dim() * kWarps) {
-    const double weight = load_const(n + i), scale = weight > 0.0 ? 1.0 / weight : 0.0;
+    const double weight = load_const(n + i), lift = plan::lift_of(weight);
+    const bool here = plan::is_present(weight, least);
+    const double scale = here ? 1.0 / (weight * lift) : 0.0;
     bool finite = isfinite(weight);
     double sum = 0.0;
     constexpr int kBatch = 4;
@@ -125,14 +134,14 @@ LDMI_DEVICE void equilibrate_rows(const double* S, const double* n, int64_t C, d
         const int64_t j = j0 + kWarp * u;
         if (j >= C) continue;
         finite &= isfinite(entry[u]);
-        const double value = weight > 0.0 && other[u] > 0.0 ? entry[u] * scale : (i == j ? 1.0 : 0.0);
+        const double value = here && plan::is_present(other[u], least) ? entry[u] * lift * scale : (i == j ? 1.0 : 0.0);
         sum += abs(value);
         store(M + i * C + j, value);
       }
     }
     sum = warp_sum(sum);
     finite = all(finite);
-    if (lane() == 0) store(norms + i, finite ? sum : kNaN);
+    if (lane() == 0) store(norms + i, RowNote::of(sum, finite, here).value);
   }
 }
 
@@ -631,25 +640,25 @@ LDMI_DEVICE void transpose(double* V, int64_t C, double* pool) {
 }
 
 // What the screening saw is not kept: the registers are the strips'.
-LDMI_DEVICE Screening screen(const Matrices& matrices, const double* n, const double* norms, double* norm) {
+LDMI_DEVICE Screening screen(const Matrices& matrices, const double* norms, double* norm) {
   double largest = 0.0;
   bool finite = true;
   int present = 0;
   for (int i = lane(); i < matrices.C; i += kWarp) {
-    const double row = load(norms + i);
-    finite &= !isnan(row);
-    largest = fmax(largest, row);
-    present += load_const(n + i) > 0.0 ? 1 : 0;
+    const RowNote row{load(norms + i)};
+    finite &= !isnan(row.norm());
+    largest = fmax(largest, row.norm());
+    present += row.here() ? 1 : 0;
   }
   *norm = warp_max(largest);
   return {all(finite), matrices.strict, warp_sum(present), matrices.C};
 }
 
 template <int kSlots, int kThreads, int kBlocks>
-LDMI_DEVICE bool screen_and_eliminate(const Matrices& matrices, const double* n, const GridProblem<kThreads, kBlocks>& problem,
+LDMI_DEVICE bool screen_and_eliminate(const Matrices& matrices, const GridProblem<kThreads, kBlocks>& problem,
                                       const GridShared& shared) {
   double norm = 0.0;
-  const Screening seen = screen(matrices, n, problem.space.norms, &norm);
+  const Screening seen = screen(matrices, problem.space.norms, &norm);
   return seen.regular() && eliminate_by_grid<kSlots>(problem, shared, threshold(matrices.C, norm));
 }
 
@@ -664,7 +673,7 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
   const double* const n = matrices.n + at * C;
   double* const V = inverse ? matrices.V + at * C * C : space.matrix;
   const GridProblem<kThreads, kBlocks> problem{space, V, C, panel, inverse, begin, rows};
-  equilibrate_rows<kThreads>(matrices.S + at * C * C, n, C, V, space.norms);
+  equilibrate_rows<kThreads>(matrices.S + at * C * C, n, C, V, space.norms, shared.X);
   if (block_idx() == 0 && thread_idx() == 0) store(space.singular, 0u);
   sync_grid();
   const auto answer = [&](const Determinant& found) {
@@ -673,9 +682,9 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
     store(matrices.sign + at, found.sign);
     store(matrices.kept + at, found.kept);
   };
-  if (!screen_and_eliminate<kSlots>(matrices, n, problem, shared)) {
+  if (!screen_and_eliminate<kSlots>(matrices, problem, shared)) {
     double norm = 0.0;
-    const Screening seen = screen(matrices, n, space.norms, &norm);
+    const Screening seen = screen(matrices, space.norms, &norm);
     LDMI_UNROLL_BY(1)
     for (int e = static_cast<int>(block_idx()) * kThreads + thread_idx(); inverse && e < C * C;
          e += static_cast<int>(grid_dim()) * kThreads) {
@@ -690,14 +699,14 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
     for (int64_t i = thread_idx(); i < l; i += kThreads) odd ^= load(space.row + i) > row;
     if (thread_idx() == 0) odd ^= load(space.pivots + l) < 0.0;
     if (!inverse) continue;
-    const bool here = load_const(n + row) > 0.0;
+    const bool here = RowNote{load(space.norms + row)}.here();
     double* const values = V + int64_t{C} * l;
     double value[kRows];
     LDMI_UNROLL
     for (int s = 0; s < kRows; ++s) {
       const int i = thread_idx() + kThreads * s;
-      const double weight = i < C ? load_const(n + i) : 0.0;
-      value[s] = here && weight > 0.0 ? load(values + load(space.row + i)) / weight : 0.0;
+      const bool both = here && i < C && RowNote{load(space.norms + i)}.here();
+      value[s] = both ? load(values + load(space.row + i)) / load_const(n + i) : 0.0;
     }
     sync_block();
     LDMI_UNROLL
@@ -737,9 +746,8 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
   int present = 0;
   for (int i = lane(); i < C; i += kWarp) {
     product.multiply(abs(load(space.pivots + i)));
-    const double weight = load_const(n + i);
-    if (weight > 0.0) {
-      product.multiply(weight);
+    if (RowNote{load(space.norms + i)}.here()) {
+      product.multiply(load_const(n + i));
       ++present;
     }
   }

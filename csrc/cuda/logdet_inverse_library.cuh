@@ -15,7 +15,7 @@ namespace ldmi::cuda {
 
 // The workspace of `count` matrices
 struct LibrarySpace {
-  double* norms;     // [count, C]: of the rows of R; NaN if something there is not finite
+  double* norms;     // [count, C]: a RowNote of each row of R
   uint32_t* answer;  // [count]: what finish selects
   int32_t* order;    // [count, C]: where the row of R^T stands after all exchanges
 };
@@ -33,13 +33,23 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_equilibrate(Matrices matr
   for (int64_t task = block_idx(); task < matrices.count * C; task += grid_dim()) {
     const int64_t i = task % C;
     const double* const n = matrices.n + (task - i);
-    const double weight = load_const(n + i), scale = weight > 0.0 ? 1.0 / weight : 0.0;
+    double least = 0.0;
+    for (int64_t j = thread_idx(); j < C; j += block_dim()) least += plan::least_part(load_const(n + j));
+    least = warp_sum(least);
+    if (lane() == 0) sums[warp()] = least;
+    sync_block();
+    least = 0.0;
+    for (int w = 0; w < block_dim() / kWarp; ++w) least += sums[w];
+    sync_block();
+    const double weight = load_const(n + i), lift = plan::lift_of(weight);
+    const bool here = plan::is_present(weight, least);
+    const double scale = here ? 1.0 / (weight * lift) : 0.0;
     bool finite = isfinite(weight);
     double sum = 0.0;
     for (int64_t j = thread_idx(); j < C; j += block_dim()) {
       const double entry = load(matrices.S + task * C + j);
       finite &= isfinite(entry);
-      const double value = weight > 0.0 && load_const(n + j) > 0.0 ? entry * scale : (i == j ? 1.0 : 0.0);
+      const double value = here && plan::is_present(load_const(n + j), least) ? entry * lift * scale : (i == j ? 1.0 : 0.0);
       sum += abs(value);
       store(A + task * C + j, value);
       if (X != nullptr) store(X + task * C + j, i == j ? 1.0 : 0.0);
@@ -50,7 +60,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_equilibrate(Matrices matr
     if (thread_idx() == 0) {
       double norm = 0.0;
       for (int w = 0; w < block_dim() / kWarp; ++w) norm += sums[w];
-      store(space.norms + task, finite ? norm : kNaN);
+      store(space.norms + task, RowNote::of(norm, finite, here).value);
     }
     sync_block();
   }
@@ -69,7 +79,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1)
     double norm = 0.0;
     bool finite = true;
     for (int64_t i = thread_idx(); i < C; i += block_dim()) {
-      const double row = load_const(space.norms + at * C + i);
+      const double row = RowNote{load_const(space.norms + at * C + i)}.norm();
       finite &= !isnan(row);
       norm = fmax(norm, row);
     }
@@ -82,7 +92,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1)
     bool regular = true, odd = false;
     int present = 0;
     for (int64_t i = thread_idx(); i < C; i += block_dim()) {
-      const double pivot = load_const(LU + (at * C + i) * C + i), n = load_const(matrices.n + at * C + i);
+      const double pivot = load_const(LU + (at * C + i) * C + i);
       if (abs(pivot) > smallest) {
         product.multiply(abs(pivot));
       } else {
@@ -90,8 +100,8 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1)
       }
       odd ^= pivot < 0.0;
       odd ^= load_const(pivots + at * C + i) != i + 1;
-      if (n > 0.0) {
-        product.multiply(n);
+      if (RowNote{load_const(space.norms + at * C + i)}.here()) {
+        product.multiply(load_const(matrices.n + at * C + i));
         ++present;
       }
     }
@@ -146,15 +156,14 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_finish(Matrices matrices,
   const int64_t C = matrices.C;
   for (int64_t task = block_idx(); task < matrices.count * C; task += grid_dim()) {
     const int64_t at = task / C;
-    const double* const n = matrices.n + at * C;
+    const double* const norms = space.norms + at * C;
     const uint32_t answer = load_const(space.answer + at);
-    const double weight = load_const(n + task % C);
-    const bool here = answer == kRegular && weight > 0.0;
-    const double scale = here ? 1.0 / weight : 0.0;
+    const bool here = answer == kRegular && RowNote{load_const(norms + task % C)}.here();
+    const double scale = here ? 1.0 / load_const(matrices.n + task) : 0.0;
     const double* const row = X + task * C;
     for (int64_t j = thread_idx(); j < C; j += block_dim()) {
       double value = answer == kPoison ? kNaN : 0.0;
-      if (here && load_const(n + j) > 0.0) value = load_const(row + load_const(space.order + at * C + j)) * scale;
+      if (here && RowNote{load_const(norms + j)}.here()) value = load_const(row + load_const(space.order + at * C + j)) * scale;
       store(matrices.V + task * C + j, value);
     }
   }

@@ -1,12 +1,10 @@
 // Which classes a determinant is of: the same rule in every engine. composite.ABSENT_SHARE and present_classes say it in Python.
 #pragma once
 
-#ifndef LDMI_HOST_DEVICE
 #ifdef __CUDACC__
-#define LDMI_HOST_DEVICE __host__ __device__
+#define LDMI_EVERYWHERE __host__ __device__
 #else
-#define LDMI_HOST_DEVICE
-#endif
+#define LDMI_EVERYWHERE
 #endif
 
 namespace ldmi::plan {
@@ -17,12 +15,14 @@ inline constexpr double kAbsentShare = 1e-12;
 
 // What a class of weight n adds to the least weight that counts as present. Scaled before they are added, so that the sum of the
 // largest weights stays finite.
-LDMI_HOST_DEVICE inline double least_part(double n) { return n > 0.0 ? kAbsentShare * n : 0.0; }
+LDMI_EVERYWHERE inline double least_part(double n) { return n > 0.0 ? kAbsentShare * n : 0.0; }
 
 // Not `n >= least`: where some weight is NaN, and with it the result, the others count as if there were no rule.
-LDMI_HOST_DEVICE inline bool is_present(double n, double least) { return n > 0.0 && !(n < least); }
+LDMI_EVERYWHERE inline bool is_present(double n, double least) { return n > 0.0 && !(n < least); }
 
 // 1 / n overflows below 2^-1022. Where the weights are as small as that, both n and its row of S are multiplied by this first.
-LDMI_HOST_DEVICE inline double lift_of(double n) { return n < 0x1p-1000 ? 0x1p300 : 1.0; }
+LDMI_EVERYWHERE inline double lift_of(double n) { return n < 0x1p-1000 ? 0x1p300 : 1.0; }
 
 }  // namespace ldmi::plan
+
+#undef LDMI_EVERYWHERE
