@@ -60,6 +60,20 @@ def is_finite(x):
     return tl.abs(x) < float("inf")
 
 
+_ABSENT_SHARE = tl.constexpr(composite.ABSENT_SHARE)
+
+
+@triton.jit
+def least_weight(n):
+    """The least weight of a class that is present, of the weights n [B] (0 in the padding): composite.present_classes."""
+    return tl.sum(tl.where(n > 0.0, _ABSENT_SHARE * n, 0.0), axis=0)
+
+
+@triton.jit
+def is_present(n, least):
+    return (n > 0.0) & ((n < least) == 0)
+
+
 @triton.jit
 def equilibrated(S, n, classes, roundoff, B: tl.constexpr):
     """R [B, B] with the identity in the rows and columns of absent classes and of the padding, from S [B, B] and n [B] by row.
@@ -71,7 +85,7 @@ def equilibrated(S, n, classes, roundoff, B: tl.constexpr):
     wild = tl.sum(tl.where(inside & (is_finite(n) == 0), 1, 0), axis=0)
     wild += tl.sum(tl.sum(tl.where(inside[:, None] & (c < classes)[None, :] & (is_finite(S) == 0), 1, 0), axis=1), axis=0)
     finite = wild == 0
-    present = inside & (n > 0.0)
+    present = inside & is_present(n, least_weight(tl.where(inside, n, 0.0)))
     present_c = along_columns(present.to(tl.int32), B) > 0
     divides = present & finite
     keep = divides[:, None] & present_c[None, :]
@@ -174,8 +188,10 @@ def _small_kernel(
     # V = R^{-T} / n has M[i, c] in row perm[c] and column column_of[i]
     n_to = tl.load(n + perm, mask=c < classes, other=0.0).to(tl.float64)
     n_from = tl.load(n + column_of, mask=r < classes, other=0.0).to(tl.float64)
-    keep = (n_from > 0.0)[:, None] & (n_to > 0.0)[None, :] & (singular == 0)
-    out = tl.where(keep, M / tl.where(n_to > 0.0, n_to, 1.0)[None, :], 0.0)
+    least = least_weight(weights)
+    to_present = is_present(n_to, least)
+    keep = is_present(n_from, least)[:, None] & to_present[None, :] & (singular == 0)
+    out = tl.where(keep, M / tl.where(to_present, n_to, 1.0)[None, :], 0.0)
     out += tl.where(finite, 0.0, float("nan")).to(tl.float64)
     tl.store(V + perm[None, :] * classes + column_of[:, None], out, mask=inside)
     if COMBINE:
@@ -290,7 +306,7 @@ def _by_library(A: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tens
     is column-major). R^{-1} = P (L^T)^{-1} (U^T)^{-1} is solved for in X, which holds it column-major, and that is R^{-T}.
     """
     classes = A.shape[-1]
-    present = n > 0
+    present = composite.present_classes(n)
     empty = ~present.any(-1)
     finite = torch.isfinite(A.amax((-2, -1))) & torch.isfinite(A.amin((-2, -1))) & torch.isfinite(n).all(-1)
     divides = present & finite.unsqueeze(-1)

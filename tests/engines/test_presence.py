@@ -1,0 +1,126 @@
+"""Which classes logdet_inverse takes for present, the same in every engine: those with at least 1e-12 of the weight. And that weights
+at either end of the range of a double make nothing overflow."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldmi_fast.engines import composite
+
+#: On both sides of the edges between the algorithms for few classes and for many
+CLASSES = [2, 5, 17, 33, 70, 130]
+
+
+def factor(engine: str, device: torch.device, S: Tensor, n: Tensor, absent: str = "present") -> list[Tensor]:
+    """The op of an engine, back on the CPU."""
+    arguments = S.to(device), n.to(device), absent
+    if engine == "composite":
+        results = composite.logdet_inverse(*arguments)
+    elif engine == "triton":
+        from ldmi_fast.engines.triton import engine as triton_engine
+
+        results = triton_engine.logdet_inverse(*arguments)
+    else:
+        results = torch.ops.ldmi_fast.logdet_inverse(*arguments)
+    return [result.cpu() for result in results]
+
+
+def rates(classes: int) -> Tensor:
+    R = torch.rand(classes, classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64)
+    R += classes**0.5 * torch.eye(classes, dtype=torch.float64)
+    return R / R.sum(-1, keepdim=True)
+
+
+def expected(R: Tensor, n: Tensor, present: Tensor) -> tuple[float, Tensor]:
+    """log|det S| and V of the classes that are present, from NumPy's functions of the submatrix of R."""
+    part = R[present][:, present]
+    V = torch.zeros_like(R)
+    V[present.nonzero(), present.nonzero().T] = torch.linalg.inv(part).T / n[present].unsqueeze(-1)
+    return torch.linalg.slogdet(part)[1].item() + n[present].log().sum().item(), V
+
+
+def check(engine: str, device: torch.device, R: Tensor, n: Tensor, present: Tensor) -> None:
+    level, V = expected(R, n, present)
+    found, sign, kept, inverse = factor(engine, device, R * n.unsqueeze(-1), n)
+    assert kept.item() == present.sum()
+    assert found.item() == pytest.approx(level, rel=1e-9, abs=1e-9)
+    assert sign.item() == torch.linalg.slogdet(R[present][:, present])[0]
+    torch.testing.assert_close(inverse, V, rtol=1e-9, atol=1e-9 * V.abs().max().item())
+    strict = factor(engine, device, R * n.unsqueeze(-1), n, "strict")
+    if present.all():
+        assert strict[0].item() == pytest.approx(level, rel=1e-9, abs=1e-9)
+    else:
+        assert strict[0].item() == -math.inf
+        assert not strict[3].any()
+
+
+@pytest.mark.parametrize("share", [1e-11, 1e-13, 1e-200, 1e-310, 5e-324])
+@pytest.mark.parametrize("classes", CLASSES)
+def test_a_small_share(engine: str, device: torch.device, classes: int, share: float) -> None:
+    """Above 1e-12 a class is present, below it is as if it were not there, down to the smallest number."""
+    n = torch.full((classes,), 3.0, dtype=torch.float64)
+    rare = [0, classes - 1] if classes > 5 else [0]
+    n[rare] = share * 3.0 * classes
+    present = torch.ones(classes, dtype=torch.bool)
+    present[rare] = share > 1e-12
+    R = rates(classes)
+    if share < 1e-300:
+        # entries that small are rounded to nothing: what they are must not matter
+        R[~present] = 0.25
+    check(engine, device, R, n, present)
+
+
+@pytest.mark.parametrize("size", [1e305, 1e-300])
+@pytest.mark.parametrize("classes", CLASSES)
+def test_weights_of_any_size(engine: str, device: torch.device, classes: int, size: float) -> None:
+    n = size * torch.linspace(1, 2, classes, dtype=torch.float64)
+    n[1] *= 1e-13
+    present = torch.ones(classes, dtype=torch.bool)
+    present[1] = False
+    check(engine, device, rates(classes), n, present)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_weights_below_the_smallest_normal_number(engine: str, device: torch.device, classes: int) -> None:
+    """1 / n would overflow. The determinant is still right, to the digits that such numbers have."""
+    n = 1e-310 * torch.linspace(1, 2, classes, dtype=torch.float64)
+    S = rates(classes) * n.unsqueeze(-1)
+    level = torch.linalg.slogdet(S * 1e300 * 1e10)[1].item() - classes * math.log(1e10) - classes * math.log(1e300)
+    found, sign, kept, _ = factor(engine, device, S, n)
+    assert kept.item() == classes
+    assert sign.item() == 1
+    assert found.item() == pytest.approx(level, rel=1e-9)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_what_is_not_finite(engine: str, device: torch.device, classes: int) -> None:
+    """Also in a class that is absent: there the data are broken, not small."""
+    R = rates(classes)
+    for at, value in ((0, math.nan), (0, math.inf), (1, math.nan)):
+        n = torch.full((classes,), 3.0, dtype=torch.float64)
+        n[0] = 1e-20
+        S = R * n.unsqueeze(-1)
+        (S[at] if at == 0 else n)[classes - 1] = value
+        found, sign, _, V = factor(engine, device, S, n)
+        assert found.isnan()
+        assert sign.isnan()
+        assert V.isnan().all()
+
+
+def test_a_batch_of_matrices(engine: str, device: torch.device) -> None:
+    """Each has its own weight."""
+    R = torch.stack([rates(6)] * 3)
+    n = torch.ones(3, 6, dtype=torch.float64)
+    n[1, 2] = 1e-13
+    n[2] = 1e-100
+    n[2, 4] = 1e-111
+    found, _, kept, V = factor(engine, device, R * n.unsqueeze(-1), n)
+    assert kept.tolist() == [6, 5, 6]
+    for i in range(3):
+        level, inverse = expected(R[i], n[i], n[i] > 1e-12 * n[i].sum())
+        assert found[i].item() == pytest.approx(level, rel=1e-9)
+        torch.testing.assert_close(V[i], inverse, rtol=1e-9, atol=1e-9 * inverse.abs().max().item())
