@@ -201,11 +201,20 @@ std::vector<Bounded> logits_grad(const Problem& problem, const std::vector<doubl
   return out;
 }
 
+std::vector<bool> present_classes(const std::vector<double>& n) {
+  long double sum = 0;
+  for (const double weight : n) sum += weight > 0 ? static_cast<long double>(weight) : 0;
+  std::vector<bool> out;
+  for (const double weight : n) out.push_back(weight > 0 && weight / sum >= 1e-12L);
+  return out;
+}
+
 Inverse logdet_inverse(const std::vector<double>& S, const std::vector<double>& n, int64_t C, bool strict) {
   Inverse out{0, 1, 0, std::vector<double>(C * C, 0.0), 1, 1, 1};
   std::vector<int64_t> present;
+  const std::vector<bool> there = present_classes(n);
   for (int64_t i = 0; i < C; ++i) {
-    if (n[i] > 0) present.push_back(i);
+    if (there[i]) present.push_back(i);
   }
   const int64_t k = static_cast<int64_t>(present.size());
   out.kept = strict && k > 0 ? C : k;

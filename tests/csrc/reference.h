@@ -50,4 +50,7 @@ struct Inverse {
 };
 Inverse logdet_inverse(const std::vector<double>& S, const std::vector<double>& n, int64_t C, bool strict);
 
+// Whether each class has at least 1e-12 of the weight
+std::vector<bool> present_classes(const std::vector<double>& n);
+
 }  // namespace ldmi::test

@@ -27,6 +27,7 @@ struct Input {
   double at(int64_t i, int64_t j) const { return S[static_cast<size_t>(i * C + j)]; }
   double& weight(int64_t i) { return n[static_cast<size_t>(i)]; }
   double weight(int64_t i) const { return n[static_cast<size_t>(i)]; }
+  std::vector<bool> present() const { return test::present_classes(n); }
 };
 
 std::vector<int64_t> permutation(Random& random, int64_t C) {
@@ -52,13 +53,16 @@ void draw_joint(Random& random, Input& in) {
       in.at(i, j) = random.uniform() + (place[static_cast<size_t>(i)] == j ? signal * static_cast<double>(C) : 0);
       sum += in.at(i, j);
     }
-    in.weight(i) = random.chance(absent) ? 0 : random.uniform(0.5, 2) * size;
+    // of next to no weight is absent, too; the first class has some, unless all have none
+    const double rare = absent < 1 && i > 0 ? random.one_of({0.0, 1e-16 * size, 1e-200, 1e-310}) : 0;
+    const bool here = !random.chance(absent) || (absent < 1 && i == 0);
+    in.weight(i) = here ? random.uniform(0.5, 2) * size : std::min(rare, 1e-16 * size);
     for (int64_t j = 0; j < C; ++j) in.at(i, j) *= in.weight(i) / sum;
   }
   if (random.chance(0.1)) {  // never predicted: a zero pivot, whatever is rounded; of the first, the last or another column
     const int64_t never = random.one_of({int64_t{0}, C - 1, C / 2, random.integer(0, C - 1)});
     for (int64_t i = 0; i < C; ++i) in.at(i, never) = 0;
-    in.singular = in.weight(never) > 0;
+    in.singular = in.present()[static_cast<size_t>(never)];
   } else if (C > 1 && random.chance(0.1)) {  // the same prediction for every class
     for (int64_t i = 0; i < C; ++i) {
       in.weight(i) = in.weight(0) > 0 ? in.weight(0) * static_cast<double>(1 << (i % 4)) : 0;
@@ -220,8 +224,9 @@ Input draw(Random& random, int64_t C) {
 void require_inverse(const Input& in, const double* V, double growth) {
   const int64_t C = in.C;
   std::vector<int64_t> here;
+  const std::vector<bool> present = in.present();
   for (int64_t i = 0; i < C; ++i) {
-    if (in.weight(i) > 0) here.push_back(i);
+    if (present[static_cast<size_t>(i)]) here.push_back(i);
   }
   long double most = 0, norm_R = 0, norm_V = 0;
   for (const int64_t i : here) {
@@ -279,10 +284,11 @@ void compare(const Input& in, const Determinant& got, const double* V) {
   hold("log_abs_det", got.log_abs_det, {want.log_abs_det, growth * kEpsilon * (c * want.condition + 8 * c * 150)});
   hold("sign", got.sign, {want.sign, 0});
   double largest = 0, error = 0;
+  const std::vector<bool> present = in.present();
   for (int64_t i = 0; i < C; ++i) {
     for (int64_t j = 0; j < C; ++j) {
       const double value = want.V[static_cast<size_t>(i * C + j)];
-      const bool both = in.weight(i) > 0 && in.weight(j) > 0;
+      const bool both = present[static_cast<size_t>(i)] && present[static_cast<size_t>(j)];
       hold("V", V[i * C + j], {value, both ? growth * 4 * c * kEpsilon * want.condition * want.inverse_norm / in.weight(i) : 0});
       largest = std::max(largest, std::fabs(value));
       error = std::max(error, std::fabs(V[i * C + j] - value));
