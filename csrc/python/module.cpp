@@ -31,7 +31,12 @@ py::dict shown(const ldmi::plan::Plan& plan) {
 
 }  // namespace
 
+// What the functions keep is made once, behind std::call_once and the initialisation of statics: free-threaded Python needs no lock.
+#if PYBIND11_VERSION_HEX >= 0x020D0000
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+#else
 PYBIND11_MODULE(_C, m) {
+#endif
   m.doc() = "Compiled kernels of ldmi_fast: plans and build information. The ops are in torch.ops.ldmi_fast.";
   m.def(
       "plan",
