@@ -19,18 +19,19 @@ from .engines.combine import combine
 from .options import Options
 from .stages import Sums
 
-# With fewer classes the [C, C] matrix costs less than the dozen small operations that avoid it.
+# With fewer classes, or with more samples for them, the [C, C] matrix costs less than the dozen small operations that avoid it.
 _LEAST_CLASSES = 512
+_CLASSES_PER_ROW = 4
 
 
 def applies(logits: Tensor, target: Tensor) -> bool:
-    """Whether hard labels of fewer samples than classes are worth the slots. Not inside a transform, nor where a graph is exported
+    """Whether hard labels of few samples for their classes are worth the slots. Not inside a transform, nor where a graph is exported
     that has to serve batches of any size."""
     return (
         logits.shape[1] >= _LEAST_CLASSES
         and target.dim() == 1
         and not torch.compiler.is_exporting()
-        and logits.shape[0] < logits.shape[1]
+        and logits.shape[0] * _CLASSES_PER_ROW <= logits.shape[1]
         and not composite.transformed()
     )
 

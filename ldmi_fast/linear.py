@@ -280,7 +280,7 @@ def linear_dmi_loss(
     # nothing is stored for it: one number, seen from everywhere
     logits_like = hidden.new_empty(1).expand(len(hidden), classes)
     check_tensors(logits_like, target, sample_weight, options)
-    # With fewer rows than classes the logits are no larger than their joint.
+    # With so few rows the logits are smaller than their joint.
     few = options.group is None and few_rows.applies(logits_like, target)
     if few or composite.transformed() or (torch.compiler.is_exporting() and torch.is_grad_enabled()):
         with composite.full_precision(hidden.device):

@@ -20,6 +20,7 @@ from tests.problems import Problem
 @pytest.fixture(autouse=True)
 def _from_few_classes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows, "_LEAST_CLASSES", 8)
+    monkeypatch.setattr(few_rows, "_CLASSES_PER_ROW", 1)
 
 
 def batch(n: int, classes: int, dtype: torch.dtype = torch.float64, weighted: bool = False, seed: int = 0) -> Problem:

@@ -102,6 +102,7 @@ def test_fake_tensors(soft: bool) -> None:
 
 def test_fake_tensors_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows, "_LEAST_CLASSES", 4)
+    monkeypatch.setattr(few_rows, "_CLASSES_PER_ROW", 2)
     with FakeTensorMode():
         loss = dmi_loss(torch.empty(3, 6, requires_grad=True), torch.empty(3, dtype=torch.int64), cross_entropy_weight=0.1)
         loss.backward()

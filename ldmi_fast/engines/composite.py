@@ -269,6 +269,14 @@ def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, T
     present = present_classes(n)
     if S.dim() == 2 and classes >= _COMPACT_CLASSES and S.is_cpu and may_look(S) and 0 < int(present.sum()) < classes:
         return _logdet_inverse_compacted(S, n, absent, present)
+    return _logdet_inverse(S, n, absent, present, classes, 0.0)
+
+
+def _logdet_inverse(
+    S: Tensor, n: Tensor, absent: str, present: Tensor, size: int, least_norm: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``size``: the number of classes that the threshold for pivots is for; ``least_norm``: a bound of ||R|| from below."""
+    classes = S.shape[-1]
     empty = ~present.any(-1)
     eye = torch.eye(classes, dtype=torch.bool, device=S.device)
     finite = torch.isfinite(S).all(-1).all(-1) & torch.isfinite(n).all(-1)
@@ -277,8 +285,8 @@ def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, T
     keep = inside & finite[..., None, None]
     R = torch.where(keep, S, eye.to(S.dtype)) / n_safe.unsqueeze(-1)
     lu, _, _ = torch.linalg.lu_factor_ex(R.detach())
-    norm = R.detach().abs().sum(-1).amax(-1)
-    threshold = classes * UNIT_ROUNDOFF[S.dtype] * norm
+    norm = R.detach().abs().sum(-1).amax(-1).clamp(min=least_norm)
+    threshold = size * UNIT_ROUNDOFF[S.dtype] * norm
     singular = (lu.diagonal(dim1=-2, dim2=-1).abs() <= threshold.unsqueeze(-1)).any(-1)
     kept = present.sum(-1)
     if absent == "strict":
@@ -311,8 +319,9 @@ _COMPACT_CLASSES = 32
 def _logdet_inverse_compacted(S: Tensor, n: Tensor, absent: str, present: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``logdet_inverse`` in the time of the k classes that are present, k^3 instead of C^3."""
     index = present.nonzero().squeeze(-1)
-    rows = S.index_select(0, index)
-    log_abs_det, sign, kept, V = logdet_inverse(rows.index_select(1, index), n[index], "present")
+    part = S.index_select(0, index).index_select(1, index)
+    # an absent class is a row of the identity to the threshold, here as in the engines that keep such rows
+    log_abs_det, sign, kept, V = _logdet_inverse(part, n[index], "present", present[index], S.shape[-1], 1.0)
     if absent == "strict" and len(index) > 0:
         kept = torch.full_like(kept, S.shape[-1])
         log_abs_det = torch.where(log_abs_det.isnan(), log_abs_det, -torch.inf)
