@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import stages
+from .batches import device_of, eval_mode, outputs
 from .checks import raise_for_values
 from .engines import composite
 from .engines.choose import choose
 from .engines.combine import combine
-from .functional import prepare
-from .options import OPTION_NAMES, Options, explain_keywords, make_options
+from .files import replacing
+from .functional import may_look, prepare
+from .options import OPTION_NAMES, Options, check_num_classes, explain_keywords, make_options
 from .stages import Sums
 
 _FORMAT = "ldmi_fast.JointState"
 _VERSION = 1
-
-
-def check_num_classes(num_classes: Any) -> int:
-    """Raise TypeError or ValueError unless this is a number of classes."""
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}: {num_classes!r}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    return num_classes
 
 
 @dataclass(frozen=True)
@@ -126,9 +117,10 @@ class JointState:
         """S [C, C], n [C], W [] and the summed cross entropy [] so far; zeros before the first batch."""
         if self._sums is None:
             acc = composite.accumulator(self.device or torch.device("cpu"))
-            zero = torch.zeros((), dtype=acc, device=self.device)
-            shape = (self.num_classes, self.num_classes)
-            return Sums(zero.new_zeros(shape), zero.new_zeros(self.num_classes), zero.clone(), zero.clone())
+            with _ordinary():
+                zero = torch.zeros((), dtype=acc, device=self.device)
+                shape = (self.num_classes, self.num_classes)
+                return Sums(zero.new_zeros(shape), zero.new_zeros(self.num_classes), zero.clone(), zero.clone())
         return self._sums
 
     def _prepare(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -142,12 +134,16 @@ class JointState:
             raise RuntimeError(f"{what} after all_reduce() would count ranks twice: reset() first, or all_reduce() last")
 
     def _add(self, sums: Sums) -> None:
-        if self._sums is None:
-            self._sums = Sums(*(part.detach().to(self.device or part.device, copy=True) for part in sums))
-            self.device = self._sums.S.device
-        else:
-            for mine, other in zip(self._sums, sums, strict=True):
-                mine.add_(other.detach().to(mine.device))
+        with _ordinary():
+            if self._sums is None:
+                device = self.device or sums.S.device
+                # to a device without fp64 the dtype goes first
+                acc = composite.accumulator(device)
+                self._sums = Sums(*(part.detach().to(acc).to(device).clone() for part in sums))
+                self.device = self._sums.S.device
+            else:
+                for mine, other in zip(self._sums, sums, strict=True):
+                    mine.add_(other.detach().to(mine.dtype).to(mine.device))
         self._solution = None
 
     def update(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> None:
@@ -161,11 +157,11 @@ class JointState:
                 :meth:`all_reduce`.
         """
         self._open("update()")
-        logits, target, sample_weight = self._prepare(logits.detach(), target.detach(), sample_weight)
         with torch.no_grad():
+            logits, target, sample_weight = self._prepare(logits, target, sample_weight)
             sums = stages.joint_sums(logits, target, sample_weight, self.options, choose(logits, self.options))
         # A wrong label must not poison what other batches have added up; what is NaN for another reason stays, and shows.
-        if sums.S.is_cpu and sums.S.sum().isnan():
+        if may_look(sums.S) and sums.S.sum().isnan():
             raise_for_values(target, sample_weight, self.num_classes, self.options.ignore_index)
         self._add(sums)
 
@@ -174,24 +170,24 @@ class JointState:
         module, in eval mode (the mode of each submodule is put back).
 
         Args:
-            loader: batches ``(input, target)`` or ``(input, target, sample_weight)``. Tensors are moved to the device of the
-                model's first parameter.
-            model: input -> logits.
+            loader: batches ``(input, target)``, ``(input, target, sample_weight)``, or mappings of the model's arguments with the
+                labels under ``"labels"`` (and weights under ``"sample_weight"``), as Hugging Face's collators make them. Tensors are
+                moved to the device of the model's first parameter.
+            model: input -> logits, as a tensor or in something that has them as ``.logits``. It is called with keywords if the input
+                is a mapping.
 
         Returns:
             This state.
 
         Raises:
-            ValueError: a batch that is not such a tuple.
+            ValueError: a batch of another form. TypeError: weights that are integers, such as an index; outputs without logits.
         """
-        device = next((parameter.device for parameter in model.parameters()), None) if isinstance(model, nn.Module) else None
-        with torch.no_grad(), _eval_mode(model):
+        device = device_of(model)
+        if self._sums is None and self.device is None:
+            self.device = device  # also where this loader has nothing
+        with torch.no_grad(), eval_mode(model):
             for batch in loader:
-                if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-                    what = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
-                    raise ValueError(f"each batch of the loader must be (input, target) or (input, target, sample_weight), got {what}")
-                x, target, *weight = (part.to(device) if isinstance(part, Tensor) and device is not None else part for part in batch)
-                self.update(model(x), target, *weight)
+                self.update(*outputs(batch, model))
         return self
 
     def merge(self, other: JointState) -> JointState:
@@ -234,7 +230,7 @@ class JointState:
 
         self._open("all_reduce()")
         options = Options(**_shared(self.options), engine=self.options.engine, group=group)
-        with torch.no_grad():
+        with _ordinary():
             self._sums = distributed.all_reduce(self.sums, options)
         self.device = self._sums.S.device
         self._world_size = distributed.resolve(group).size()
@@ -248,7 +244,7 @@ class JointState:
             A :class:`JointSolution`.
         """
         sums, options = self.sums, self.options
-        with torch.no_grad():
+        with _ordinary():
             log_abs_det, sign, kept, V = choose(sums.S, options).logdet_inverse(sums.S, sums.n, options.absent)
             loss, scale, ce_scale = combine(
                 log_abs_det, kept, sums.total, sums.ce, options.eps, options.normalize, options.cross_entropy_weight
@@ -280,15 +276,29 @@ class JointState:
         value = -solution.scale * (solution.V.to(sums.S.device) * sums.S).sum()
         if options.cross_entropy_weight != 0:
             value = value + solution.ce_scale * sums.ce
+        if sums.total.requires_grad:
+            # Sample weights: loss = -log|det S| + k log W + a CE / W. What comes through W is 0 here, and has its gradient.
+            W = torch.where(self.sums.total == 0, 1, self.sums.total)
+            slope = -solution.ce_scale * self.sums.ce / W
+            if options.normalize:
+                slope = slope + torch.where(solution.sign == 0, 0, solution.scale * solution.kept / W)
+            value = value + slope.to(sums.total.device) * (sums.total - sums.total.detach())
         if self._world_size is not None:
             value = value * self._world_size
-        if not torch.compiler.is_compiling() and value.is_cpu and value.isnan():
+        if may_look(value) and value.isnan():
             raise_for_values(target, sample_weight, self.num_classes, options.ignore_index)
         return value.to(composite.compute_dtype(logits.dtype))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the sums and options to a file, complete or not at all."""
-        path = Path(path)
+        """Write the sums and options to a file, complete or not at all. It has the permissions that ``open`` gives a file; one that is
+        replaced keeps its own, and a symbolic link stays one.
+
+        Args:
+            path: of the file; its folder must be there.
+
+        Raises:
+            OSError: it cannot be written. What was there before is as it was.
+        """
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -297,21 +307,15 @@ class JointState:
             "world_size": self._world_size,
             **{name: part.cpu() for name, part in self.sums._asdict().items()},
         }
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                torch.save(content, file)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as file:
+            torch.save(content, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, engine: str | None = None, device: torch.device | str | None = None) -> JointState:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: no such file, one of a later version, or a damaged one.
+            FileNotFoundError: there is no such file. ValueError: one of a later version, or a damaged one, or another one.
         """
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -335,18 +339,11 @@ def _shared(options: Options) -> dict[str, Any]:
 
 
 @contextmanager
-def _eval_mode(model: object) -> Iterator[None]:
-    """A module in eval mode, and afterwards every submodule in the mode that it had."""
-    if not isinstance(model, nn.Module):
+def _ordinary() -> Iterator[None]:
+    """Tensors without gradient that can be used everywhere, also if this runs in inference mode: those made there cannot be changed
+    or saved for a backward outside."""
+    with torch.inference_mode(False), torch.no_grad():
         yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def dmi_score(
@@ -358,8 +355,7 @@ def dmi_score(
     clean labels plus a constant, log|det T|, so it ranks models as clean labels would, up to a permutation of the classes.
 
     Args:
-        model: input -> logits; a module runs in eval mode.
-        loader: batches ``(input, target)`` or ``(input, target, sample_weight)``.
+        model, loader: as for :meth:`JointState.update_from`; a module runs in eval mode.
         num_classes: C.
         group: a torch.distributed group whose ranks each have a part of the data, none of it twice.
         options: as for :class:`JointState`.

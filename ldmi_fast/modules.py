@@ -164,11 +164,12 @@ class DMILoss(nn.Module):
         each rank passes over its own part.
 
         Args:
-            loader: batches ``(input, target)`` or ``(input, target, sample_weight)``; a few hundred samples a class do.
-            model: input -> logits. A module runs in eval mode, without gradients; modes are put back.
+            loader, model: as for :meth:`JointState.update_from`; a few hundred samples a class do. A module runs in eval mode,
+                without gradients; modes are put back.
 
         Raises:
             RuntimeError: there is no momentum. ValueError: nothing in the data counts, or the model's outputs are not finite.
+            TypeError, ValueError: a batch or an output of another form.
         """
         average = self._with_momentum("calibrate")
         names = [name for name in OPTION_NAMES if name != "group"]

@@ -172,7 +172,7 @@ def dmi(
         loss, share = -log_abs_det, 1
     grad_p = -share * weight[:, None] * (membership @ V)
     target_grad = -share * weight[:, None] * (p @ V.T)
-    weight_grad = share * ((kept / total if normalize else 0) - ((membership @ V) * p).sum(1))
+    weight_grad = share * ((kept / total if normalize and not singular else 0) - ((membership @ V) * p).sum(1))
     if input == "probs":
         grad, terms = grad_p, np.abs(grad_p)
     else:

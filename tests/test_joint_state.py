@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +231,106 @@ def test_score_of_a_data_set(engine: str, device: torch.device) -> None:
         assert clean[-1] == pytest.approx(expected, rel=1e-9)
     shift = torch.linalg.slogdet(noise)[1].item()
     assert noisy == pytest.approx([value + shift for value in clean], rel=1e-9)
+
+
+def test_inference_mode_and_outside(engine: str, device: torch.device, tmp_path: Path) -> None:
+    """Whatever is called where: the state is made of ordinary tensors."""
+    first, second = (problem(60, 5, seed=seed, dtype=torch.float64).to(device=device) for seed in (0, 1))
+    logits = torch.cat((first.logits, second.logits))
+    target = torch.cat((first.target, second.target))
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(dmi_loss(leaf, target, engine=engine), leaf)
+    for outside in (False, True):
+        state, other = JointState(5, engine=engine), JointState(5, engine=engine)
+        with torch.inference_mode():
+            state.update(first.logits, first.target)
+            other.update(second.logits, second.target)
+            empty = JointState(5, engine=engine, device=device).sums
+        if outside:
+            state.merge(other)
+            solution = state.solve()
+        else:
+            with torch.inference_mode():
+                state.merge(other)
+                solution = state.solve()
+        assert not solution.V.is_inference()
+        assert not empty.S.is_inference()
+        leaf = logits.clone().requires_grad_()
+        (found,) = torch.autograd.grad(state.loss(leaf, target), leaf)
+        torch.testing.assert_close(found, expected)
+        with torch.inference_mode():
+            state.save(tmp_path / "state")
+            read = JointState.load(tmp_path / "state", engine=engine, device=device)
+        read.update(first.logits, first.target)
+        assert read.sums.total.item() == 180
+
+
+def test_gradient_of_sample_weights(engine: str, device: torch.device) -> None:
+    for options in ({}, {"eps": 1e-5, "cross_entropy_weight": 0.4}, {"normalize": False}, {"absent": "strict"}):
+        batch = problem(90, 5, weighted=True, absent=(2,) if "absent" in options else (), dtype=torch.float64).to(device=device)
+        weight = batch.sample_weight.double().requires_grad_()
+        loss = dmi_loss(batch.logits, batch.target, sample_weight=weight, engine=engine, **options)
+        (expected,) = torch.autograd.grad(loss, weight)
+        assert expected.any() or "absent" in options
+        state = JointState(5, engine=engine, **options)
+        parts = [slice(0, 30), slice(30, 90)]
+        for rows in parts:
+            state.update(batch.logits[rows], batch.target[rows], weight[rows])
+        assert not state.sums.total.requires_grad
+        state.solve()
+        total = sum(state.loss(batch.logits[rows], batch.target[rows], weight[rows]) for rows in parts)
+        torch.testing.assert_close(torch.autograd.grad(total, weight)[0], expected, rtol=1e-9, atol=1e-13)
+        plain = sum(state.loss(batch.logits[rows], batch.target[rows], weight[rows].detach()) for rows in parts)
+        torch.testing.assert_close(total, plain)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_usual_permissions(tmp_path: Path, umask: int) -> None:
+    state = JointState(3)
+    before = os.umask(umask)
+    try:
+        state.save(tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o666 & ~umask
+    os.chmod(tmp_path / "new", 0o640)
+    state.save(tmp_path / "new")
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links need rights elsewhere")
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    target, link = folder / "state", tmp_path / "latest"
+    JointState(3).save(target)
+    link.symlink_to(target)
+    state = JointState(3)
+    state.update(torch.randn(9, 3), torch.arange(9) % 3)
+    state.save(link)
+    assert link.is_symlink()
+    for path in (link, target):
+        assert JointState.load(path).sums.total.item() == 9
+    assert [path.name for path in folder.iterdir()] == ["state"]
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state"
+    JointState(3).save(path)
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fail)
+    state = JointState(4)
+    with pytest.raises(OSError, match="no space left"):
+        state.save(path)
+    monkeypatch.undo()
+    assert JointState.load(path).num_classes == 3
+    assert [found.name for found in tmp_path.iterdir()] == ["state"]
+
+
+def test_load_of_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        JointState.load(tmp_path / "nowhere")

@@ -34,7 +34,11 @@ def combine(
     """
     empty = total == 0
     safe = torch.where(empty, 1, total)
-    level = log_abs_det - kept * safe.log() if normalize else log_abs_det
+    level = log_abs_det
+    if normalize:
+        # of a singular matrix there is no gradient, by W neither
+        W = torch.where(torch.isneginf(log_abs_det), safe.detach(), safe) if total.requires_grad else safe
+        level = log_abs_det - kept * W.log()
     if eps > 0:
         log_eps = math.log(eps)
         loss = -torch.logaddexp(level, torch.full_like(level, log_eps))
