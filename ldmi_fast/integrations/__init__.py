@@ -1,0 +1,27 @@
+"""What other libraries need beside the loss itself. Each part needs its library, which the package does not; Lightning, Accelerate,
+timm and ignite need nothing from here (``docs/integrations.md``).
+
+- Hugging Face's Trainer: :func:`hf`, the loss as its ``compute_loss_func``, and :class:`HFCallback`, which calibrates, saves and
+  restores the moving average.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .huggingface import HFCallback, hf
+
+__all__ = ["HFCallback", "hf"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import huggingface
+
+        return getattr(huggingface, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
