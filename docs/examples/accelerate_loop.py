@@ -1,6 +1,6 @@
 """Hugging Face Accelerate: prepare the criterion's device, pass group="world" when there are several processes.
 
-accelerate launch -m docs.examples.accelerate_loop
+accelerate launch --cpu --num_processes 2 -m docs.examples.accelerate_loop      # or on GPUs, without --cpu
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ def main(folder: str | None = None, epochs: int = 12) -> tuple[DMILoss, float]:
     model = network()
     # the joint of all processes' samples; the gradient has the factor that the averaging of DDP takes out again
     group = "world" if accelerator.num_processes > 1 else None
-    criterion = DMILoss(CLASSES, momentum=0.9, group=group).to(accelerator.device)
+    criterion = DMILoss.recommended(CLASSES, 100, group=group).to(accelerator.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    loader = DataLoader(TensorDataset(x, noisy), batch_size=100, shuffle=True)
+    loader = DataLoader(TensorDataset(x, noisy), batch_size=100 // accelerator.num_processes, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     accelerator.register_for_checkpointing(criterion)  # it has a state_dict: the average
     for epoch in range(epochs):
+        if epoch == epochs // 3:  # the average begins with what the warmed-up model predicts
+            criterion.calibrate(loader, accelerator.unwrap_model(model))
         loss_of = F.cross_entropy if epoch < epochs // 3 else criterion
         for features, labels in loader:
             optimizer.zero_grad()
@@ -40,4 +42,5 @@ def main(folder: str | None = None, epochs: int = 12) -> tuple[DMILoss, float]:
 
 
 if __name__ == "__main__":
-    print(f"right on {main()[1]:.1%} of the true labels")
+    right = main()[1]
+    Accelerator(cpu=not torch.cuda.is_available()).print(f"right on {right:.1%} of the true labels")

@@ -1,6 +1,8 @@
-"""Hugging Face Trainer: the loss as its compute_loss_func.
+"""Hugging Face Trainer: the loss as its compute_loss_func, and a callback that looks after the moving average.
 
-With gradient_accumulation_steps > 1 each micro-batch is a batch of its own to the loss; momentum is what joins them.
+``hf`` divides by the number of micro-batches of a step and by the number of processes, where the Trainer would add up and multiply.
+With gradient_accumulation_steps > 1 each micro-batch is a batch of its own to the loss; momentum is what joins them. Over several
+processes pass group="world" to the criterion: the loss is then that of all their samples together.
 
 python -m docs.examples.hf_trainer
 """
@@ -18,6 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from docs.examples.synthetic import CLASSES, accuracy, network, noisy_data
 from ldmi_fast import DMILoss
+from ldmi_fast.integrations import HFCallback, hf
 
 
 class Classifier(nn.Module):
@@ -46,10 +49,6 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 def train(model: nn.Module, loss: Any, data: Rows, folder: str, epochs: int) -> Trainer:
     """One stage."""
-
-    def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        return loss(outputs["logits"], labels)  # of the whole batch: never divided by num_items_in_batch
-
     arguments = TrainingArguments(
         folder,
         num_train_epochs=epochs,
@@ -62,7 +61,8 @@ def train(model: nn.Module, loss: Any, data: Rows, folder: str, epochs: int) -> 
         disable_tqdm=True,
         logging_strategy="no",
     )
-    trainer = Trainer(model, arguments, train_dataset=data, compute_loss_func=compute_loss)
+    callbacks = [HFCallback(loss)] if isinstance(loss, DMILoss) else []
+    trainer = Trainer(model, arguments, train_dataset=data, compute_loss_func=hf(loss), callbacks=callbacks)
     trainer.train()
     return trainer
 
@@ -71,9 +71,8 @@ def main(folder: str = "trainer-results", epochs: int = 12) -> tuple[DMILoss, fl
     """Train with cross entropy, then with L_DMI; returns the criterion and the accuracy on true labels."""
     x, noisy, _ = noisy_data(2000)
     x_test, _, truth = noisy_data(1000, seed=1)
-    model, criterion = Classifier(), DMILoss(CLASSES, momentum=0.9)
+    model, criterion = Classifier(), DMILoss.recommended(CLASSES, 100)
     train(model, F.cross_entropy, Rows(x, noisy), folder, epochs // 3)
-    criterion.to(next(model.parameters()).device)
     train(model, criterion, Rows(x, noisy), folder, epochs - epochs // 3)
     with torch.no_grad():
         return criterion, accuracy(model(x_test).logits, truth)

@@ -15,6 +15,8 @@ from docs.examples.synthetic import CLASSES, accuracy, network, noisy_data
 from ldmi_fast import DMILoss
 from ldmi_fast.metrics import DMI
 
+BATCH = 100
+
 
 class NoisyLabels(lightning.LightningModule):
     """Cross entropy for the first epochs, then L_DMI."""
@@ -24,8 +26,12 @@ class NoisyLabels(lightning.LightningModule):
         self.warm_up = warm_up
         self.model = network()
         # group="world" under a distributed strategy: the loss of all ranks' samples together
-        self.criterion = DMILoss(CLASSES, momentum=0.9)
+        self.criterion = DMILoss.recommended(CLASSES, BATCH)
         self.score = DMI(CLASSES)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == self.warm_up:  # the average begins with what the warmed-up model predicts
+            self.criterion.calibrate(self.trainer.train_dataloader, self.model)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         x, noisy = batch
@@ -35,7 +41,8 @@ class NoisyLabels(lightning.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         x, noisy = batch
         self.score.update(self.model(x), noisy)
-        self.log("dmi", self.score)  # larger is better, on noisy labels too
+        # Larger is better, on noisy labels too. The mean of the batches' losses would be no score: it depends on their size.
+        self.log("dmi", self.score)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=3e-3)
@@ -57,7 +64,7 @@ def main(folder: str = "lightning-results", epochs: int = 12) -> tuple[NoisyLabe
     )
     trainer.fit(
         module,
-        DataLoader(TensorDataset(x, noisy), batch_size=100, shuffle=True),
+        DataLoader(TensorDataset(x, noisy), batch_size=BATCH, shuffle=True),
         DataLoader(TensorDataset(x_test, noisy_test), batch_size=500),
     )
     with torch.no_grad():

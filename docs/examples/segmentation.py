@@ -34,9 +34,11 @@ def main(epochs: int = 12) -> tuple[float, float]:
     images_test, _, truth = scenes(32, seed=1)
     model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, CLASSES, 3, padding=1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    criterion = DMILoss(CLASSES, momentum=0.9, ignore_index=VOID)
+    criterion = DMILoss.recommended(CLASSES, 8 * 14 * 14, ignore_index=VOID)  # every pixel is a sample
     after = []
     for epoch in range(epochs):
+        if epoch == epochs // 3:  # the average begins with what the warmed-up model predicts
+            criterion.calibrate(zip(images.split(8), noisy.split(8), strict=True), model)
         for index in torch.randperm(len(images)).split(8):
             logits = model(images[index])  # [N, C, H, W]
             loss = (

@@ -1,5 +1,8 @@
 """timm: its model, optimizer, schedule and scaler round the loss, as in its train.py, where this is ``train_loss_fn``.
 
+timm's CheckpointSaver knows nothing of the criterion: save ``criterion.state_dict()`` beside its files, or the moving average starts
+from nothing after a restart. torchvision's reference scripts are the same: add it to their ``checkpoint`` dictionary.
+
 python -m docs.examples.timm_loop
 """
 
@@ -38,8 +41,10 @@ def main(epochs: int = 6) -> tuple[DMILoss, float]:
     optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3)
     scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=epochs)
     scaler, meter = NativeScaler(device="cpu"), AverageMeter()
-    criterion = DMILoss(CLASSES, momentum=0.9)
+    criterion = DMILoss.recommended(CLASSES, 60)
     for epoch in range(epochs):
+        if epoch == epochs // 3:  # the average begins with what the warmed-up model predicts
+            criterion.calibrate(zip(images.split(60), noisy.split(60), strict=True), model)
         train_loss_fn = F.cross_entropy if epoch < epochs // 3 else criterion
         model.train()
         for index in torch.randperm(len(images)).split(60):
