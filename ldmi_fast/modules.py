@@ -128,13 +128,16 @@ class DMILoss(nn.Module):
         self._restore_precision()
         return MovingAverage(self.average_joint, self.average_counts, self.average_weight, self.average_steps, self.momentum)
 
-    def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, **unknown: Any) -> Tensor:
         """The loss of a batch, a scalar; see :func:`ldmi_fast.dmi_loss` for shapes and errors.
 
         Raises:
+            TypeError: a keyword that other losses take, with what to do instead.
             ValueError: the logits do not have ``num_classes`` classes, or are not where the average is.
             RuntimeError: an average would have to be updated inside a ``torch.func`` transform.
         """
+        if unknown:
+            explain_keywords("DMILoss.forward", unknown, ("sample_weight",))
         self._check_classes(logits)
         if self.momentum is None or not self.training:
             return evaluate(logits, target, sample_weight, self.options)
@@ -148,6 +151,22 @@ class DMILoss(nn.Module):
         if isinstance(logits, Tensor):
             check_place(self.average_joint.device, logits)
         return evaluate_in_stages(logits, target, sample_weight, self.options, self.average)
+
+    def activation(self, logits: Tensor) -> Tensor:
+        """Probabilities, the softmax over dimension 1 (the logits themselves with ``input="probs"``). fastai calls it for predictions.
+
+        Args:
+            logits: (N, C) or (N, C, d1, ...).
+        """
+        return logits if self.options.input == "probs" else logits.softmax(1)
+
+    def decodes(self, logits: Tensor) -> Tensor:
+        """The most probable class, (N,) or (N, d1, ...) int64. fastai calls it for predictions.
+
+        Args:
+            logits: (N, C) or (N, C, d1, ...); probabilities are as good.
+        """
+        return logits.argmax(1)
 
     def reset(self) -> None:
         """Forget every batch that the average has seen.

@@ -33,6 +33,9 @@ _EXPLAINED = {
         "pass soft targets of shape (N, C)"
     ),
 }
+_EXPLAINED["num_items_in_batch"] = (
+    "the loss is not a sum over items; for Hugging Face's Trainer pass compute_loss_func=ldmi_fast.integrations.hf(criterion)"
+)
 _EXPLAINED |= {"class_weight": _EXPLAINED["weight"], "class_weights": _EXPLAINED["weight"]}
 _EXPLAINED |= {"size_average": _EXPLAINED["reduction"], "reduce": _EXPLAINED["reduction"]}
 

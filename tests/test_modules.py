@@ -128,3 +128,17 @@ def test_target_and_weight_by_keyword() -> None:
         criterion(logits=batch.logits, target=batch.target, sample_weight=batch.sample_weight),
         criterion(batch.logits, batch.target, batch.sample_weight),
     )
+
+
+def test_what_libraries_look_for() -> None:
+    """fastai calls activation and decodes for predictions, and asks for a reduction that there cannot be."""
+    logits = torch.randn(6, 4, 5)
+    criterion = DMILoss(4)
+    torch.testing.assert_close(criterion.activation(logits), logits.softmax(1))
+    assert torch.equal(criterion.decodes(logits), logits.argmax(1))
+    probabilities = logits.softmax(1)
+    assert torch.equal(DMILoss(4, input="probs").activation(probabilities), probabilities)
+    with pytest.raises(TypeError, match="'reduction': the loss is one number for the whole batch"):
+        criterion(logits[..., 0], torch.zeros(6, dtype=torch.int64), reduction="none")
+    with pytest.raises(TypeError, match=r"compute_loss_func=ldmi_fast\.integrations\.hf\(criterion\)"):
+        criterion(logits[..., 0], torch.zeros(6, dtype=torch.int64), num_items_in_batch=6)

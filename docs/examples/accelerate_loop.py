@@ -1,6 +1,6 @@
 """Hugging Face Accelerate: prepare the criterion's device, pass group="world" when there are several processes.
 
-accelerate launch --cpu --num_processes 2 -m docs.examples.accelerate_loop      # or on GPUs, without --cpu
+torchrun --nproc-per-node 2 -m docs.examples.accelerate_loop      # accelerate launch --cpu would start one process
 """
 
 from __future__ import annotations
