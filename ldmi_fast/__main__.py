@@ -1,14 +1,20 @@
-"""``python -m ldmi_fast``: versions, engines and why each can or cannot run here, and a self-check against float64."""
+"""``python -m ldmi_fast``: versions, engines and why each can or cannot run here, a self-check against float64, and the checks that a
+GPU's kernels have at their first use, of every kernel path."""
 
 from __future__ import annotations
 
+import itertools
 import platform
+import re
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from . import __version__, dmi_loss, ops
-from .engines.choose import available
+from .engines import guard, verify
+from .engines.choose import available, engine_module
 from .options import ENGINE_VARIABLE, Options, forced_engine
 
 
@@ -49,7 +55,83 @@ def _check_engines(device: torch.device) -> bool:
             f"engine {name:<10} runs; against float64 at N = 256, C = 14: loss {loss_error:.1e}, gradient {grad_error:.1e} "
             f"relative  {'ok' if good else 'WRONG'}"
         )
+        if name != "composite" and not (name == "triton" and device.type == "cpu"):  # PyTorch's own; interpreted: minutes
+            right &= _check_paths(name, device)
     return right
+
+
+# (N, C) for each kernel path of the engines: few classes in one call and in stages, and classes on both sides of every change of
+# algorithm. The last ones are for GPUs alone, which need milliseconds for them.
+_SHAPES = ((128, 2), (256, 14), (20_000, 14), (256, 40), (7_000, 40), (1_000, 180), (800, 300))
+_LARGE = ((2_000, 600), (3_000, 1_300), (2_500, 2_100))
+
+
+def _check_paths(name: str, device: torch.device) -> bool:
+    """Check every kernel path of an engine; print a line for each kernel, and one for each path that is not right. True: all are."""
+    engine = engine_module(name)
+    right: dict[str, list[float]] = {}  # by kernel: of its paths
+    wrong: list[str] = []
+    seen: set[str] = set()
+    for rows, classes in (*_SHAPES, *_LARGE) if device.type == "cuda" else _SHAPES:
+        for dtype, soft in itertools.product((torch.float32, torch.bfloat16, torch.float64), (False, True)):
+            for path, check in _paths(name, engine, device, rows, classes, dtype, soft):
+                if path in seen:
+                    continue
+                try:
+                    found = check()
+                except RuntimeError as error:
+                    wrong.append(f"{path}: REFUSED: {str(error).strip().splitlines()[0]}")
+                    seen.add(path)
+                    continue
+                if found is None:
+                    continue  # another shape may show something
+                seen.add(path)
+                if found.right:
+                    right.setdefault(re.split(r", (?:b?float\d+, )?C <= ", path)[0], []).append(found.error)
+                else:
+                    wrong.append(f"{path}: WRONG: {found.what} is off by {found.error:.3g} times what rounding may explain")
+    for kernel, errors in right.items():
+        print(f"  {kernel}: ok in {len(errors)} form{'s' * (len(errors) > 1)}, at most {max(errors):.2g} of what rounding may explain")
+    for line in wrong:
+        print(f"  {line}")
+    return not wrong
+
+
+def _paths(
+    name: str, engine: Any, device: torch.device, rows: int, classes: int, dtype: torch.dtype, soft: bool
+) -> Iterator[tuple[str, Callable[[], verify.Finding | None]]]:
+    """The paths that a loss of this shape may take, each with its check."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(rows) % classes
+    logits = torch.randn(rows, classes, generator=generator) + 4 * torch.nn.functional.one_hot(labels, classes)
+    target = (0.9 * torch.nn.functional.one_hot(labels, classes) + 0.1 / classes).to(device, dtype) if soft else labels.to(device)
+    x = logits.to(device, dtype)
+    sums_of = (x, target, None, classes, -100, "logits")
+    loss_of = (x, target, None, -100, "present", 0.0, True, 0.0, "logits")
+
+    def named(op: str, args: tuple[Any, ...]) -> str:
+        return guard.path_name(name, op, args)
+
+    def factored() -> verify.Finding | None:
+        args = (*engine.joint(*sums_of)[:2], "present")
+        return verify.logdet_inverse(args, engine.logdet_inverse(*args))
+
+    def backward() -> verify.Finding | None:
+        _, lse, V, scale, ce_scale = engine.loss_forward(*loss_of, True)
+        args = (x, target, None, lse, V, scale, ce_scale, -100, "logits")
+        return verify.logits_grad(args, engine.logits_grad(*args))
+
+    square = torch.empty(classes, classes, dtype=torch.float64, device=device)
+    yield named("joint", sums_of), lambda: verify.joint(sums_of, engine.joint(*sums_of))
+    yield named("logdet_inverse", (square,)), factored
+    yield named("logits_grad", (x, target, None, None, square, None, None, -100, "logits")), backward
+    forward = (*loss_of, True)
+    yield (
+        named("loss_forward", forward),
+        lambda: verify.loss_forward(forward, engine.loss_forward(*forward), engine.joint, engine.logdet_inverse),
+    )
+    if engine.is_fused(x, target):
+        yield named("fused", loss_of), lambda: verify.fused(loss_of, engine.fused(*loss_of), engine.joint, engine.logdet_inverse)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from .engines import composite, native
+from .engines import composite
 from .engines.combine import combine
 from .options import Options
 
@@ -249,11 +249,11 @@ def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: 
     return function.apply(logits, target, sample_weight, options, engine)
 
 
-def fused(logits: Tensor, target: Tensor, options: Options) -> Tensor:
-    """The loss [] of a small problem by the compiled engine, differentiable."""
+def fused(logits: Tensor, target: Tensor, options: Options, engine: ModuleType) -> Tensor:
+    """The loss [] of a small problem by a compiled engine, differentiable."""
     if not _needs_gradient(logits, target):
-        return native.loss_forward(logits, target, None, *options.of_loss, False)[0]
-    return _Fused.apply(logits, target, None, options, native)
+        return engine.loss_forward(logits, target, None, *options.of_loss, False)[0]
+    return _Fused.apply(logits, target, None, options, engine)
 
 
 def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:

@@ -82,7 +82,7 @@ def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, optio
     if sample_weight is None and _is_small_step(logits, target, options):
         # The checks below would cost as much as the loss. The op makes those that memory needs, and if it refuses, they say why.
         try:
-            loss = autograd.fused(logits, target, options)
+            loss = autograd.fused(logits, target, options, choose(logits, options))
         except RuntimeError:
             check_tensors(logits, target, None, options)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -16,6 +17,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 # A ```python block, and the ```text block right after it if there is one: what the example prints.
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+GPU_RESULTS = sorted((ROOT / "bench" / "results").glob("gpu-*/summary.json"))
+# Says of the tests that they passed, all of them.
+ALL_PASSED = re.compile(r"\b(?:pass(?:es|ed)?|passing) (?:(?:the|its|their|all|every one of) )*tests?\b")
 
 
 def examples() -> list[object]:
@@ -99,3 +103,70 @@ def test_readme_has_the_whole_api() -> None:
 def test_changelog_has_this_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## \[{re.escape(ldmi_fast.__version__)}\] - ", text, flags=re.MULTILINE)
+
+
+# --- what is said of a run on a GPU is what its summary.json says -----------------------------------------------------------------------
+
+
+def outcomes(summary: Path) -> dict[str, dict[str, int]]:
+    """Of each part that ran tests: how many passed, failed and so on, by the last line that pytest wrote."""
+    found = {}
+    for part in json.loads(summary.read_text(encoding="utf-8"))["parts"]:
+        counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", part["last_line"])}
+        if "passed" in counts:
+            found[part["part"]] = counts
+    return found
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences, rows of tables and items of lists, each on one line."""
+    blocks = re.split(r"\n\s*\n|\n(?=\s*[-|])", text)
+    return [sentence for block in blocks for sentence in re.split(r"(?<=[.:;])\s+", " ".join(block.split()))]
+
+
+def wrong_claims(text: str, tests: dict[str, dict[str, int]]) -> list[str]:
+    """What ``text`` says of a run on a GPU that is not so: that the tests passed though some failed, or another number."""
+    failed = sum(counts.get("failed", 0) + counts.get("errors", 0) + counts.get("error", 0) for counts in tests.values())
+    wrong = []
+    for sentence in sentences(text):
+        if failed and re.search(r"\b(?:GPU|H100)\b", sentence) and ALL_PASSED.search(sentence) and "emulator" not in sentence:
+            wrong.append(f"{failed} tests failed, but: {sentence}")
+    for word in ("passed", "failed", "skipped"):
+        numbers = {counts.get(word, 0) for counts in tests.values()}
+        said = {int(number) for number in re.findall(rf"\b(\d+) (?:tests )?{word}\b", text)}
+        wrong += [f"says {number} {word}, the file {sorted(numbers)}" for number in sorted(said - numbers)]
+        if word == "failed":
+            wrong += [f"leaves out that {number} {word}" for number in sorted(numbers - said - {0})]
+    return wrong
+
+
+def test_the_record_of_the_gpu_is_read() -> None:
+    assert GPU_RESULTS
+    for summary in GPU_RESULTS:
+        tests = outcomes(summary)
+        assert {"tests", "triton"} <= set(tests)
+        assert all(counts["passed"] > 0 for counts in tests.values())
+
+
+@pytest.mark.parametrize("summary", GPU_RESULTS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("where", ["README.md", "its own README.md"])
+def test_what_is_said_of_a_gpu_is_what_the_record_says(summary: Path, where: str) -> None:
+    document = ROOT / where if where == "README.md" else summary.parent / "README.md"
+    assert not wrong_claims(prose(document), outcomes(summary))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
+def test_no_document_says_that_all_tests_passed_where_some_failed(document: Path) -> None:
+    for summary in GPU_RESULTS:
+        wrong = [claim for claim in wrong_claims(prose(document), outcomes(summary)) if "tests failed, but:" in claim]
+        assert not wrong
+
+
+def test_wrong_claims_are_found() -> None:
+    tests = {"tests": {"passed": 20, "failed": 3}, "triton": {"passed": 7}}
+    honest = "A GPU has run it: 20 tests passed and 3 failed. No GPU has run the rest; it passes its tests under the emulator."
+    assert wrong_claims(honest, tests) == []
+    assert len(wrong_claims("On an H100 the kernels passed\nthe tests, and 3 failed.", tests)) == 1
+    assert len(wrong_claims("21 passed, 3 failed", tests)) == 1
+    assert len(wrong_claims("20 passed", tests)) == 1
+    assert wrong_claims("On an H100 the kernels passed the tests.", {"tests": {"passed": 20}}) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..checks import check_tensors
 from ..options import ENGINE_VARIABLE, ENGINES, OPTION_NAMES, Options, explain_keywords, forced_engine, make_options
-from . import composite, native
+from . import composite, guard, native
 from .triton import engine as triton
 
 
@@ -42,7 +42,7 @@ class Plan:
         )
 
 
-# The module that holds the rooms of each engine.
+# The module that holds the ops of each engine.
 _MODULES: dict[str, ModuleType] = {"cpu": native, "cuda": native, "triton": triton, "composite": composite}
 
 # Which engines to try for a kind of device, the fastest first; composite, which runs everywhere, after them.
@@ -63,27 +63,41 @@ def why_not(name: str, device: torch.device) -> str:
     return _MODULES[name].can_run(device)
 
 
+def engine_module(name: str) -> ModuleType:
+    """The module that has the ops of an engine, as they are: no :mod:`.guard` checks them."""
+    return _MODULES[name]
+
+
 def available(device: torch.device | str = "cpu") -> dict[str, str]:
     """Every engine by name, and why it cannot run on ``device`` (empty: it can)."""
     return {name: why_not(name, torch.device(device)) for name in ENGINES}
 
 
 def choose(logits: Tensor, options: Options) -> ModuleType:
-    """The engine for these logits.
+    """The engine for these logits; one for GPUs checks each kernel at its first use (see :mod:`.guard`).
 
     Raises:
         RuntimeError: the engine that was forced cannot run there, and why.
     """
     if options.engine is None and logits.is_cpu and ENGINE_VARIABLE not in os.environ and ops.compiled is not None:
         return native  # the usual case, at every step
-    return _MODULES[choose_name(logits.device, options)]
+    name = choose_name(logits.device, options)
+    if name not in guard.GUARDED or not guard.enabled():
+        return _MODULES[name]
+    if torch.compiler.is_compiling():  # nothing can be checked, but what was found before holds
+        return composite if (name, logits.device.type) in guard.refused else _MODULES[name]
+    return guard.guarded(name, _MODULES[name])
 
 
 def choose_name(device: torch.device, options: Options) -> str:
     """The name of the engine for tensors on ``device``: the forced one, else the first that can run."""
     forced = forced_engine(options)
     if forced is None:
-        return next((name for name in _PREFERRED.get(device.type, ()) if not why_not(name, device)), "composite")
+        preferred = _PREFERRED.get(device.type, ())
+        name = next((name for name in preferred if not why_not(name, device)), "composite")
+        if name == "composite" and preferred:
+            ops.warn_if_slow()
+        return name
     reason = why_not(forced, device)
     if reason:
         raise RuntimeError(f"engine {forced!r} was asked for and cannot run: {reason}")
@@ -101,13 +115,15 @@ def explain(
     normalize: bool = True,
     cross_entropy_weight: float = 0.0,
     input: str = "logits",
+    group: Any = None,
     engine: str | None = None,
     **unknown: Any,
 ) -> Plan:
     """Which engine and kernels :func:`ldmi_fast.dmi_loss` would run for these arguments, and why. Runs nothing.
 
     Args:
-        logits, target and the options: as for :func:`ldmi_fast.dmi_loss`.
+        logits, target and the options: as for :func:`ldmi_fast.dmi_loss`. With ``group`` no rank has to call, and the plan is that for
+            the samples of this one.
 
     Returns:
         A :class:`Plan`; print it.
@@ -117,7 +133,7 @@ def explain(
     """
     if unknown:
         explain_keywords("explain", unknown, ("sample_weight", *OPTION_NAMES))
-    options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
+    options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine, group)
     soft = check_tensors(logits, target, sample_weight, options)
     classes = logits.shape[1]
     rows = logits.numel() // classes
@@ -129,17 +145,45 @@ def explain(
         why = "; ".join(f"the {engine} engine cannot run: {why_not(engine, logits.device)}" for engine in tried)
     else:
         why = _WHAT[name]
+    found = _plan(name, logits, rows, soft, options)
+    if group is not None:
+        found = _over_ranks(found, name, logits, rows, soft, options)
+    lost = "".join(f"; not used after a check: {path.name}" for path in guard.refusals(name, logits.device))
+    return replace(found, reason=f"{why}{'; ' if found.reason and why else ''}{found.reason}{lost}")
+
+
+def _plan(name: str, logits: Tensor, rows: int, soft: bool, options: Options) -> Plan:
+    """The plan of one engine, its reason that of the kernels alone."""
+    classes, probs = logits.shape[1], options.input == "probs"
     if name == "composite":
         acc = composite.accumulator(logits.device).itemsize
         compute = composite.compute_dtype(logits.dtype).itemsize
         workspace = rows * classes * (2 * compute + acc) + 6 * classes * classes * acc
-        return Plan(name, ("joint", "logdet_inverse", "combine", "autograd"), "plain PyTorch", workspace, why)
+        return Plan(name, ("joint", "logdet_inverse", "combine", "autograd"), "plain PyTorch", workspace, "")
     if name == "triton":
         found = triton.explanation(rows, classes, soft, logits.dtype)
-        return Plan(name, found.kernels, found.regime, found.workspace_bytes, f"{why}; {found.reason}")
-    shape = (rows, classes, classes, soft, logits.dtype.itemsize, input == "probs")
+        return Plan(name, found.kernels, found.regime, found.workspace_bytes, found.reason)
+    shape = (rows, classes, classes, soft, logits.dtype.itemsize, probs)
     if name == "cpu":
         plan = ops.compiled.plan(*shape)
     else:
         plan = ops.compiled.cuda_plan(*shape, *ops.compiled.cuda_limits(logits.device.index))
-    return Plan(name, tuple(plan["kernels"]), plan["regime"], plan["workspace_bytes"], f"{why}; {plan['reason']}")
+    return Plan(name, tuple(plan["kernels"]), plan["regime"], plan["workspace_bytes"], plan["reason"])
+
+
+def _over_ranks(alone: Plan, name: str, logits: Tensor, rows: int, soft: bool, options: Options) -> Plan:
+    """The plan where the sums of all ranks are added up between joint and logdet_inverse: no engine then does it in one call."""
+    classes = logits.shape[1]
+    how, rest = alone.kernels, ()
+    if name == "composite":
+        how, rest = alone.kernels[:2], alone.kernels[2:]
+    elif len(how) == 1:
+        how = guard.staged_kernels(name, logits.device, rows, classes, classes, soft, logits.dtype, options.input == "probs")
+    sums = (classes * classes + classes + 4) * composite.accumulator(logits.device).itemsize
+    return Plan(
+        name,
+        (how[0], "all_reduce", *how[1:], *rest),
+        "over the ranks of a group, staged",
+        alone.workspace_bytes + sums,
+        "the sums of all ranks are added up before the determinant" + (f"; {alone.reason}" if len(alone.kernels) > 1 else ""),
+    )
