@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
+from ldmi_fast import dmi_loss
 from tests.compare import relative, run
 from tests.problems import as_array, problem
 
@@ -53,3 +56,49 @@ def test_published_formula_fails_where_this_one_does_not(engine: str, device: to
     assert ours.loss.isfinite()
     assert ours.grad.isfinite().all()
     assert ours.grad.any()
+
+
+#: What docs/from-the-paper.md tells to put in the place of the scripts' DMI_loss.
+IN_ITS_PLACE = {
+    "counts": functools.partial(dmi_loss, eps=1e-3, normalize=False),
+    "mean": functools.partial(dmi_loss, eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("form", IN_ITS_PLACE)
+@pytest.mark.parametrize(("n", "classes"), [(128, 2), (256, 2), (256, 10), (256, 14)])
+def test_what_replaces_the_published_code(device: torch.device, n: int, classes: int, form: str) -> None:
+    """In fp32, as the scripts run it: loss and gradient are equal but for the rounding of their fp32 determinant."""
+    batch = problem(n, classes)
+    theirs, ours = batch.leaf(), batch.to(device=device).leaf()
+    published(theirs, batch.target, classes, mean=form == "mean").backward()
+    expected = published(batch.leaf(), batch.target, classes, mean=form == "mean").item()
+    loss = IN_ITS_PLACE[form](ours, batch.target.to(device))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=2e-6, abs=2e-5)
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert relative(ours.grad, as_array(theirs.grad)) < 1e-4
+
+
+@pytest.mark.parametrize("form", IN_ITS_PLACE)
+def test_training_by_either_ends_with_the_same_predictions(device: torch.device, form: str) -> None:
+    """Adam at the rate of the Fashion-MNIST and MR scripts, shuffled batches of noisy labels: after every epoch the same classes."""
+    features = torch.randn(1024, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = (features.sum(1) > 0).long()
+    labels[::3] = 0
+    predictions = []
+    for loss_of in (lambda z, y: published(z.cpu(), y.cpu(), 2, mean=form == "mean"), IN_ITS_PLACE[form]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        after = []
+        for _ in range(5):
+            for index in torch.randperm(len(labels)).split(128):
+                optimizer.zero_grad()
+                loss_of(model(features[index]), labels[index]).backward()
+                optimizer.step()
+            after.append(model(features).argmax(1))
+        predictions.append(torch.stack(after))
+    assert (predictions[0][-1] != predictions[0][0]).any()
+    torch.testing.assert_close(*predictions)
