@@ -24,14 +24,19 @@ _LEAST_CLASSES = 512
 _CLASSES_PER_ROW = 4
 
 
+def pays(rows: int, classes: int) -> bool:
+    """Whether so few samples for so many classes are worth the slots."""
+    return classes >= _LEAST_CLASSES and rows * _CLASSES_PER_ROW <= classes
+
+
 def applies(logits: Tensor, target: Tensor) -> bool:
     """Whether hard labels of few samples for their classes are worth the slots. Not inside a transform, nor where a graph is exported
     that has to serve batches of any size."""
     return (
-        logits.shape[1] >= _LEAST_CLASSES
+        logits.shape[1] >= _LEAST_CLASSES  # first, for the usual step
         and target.dim() == 1
         and not torch.compiler.is_exporting()
-        and logits.shape[0] * _CLASSES_PER_ROW <= logits.shape[1]
+        and pays(*logits.shape)
         and not composite.transformed()
     )
 

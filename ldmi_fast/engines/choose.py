@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import few_rows, ops
 from ..checks import check_tensors
 from ..options import ENGINE_VARIABLE, ENGINES, OPTION_NAMES, Options, explain_keywords, forced_engine, make_options
 from . import composite, guard, native
@@ -145,7 +145,10 @@ def explain(
         why = "; ".join(f"the {engine} engine cannot run: {why_not(engine, logits.device)}" for engine in tried)
     else:
         why = _WHAT[name]
-    found = _plan(name, logits, rows, soft, options)
+    if group is None and not soft and few_rows.pays(rows, classes):
+        found = _plan_of_few_rows(name, logits, rows, options)
+    else:
+        found = _plan(name, logits, rows, soft, options)
     if group is not None:
         found = _over_ranks(found, name, logits, rows, soft, options)
     lost = "".join(f"; not used after a check: {path.name}" for path in guard.refusals(name, logits.device))
@@ -169,6 +172,23 @@ def _plan(name: str, logits: Tensor, rows: int, soft: bool, options: Options) ->
     else:
         plan = ops.compiled.cuda_plan(*shape, *ops.compiled.cuda_limits(logits.device.index))
     return Plan(name, tuple(plan["kernels"]), plan["regime"], plan["workspace_bytes"], plan["reason"])
+
+
+def _plan_of_few_rows(name: str, logits: Tensor, rows: int, options: Options) -> Plan:
+    """The plan for far fewer samples than classes: the joint of the labels that occur, in at most as many slots as there are rows."""
+    classes, probs = logits.shape[1], options.input == "probs"
+    labels = max(rows, 1)
+    shape = (rows, classes, labels, False, logits.dtype, probs)
+    joint, _, logits_grad = guard.staged_kernels(name, logits.device, *shape)
+    square = guard.staged_kernels(name, logits.device, rows, labels, labels, False, logits.dtype, probs)[1]
+    workspace = (2 * labels * classes + 2 * labels * labels) * composite.accumulator(logits.device).itemsize
+    return Plan(
+        name,
+        ("slots of the labels that occur", joint, square, logits_grad),
+        "few rows",
+        workspace,
+        f"of {classes} classes at most {rows} occur: the determinant is of those",
+    )
 
 
 def _over_ranks(alone: Plan, name: str, logits: Tensor, rows: int, soft: bool, options: Options) -> Plan:

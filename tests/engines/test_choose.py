@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldmi_fast import Plan, dmi_loss, explain, joint_matrix, ops
+from ldmi_fast import Plan, dmi_loss, explain, few_rows, joint_matrix, ops
 from ldmi_fast.engines import choose, composite, native
 from ldmi_fast.options import ENGINE_VARIABLE, ENGINES, Options
 from tests.problems import problem
@@ -285,3 +285,15 @@ def test_plan_is_bounded() -> None:
                     plan = ops.compiled.plan(rows, classes, classes, soft, value_bytes, False)
                     allowed = 0.05 * rows * classes * value_bytes + 1.05 * (16 * classes * classes + 16 * rows) + 4 * 2**20
                     assert plan["workspace_bytes"] <= allowed, (rows, classes, soft, value_bytes, plan)
+
+
+def test_few_rows_are_explained(engine: str, device: torch.device) -> None:
+    """The plan is that of the path that runs: N^3 for the determinant, not C^3."""
+    for rows, classes, few in ((48, 9000, True), (128, 512, True), (129, 512, False), (48, 500, False)):
+        logits, target = torch.zeros(rows, classes, device=device), torch.arange(rows, device=device)
+        plan = explain(logits, target, engine=engine)
+        assert (plan.regime == "few rows") == few, plan
+        assert few == few_rows.applies(logits, target)
+        if few:
+            assert plan.kernels[0] == "slots of the labels that occur"
+            assert plan.workspace_bytes < 4 * 8 * rows * classes
