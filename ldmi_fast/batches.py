@@ -53,7 +53,7 @@ def take_apart(batch: Any) -> tuple[Any, Any, Any]:
     with keywords.
 
     Raises:
-        TypeError: weights that are integers: an index of the samples, as some data sets give.
+        TypeError: weights that are no floating point tensor: an index of the samples, say, which some data sets give.
         ValueError: another form.
     """
     if isinstance(batch, Mapping):
@@ -61,7 +61,7 @@ def take_apart(batch: Any) -> tuple[Any, Any, Any]:
         if name is None:
             raise ValueError(
                 f"a batch that is a mapping must hold the labels under 'labels', got the keys {sorted(map(str, batch))}: pass "
-                "(input, target) pairs, such as ((batch, batch['noisy']) for batch in loader)"
+                "(input, target) pairs, such as ((batch['x'], batch['noisy']) for batch in loader)"
             )
         arguments = {key: value for key, value in batch.items() if key not in (name, WEIGHT)}
         target, weight = batch[name], batch.get(WEIGHT)
@@ -73,15 +73,32 @@ def take_apart(batch: Any) -> tuple[Any, Any, Any]:
     else:
         what = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
         raise ValueError(f"each batch of the loader must be {_FORMS}; got {what}")
-    if isinstance(weight, Tensor) and not weight.is_floating_point():
-        three = isinstance(batch, (tuple, list))
-        first = three and isinstance(target, Tensor) and isinstance(arguments, Tensor) and not arguments.is_floating_point()
-        way = "((x, y) for index, x, y in loader)" if first and target.is_floating_point() else "((x, y) for x, y, index in loader)"
-        raise TypeError(
-            f"the third item of a batch must be sample weights, which are floating, got {weight.dtype}: if it is the index of the "
-            f"samples, leave it out: {way}"
-        )
+    if weight is not None and not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        _raise_for_no_weights(batch, weight)
     return arguments, target, weight
+
+
+def _raise_for_no_weights(batch: Any, weight: Any) -> None:
+    """Many data sets give the index of a sample, or its file, as a third item."""
+    kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+    must = "must be sample weights, a tensor of floating point numbers"
+    if isinstance(weight, Tensor) and weight.dtype == torch.bool:
+        must += " (of a mask: .float())"
+    if isinstance(batch, Mapping):
+        raise TypeError(f"the {WEIGHT!r} of a batch {must}, got {kind}")
+    index, x = batch[0], batch[1]
+    first = _is_index(index) and isinstance(x, Tensor) and (x.is_floating_point() or x.dim() > 1)
+    way = "((x, y) for _, x, y in loader)" if first else "((x, y) for x, y, _ in loader)"
+    raise TypeError(
+        f"the third item of a batch {must}, got {kind}: if the {'first' if first else 'third'} item is an index of the samples or the "
+        f"like, leave it out: {way}"
+    )
+
+
+def _is_index(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() <= 1 and not value.is_floating_point()
+    return isinstance(value, (int, str)) or (isinstance(value, (tuple, list)) and all(isinstance(part, (int, str)) for part in value))
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:

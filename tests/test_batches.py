@@ -103,20 +103,26 @@ def test_update_takes_tensors_alone(value: Any) -> None:
 
 
 INDEX = torch.arange(60)
+FIRST = r"the first item is an index of the samples or the like, leave it out: \(\(x, y\) for _, x, y in loader\)"
+THIRD = r"the third item is an index of the samples or the like, leave it out: \(\(x, y\) for x, y, _ in loader\)"
 
 
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
+        ((BATCH.logits, BATCH.target, INDEX), TypeError, THIRD),
+        ((BATCH.logits, BATCH.target, INDEX.tolist()), TypeError, THIRD),
+        ((BATCH.logits, BATCH.target, INDEX.numpy()), TypeError, THIRD),
+        ((BATCH.logits, BATCH.target, ["a.png"] * 60), TypeError, THIRD),
+        ((BATCH.target, BATCH.target, INDEX), TypeError, THIRD),  # the model takes one token
+        ((INDEX, BATCH.logits, BATCH.target), TypeError, FIRST),
+        ((INDEX.tolist(), BATCH.logits, BATCH.target), TypeError, FIRST),
+        ((INDEX, BATCH.target.expand(9, 60).T, BATCH.target), TypeError, FIRST),  # tokens
+        ((BATCH.logits, BATCH.target, INDEX > 3), TypeError, r"\(of a mask: \.float\(\)\), got torch\.bool"),
         (
-            (BATCH.logits, BATCH.target, INDEX),
+            {"pixel_values": BATCH.logits, "labels": BATCH.target, "sample_weight": INDEX},
             TypeError,
-            r"samples, leave it out: \(\(x, y\) for x, y, index in loader\)",
-        ),
-        (
-            (INDEX, BATCH.logits, BATCH.target),
-            TypeError,
-            r"samples, leave it out: \(\(x, y\) for index, x, y in loader\)",
+            "the 'sample_weight' of a batch must be sample weights",
         ),
         (BATCH.logits, ValueError, "got Tensor"),
         ((BATCH.logits,), ValueError, "got 1 items"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from ..batches import device_of, logits_of
 from ..files import replacing
 from ..modules import SAMPLES_PER_CLASS, DMILoss
+from ..options import as_int
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -34,8 +37,13 @@ def hf(criterion: nn.Module) -> HFLoss:
     Trainer does to a loss that it takes for a sum over ``num_items_in_batch``: L_DMI is one number for a batch.
 
     - With ``gradient_accumulation_steps`` the Trainer adds up losses; here each is divided by the number of micro-batches of the step.
+      Each of them is a batch of its own to the loss, and enters a moving average by itself: ``DMILoss.recommended`` is to be given the
+      size of one.
     - With ``average_tokens_across_devices`` (its default) it multiplies the loss by the number of processes; here it is divided by it.
       So the gradient over several processes is the mean of theirs, and with ``group="world"`` that of one process on the whole batch.
+
+    It works in a ``compute_loss`` of your own as well, and outside of a Trainer, where nothing is divided. Labels are compared with
+    logits position by position: a causal language model's have to be shifted before.
 
     Args:
         criterion: a :class:`ldmi_fast.DMILoss`, or another module or function of logits and labels. It is moved to the device of the
@@ -72,34 +80,45 @@ class HFLoss:
         logits = logits_of(outputs)
         if logits.dim() == 3 and labels.shape == logits.shape[:-1]:
             logits = logits.movedim(-1, 1)
+        elif logits.dim() == 3 and labels.shape == logits.shape and labels.is_floating_point():  # distributions over the classes
+            logits, labels = logits.movedim(-1, 1), labels.movedim(-1, 1)
         if isinstance(self.criterion, nn.Module):
             held = next(iter(self.criterion.buffers()), None)
             if held is not None and held.device != logits.device:
                 self.criterion.to(logits.device)
-        trainer = _running_trainer()
         loss = self.criterion(logits, labels)
-        return loss / (1 if trainer is None else _factor(trainer, num_items_in_batch))
+        return loss / _factor(num_items_in_batch)
+
+
+def _callers() -> Iterator[Any]:
+    """The frames of the functions that are running, the innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _running_trainer() -> Trainer | None:
     """The Trainer whose method is calling, if there is one: what it will do to the loss is known to it alone."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer):
-            return found
-        frame = frame.f_back
-    return None
+    return next((found for frame in _callers() if isinstance(found := frame.f_locals.get("self"), Trainer)), None)
 
 
-def _factor(trainer: Trainer, num_items_in_batch: Any) -> float:
-    """What a loss will be multiplied by, or added up: ``Trainer.compute_loss`` and ``training_step`` of transformers."""
+def _factor(num_items_in_batch: Any) -> float:
+    """What a loss will be multiplied by, or how often added up: ``Trainer.compute_loss`` and ``training_step`` of transformers."""
+    trainer = _running_trainer()
+    if trainer is None:
+        return 1.0
     args, factor = trainer.args, 1.0
-    if getattr(args, "average_tokens_across_devices", False) and num_items_in_batch is not None:
+    counted = num_items_in_batch is not None
+    multiplies = getattr(args, "average_tokens_across_devices", False) and counted and trainer.compute_loss_func is not None
+    # a compute_loss of a subclass that does not call this one multiplies nothing
+    if multiplies and any(frame.f_code is Trainer.compute_loss.__code__ for frame in _callers()):
         parallel = trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
         factor *= args.n_gpu if args.n_gpu > 1 else trainer.accelerator.num_processes // parallel
-    # loss_is_scaled_for_ga = False asks the Trainer to divide by itself
-    if torch.is_grad_enabled() and getattr(trainer, "loss_is_scaled_for_ga", None) is not False:
+    divides = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if divides is None:
+        divides = trainer.compute_loss_func is not None or (trainer.model_accepts_loss_kwargs and counted)
+    if torch.is_grad_enabled() and divides:  # else the Trainer divides by itself
         # of this step: the last one of an epoch may have fewer
         factor *= getattr(trainer, "current_gradient_accumulation_steps", args.gradient_accumulation_steps)
     return factor
@@ -108,42 +127,46 @@ def _factor(trainer: Trainer, num_items_in_batch: Any) -> float:
 class HFCallback(TrainerCallback):
     """Looks after the moving average of a criterion in Hugging Face's Trainer, which knows nothing of it.
 
-    - When training begins, :meth:`ldmi_fast.DMILoss.calibrate` on some of the training data, unless the average has something in it.
+    - When training begins, :meth:`ldmi_fast.DMILoss.calibrate` on some of the training data. What was in the average before, such as
+      that of another model, is forgotten.
     - With each checkpoint the criterion's state is saved, as ``dmi_criterion.pt`` in its folder.
-    - ``trainer.train(resume_from_checkpoint=...)`` restores it from there.
+    - ``trainer.train(resume_from_checkpoint=...)`` restores it from there, and does not calibrate.
 
     Args:
         criterion: the :class:`ldmi_fast.DMILoss` that :func:`hf` was given. Without momentum there is nothing to do.
-        calibrate: whether to calibrate.
-        samples: how many samples to calibrate with; None: 250 a class.
+        calibrate: whether to calibrate; False: the average starts as it is.
+        samples: how many samples to calibrate with, those of all processes together; None: 250 a class.
 
     Raises:
-        TypeError: no DMILoss.
+        TypeError: no DMILoss; ``samples`` is no integer. ValueError: ``samples`` is less than 1; when training begins, the Trainer has
+            no ``compute_loss_func``, or one that :func:`hf` made of another criterion.
     """
 
     def __init__(self, criterion: DMILoss, *, calibrate: bool = True, samples: int | None = None) -> None:
         if not isinstance(criterion, DMILoss):
             raise TypeError(f"HFCallback takes the DMILoss that hf() was given, got {type(criterion).__name__}")
-        self.criterion, self.calibrate, self.samples = criterion, calibrate, samples
+        if samples is not None and as_int("samples", samples) < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        self.criterion, self.calibrate = criterion, calibrate
+        self.samples = None if samples is None else as_int("samples", samples)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **ignored: Any
     ) -> None:
         """Restore, or calibrate."""
+        self._check_use()
         if self.criterion.momentum is None:
             return
         self.criterion.to(device_of(model))
-        if state.global_step > 0:
-            self._restore(args, state)
-        elif self.calibrate and train_dataloader is not None and self.criterion.average_weight.item() == 0:
-            loader = self._some_of(train_dataloader, args)
-            # in batches' order and dropout nothing changes because of this pass
-            with torch.random.fork_rng():
-                self.criterion.calibrate(loader, _without_wrapper(model))
+        if state.global_step > 0 and self._restore(args, state):
+            return
+        if self.calibrate and train_dataloader is not None:
+            with _same_random_numbers(device_of(model)):
+                self.criterion.calibrate(self._some_of(train_dataloader, args), _without_wrapper(model))
 
     def on_save(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
         """Write the state into the checkpoint."""
-        if self.criterion.momentum is None or not state.is_world_process_zero:
+        if self.criterion.momentum is None or not args.should_save:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not folder.is_dir():  # a search over hyperparameters puts a folder between
@@ -156,17 +179,31 @@ class HFCallback(TrainerCallback):
         with replacing(folder / FILE) as file:
             torch.save(self.criterion.state_dict(), file)
 
-    def _restore(self, args: Any, state: Any) -> None:
+    def _check_use(self) -> None:
+        """A callback that looks after a criterion which nobody calls would do so in silence."""
+        trainer = _running_trainer()
+        if trainer is None:
+            return
+        loss = trainer.compute_loss_func
+        if isinstance(loss, HFLoss) and loss.criterion is not self.criterion:
+            raise ValueError("HFCallback and hf() were given two different criteria: give both the same one")
+        if loss is None and type(trainer).compute_loss is Trainer.compute_loss:
+            raise ValueError("HFCallback is there, and the Trainer does not use its criterion: pass compute_loss_func=hf(criterion)")
+
+    def _restore(self, args: Any, state: Any) -> bool:
+        """Whether the checkpoint that training goes on from has the average."""
         folder = Path(_resumed_from() or Path(args.output_dir) / f"checkpoint-{state.global_step}")
         path = folder / FILE
         if not path.is_file():
+            instead = "It is calibrated now" if self.calibrate else "It starts as it is"
             warnings.warn(
-                f"{folder} has no {FILE}: it was saved without HFCallback. The moving average starts from nothing: call "
-                "criterion.calibrate(loader, model) before, or go on from a checkpoint that has it",
+                f"{folder} has no {FILE}, so the moving average is not what it was: the checkpoint was saved without HFCallback, or "
+                f"by another node (save_on_each_node). {instead}",
                 stacklevel=2,
             )
-            return
+            return False
         self.criterion.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return True
 
     def _some_of(self, loader: Any, args: Any) -> Iterator[Any] | DataLoader[Any]:
         """Batches of random training samples, by a loader of their own: the Trainer's must not be begun twice."""
@@ -174,11 +211,34 @@ class HFCallback(TrainerCallback):
         data = loader.dataset
         size = args.per_device_train_batch_size
         ranks, rank = (args.world_size, args.process_index) if self.criterion.options.group is not None else (1, 0)
+        options = {
+            "batch_size": size,
+            "collate_fn": loader.collate_fn,
+            "num_workers": loader.num_workers,
+            "worker_init_fn": loader.worker_init_fn,
+            "generator": torch.Generator(),
+        }
         if isinstance(data, IterableDataset):
-            own: DataLoader[Any] = DataLoader(data, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
-            return islice(own, -(-wanted // (size * ranks)))
-        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:wanted][rank::ranks]
-        return DataLoader(Subset(data, chosen.tolist()), batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
+            return islice(DataLoader(data, **options), -(-wanted // (size * ranks)))
+        chosen = random.Random(0).sample(range(len(data)), min(wanted, len(data)))
+        if len(chosen) > ranks:  # as many on each: a sharded model has to be called equally often
+            chosen = chosen[: len(chosen) // ranks * ranks]
+        return DataLoader(Subset(data, chosen[rank::ranks]), **options)
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device | None) -> Iterator[None]:
+    """Afterwards all generators are where they were: batches' order, augmentation and dropout do not depend on what is done here."""
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), None if numpy is None else numpy.random.get_state()
+    devices = [device] if device is not None and device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices, device_type="cuda"):
+            yield
+    finally:
+        random.setstate(before[0])
+        if numpy is not None:
+            numpy.random.set_state(before[1])
 
 
 def _without_wrapper(model: Any) -> Callable[..., Any]:
@@ -190,10 +250,8 @@ def _without_wrapper(model: Any) -> Callable[..., Any]:
 
 def _resumed_from() -> str | None:
     """The folder that ``Trainer.train`` goes on from; it tells callbacks the step alone."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in _callers():
         found = frame.f_locals.get("resume_from_checkpoint")
         if isinstance(found, (str, os.PathLike)) and isinstance(frame.f_locals.get("self"), Trainer):
             return os.fspath(found)
-        frame = frame.f_back
     return None

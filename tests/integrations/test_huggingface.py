@@ -95,6 +95,60 @@ def trainer(folder: Path, criterion: Any, *callbacks: TrainerCallback, data: Any
     )
 
 
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_accumulation_is_a_mean(tmp_path: Path, momentum: float | None) -> None:
+    """With a learning rate of 0: what is logged and the gradient of a step are means over its micro-batches; the last has fewer."""
+    results = {}
+    for steps in (1, 4):
+        gradients = Gradients()
+        model = Classifier()
+        model.dropout.p = 0.0
+        criterion = DMILoss(4, momentum=momentum)
+        run = trainer(tmp_path, criterion, gradients, model=model, gradient_accumulation_steps=steps)
+        run.train()
+        results[steps] = ([entry["loss"] for entry in run.state.log_history if "loss" in entry], gradients.seen)
+    (losses, gradients), (ours, summed) = results[1], results[4]
+    assert len(losses) == 6
+    assert ours == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2], rel=1e-3)
+    torch.testing.assert_close(summed[0], sum(gradients[:4]) / 4)
+    torch.testing.assert_close(summed[1], sum(gradients[4:]) / 2)
+
+
+class Own(Trainer):
+    """A compute_loss of its own, without compute_loss_func: the Trainer then divides by itself."""
+
+    criterion = hf(DMILoss(4))
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        outputs = model(**inputs)
+        loss = self.criterion(outputs, inputs["labels"], num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_compute_loss_of_ones_own(tmp_path: Path) -> None:
+    def total(own: bool) -> list[float]:
+        run = trainer(tmp_path, DMILoss(4), gradient_accumulation_steps=3)
+        run.model.dropout.p = 0.0
+        if own:
+            run = Own(run.model, run.args, train_dataset=run.train_dataset, eval_dataset=run.eval_dataset)
+        run.train()
+        return [*(entry["loss"] for entry in run.state.log_history if "loss" in entry), run.evaluate()["eval_loss"]]
+
+    assert total(True) == pytest.approx(total(False))
+
+
+def test_evaluation_is_of_the_batch_alone_and_enters_nothing(tmp_path: Path) -> None:
+    criterion = DMILoss(4, momentum=0.9)
+    run = trainer(tmp_path, criterion, eval_strategy="epoch", num_train_epochs=2)
+    run.train()
+    assert criterion.average_steps.item() == 12
+    data, model = Rows(90, 1), run.model.eval()
+    with torch.no_grad():
+        parts = [dmi_loss(model(x).logits, y).item() for x, y in zip(data.x.split(30), data.y.split(30), strict=True)]
+    assert run.evaluate()["eval_loss"] == pytest.approx(sum(parts) / 3, rel=1e-4)
+    assert criterion.average_steps.item() == 12
+
+
 def test_outputs() -> None:
     data = Rows()
     z = data.x[:, :4]
@@ -104,6 +158,8 @@ def test_outputs() -> None:
 
 def test_tokens_have_their_classes_last() -> None:
     z, y = torch.randn(3, 20, 4), torch.randint(0, 4, (3, 20))
+    soft = torch.rand(3, 20, 4).softmax(-1)
+    assert torch.equal(hf(DMILoss(4))(TokenClassifierOutput(logits=z), soft), dmi_loss(z.movedim(-1, 1), soft.movedim(-1, 1)))
     y[:, 15:] = -100
     assert torch.equal(hf(DMILoss(4))(TokenClassifierOutput(logits=z), y), dmi_loss(z.movedim(-1, 1), y))
 
@@ -115,6 +171,15 @@ def test_wrong_use_is_named(tmp_path: Path) -> None:
         HFCallback(F.cross_entropy)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="the model must return logits"):
         hf(DMILoss(4))({"scores": torch.randn(8, 4)}, torch.arange(8) % 4)
+    for wrong, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="samples must be"):
+            HFCallback(DMILoss(4), samples=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="two different criteria"):
+        trainer(tmp_path, DMILoss(4), HFCallback(DMILoss(4))).train()
+    run = trainer(tmp_path, DMILoss(4), HFCallback(DMILoss(4)))
+    run.compute_loss_func = None
+    with pytest.raises(ValueError, match=r"pass compute_loss_func=hf\(criterion\)"):
+        run.train()
     run = trainer(tmp_path, DMILoss(4), data=Rows(name="noisy"), label_names=["noisy"], remove_unused_columns=False)
     run.model.forward = lambda x, noisy: Classifier.forward(run.model, x)
     with pytest.raises(ValueError, match="only what is under 'labels' in a batch, whatever label_names says"):
@@ -169,9 +234,23 @@ def test_a_checkpoint_without_the_average_is_named(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 3}
     trainer(tmp_path, DMILoss(4, momentum=0.9), **options).train()
     criterion = DMILoss(4, momentum=0.9)
-    with pytest.warns(UserWarning, match=r"checkpoint-3 has no dmi_criterion\.pt"):
+    with pytest.warns(UserWarning, match=r"checkpoint-3 has no dmi_criterion\.pt.*It is calibrated now"):
         trainer(tmp_path, criterion, HFCallback(criterion), **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert criterion.average_steps.item() == 3
+    assert criterion.average_weight.item() == pytest.approx(1)
+
+
+def test_nothing_is_left_of_another_model(tmp_path: Path) -> None:
+    """Training begins again, as in a search over hyperparameters."""
+    criterion = DMILoss(4, momentum=0.9)
+    run = trainer(tmp_path, criterion, HFCallback(criterion), max_steps=2)
+    run.train()
+    criterion.average_joint.copy_(torch.eye(4))
+    run.train()
+    assert criterion.average_steps.item() == 2
+    fresh = DMILoss(4, momentum=0.9)
+    trainer(tmp_path, fresh, HFCallback(fresh), model=run.model, max_steps=2).train()
+    torch.testing.assert_close(criterion.average_joint, fresh.average_joint, rtol=0.1, atol=0.02)
 
 
 @pytest.mark.parametrize("average", ["True", "False"])
