@@ -161,7 +161,8 @@ def dmi_loss(
         target: class indices of any integer dtype, (N,) or (N, d1, ...); or distributions over the classes, floating,
             in the shape of the logits (they get a gradient if they require one).
         sample_weight: (N,) or (N, d1, ...), floating, >= 0. Rows of weight 0 contribute nothing, whatever they hold. They get a
-            gradient if they require one (learning to reweight); that of a row of weight 0 is 0 unless its values are finite.
+            gradient if they require one (learning to reweight); that of a row of weight 0 is 0 unless its values are finite. Where
+            all weights are 0 there is no joint, and no gradient: begin with ones.
         ignore_index: class index whose rows contribute nothing.
         absent: what a class without weight in this batch means. ``"present"``: the determinant of the other classes'
             submatrix; ``"strict"``: the batch is singular.
