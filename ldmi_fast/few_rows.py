@@ -30,14 +30,13 @@ def pays(rows: int, classes: int) -> bool:
 
 
 def applies(logits: Tensor, target: Tensor) -> bool:
-    """Whether hard labels of few samples for their classes are worth the slots. Not inside a transform, nor where a graph is exported
-    that has to serve batches of any size."""
+    """Whether hard labels of few samples for their classes are worth the slots. Not where a graph is exported that has to serve
+    batches of any size."""
     return (
         logits.shape[1] >= _LEAST_CLASSES  # first, for the usual step
         and target.dim() == 1
         and not torch.compiler.is_exporting()
         and pays(*logits.shape)
-        and not composite.transformed()
     )
 
 
@@ -52,12 +51,10 @@ def slots(target: Tensor, sample_weight: Tensor | None, classes: int, ignore_ind
         counted = counted & (sample_weight != 0)
     inside = (label >= 0) & (label < classes)
     label = torch.where(counted & inside, label, classes)
-    occurs = torch.zeros(classes + 1, dtype=torch.int64, device=target.device)
-    occurs = occurs.scatter(0, label, 1)
-    occurs[classes] = 0
+    every = torch.arange(classes + 1, device=target.device)
+    occurs = torch.zeros_like(every).scatter(0, label, 1) * (every < classes)
     slot_of_class = occurs.cumsum(0) - 1
     slot = torch.where(counted, torch.where(inside, slot_of_class[label], rows), -100)
-    every = torch.arange(classes + 1, device=target.device)
     class_of_slot = torch.zeros(rows + 1, dtype=torch.int64, device=target.device)
     class_of_slot = class_of_slot.scatter(0, torch.where(occurs > 0, slot_of_class, rows), every)[:rows]
     return slot, class_of_slot

@@ -120,6 +120,38 @@ def test_derivatives_of_the_gradient(engine: str, device: torch.device, monkeypa
     torch.testing.assert_close(ours, second(), rtol=1e-8, atol=1e-10)
 
 
+def test_transforms(engine: str, device: torch.device) -> None:
+    """torch.func, of one batch and of several with other labels."""
+    batches = [batch(6, 9, seed=seed).to(device=device) for seed in range(3)]
+    logits, target = torch.stack([b.logits for b in batches]), torch.stack([b.target for b in batches])
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return dmi_loss(z, y, engine=engine, cross_entropy_weight=0.1)
+
+    gradients = torch.func.vmap(torch.func.grad(loss))(logits, target)
+    for b, found in zip(batches, gradients, strict=True):
+        leaf = b.leaf()
+        torch.testing.assert_close(found, torch.autograd.grad(loss(leaf, b.target), leaf)[0], rtol=1e-8, atol=1e-11)
+    first = batches[0]
+    hessian = torch.func.hessian(lambda z: loss(z, first.target))(first.logits)
+    expected = torch.autograd.functional.hessian(lambda z: loss(z, first.target), first.logits)
+    torch.testing.assert_close(hessian, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_graph(engine: str, device: torch.device, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    step = torch.compile(lambda z, y: dmi_loss(z, y, engine=engine), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for n in (5, 7):
+        here = batch(n, 20).to(device=device)
+        logits = here.leaf()
+        loss = step(logits, here.target)
+        expected = dmi_loss(logits, here.target, engine=engine)
+        torch.testing.assert_close(loss, expected)
+        for got, want in zip(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
+
+
 @pytest.mark.parametrize("chunk", [None, 4])
 @pytest.mark.parametrize("options", [{}, {"absent": "strict"}, {"cross_entropy_weight": 0.3}], ids=str)
 def test_linear(engine: str, device: torch.device, chunk: int | None, options: dict[str, Any]) -> None:
