@@ -125,6 +125,10 @@ class DMILoss(nn.Module):
         """The moving average, over this module's buffers; None without momentum."""
         if self.momentum is None:
             return None
+        if not torch.compiler.is_compiling() and self.average_joint.is_inference() and not torch.is_inference_mode_enabled():
+            for name in (*AVERAGES, "average_steps"):  # made or loaded in inference mode, such tensors cannot be changed outside
+                self._buffers[name] = self._buffers[name].clone()
+            self._remember()
         self._restore_precision()
         return MovingAverage(self.average_joint, self.average_counts, self.average_weight, self.average_steps, self.momentum)
 
@@ -197,11 +201,11 @@ class DMILoss(nn.Module):
         state.update_from(loader, model)
         if self.options.group is not None:
             state.all_reduce(self.options.group)
-        total = state.sums.total.item()
-        if total == 0:
-            raise ValueError("calibrate() found no sample that counts: an empty loader, or every label ignored, or every weight 0")
-        if not bool(torch.isfinite(state.sums.S).all()):
-            raise ValueError("calibrate() met logits that are NaN or infinite, and leaves the average as it was")
+        if composite.may_look(state.sums.S):
+            if state.sums.total.item() == 0:
+                raise ValueError("calibrate() found no sample that counts: an empty loader, or every label ignored, or every weight 0")
+            if not bool(torch.isfinite(state.sums.S).all()):
+                raise ValueError("calibrate() met logits that are NaN or infinite, and leaves the average as it was")
         average.set(state.sums)
 
     def diagnose(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> JointReport:

@@ -329,6 +329,15 @@ def test_buffers_that_something_casts_are_restored(engine: str, device: torch.de
     assert {name: id(buffer) for name, buffer in cast.named_buffers()} == names  # a wrapper may hold them
 
 
+def test_a_module_made_in_inference_mode_trains_outside(engine: str, device: torch.device) -> None:
+    batch = problem(60, 6).to(device=device)
+    with torch.inference_mode():
+        criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
+        criterion.calibrate([(batch.logits, batch.target)], lambda x: x)
+    criterion(batch.leaf(), batch.target).backward()
+    assert criterion.average_steps.item() == 1
+
+
 def test_a_rounded_state_is_named(engine: str, device: torch.device) -> None:
     """What was saved in half precision has lost its digits: the forward says so, once, and goes on in fp64."""
     criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
