@@ -157,7 +157,7 @@ def warn_if_slow() -> None:
         "that it came from"
     )
     warnings.warn(
-        f"ldmi_fast runs without compiled kernels, about 10 times slower on a CPU: {why_not_compiled}. "
+        f"ldmi_fast runs without compiled kernels, 10 to 20 times slower on a CPU: {why_not_compiled}. "
         f"{way_out if sys.platform.startswith('linux') else 'There are kernels for Linux only'}. "
         'To keep it as it is and hide this warning set LDMI_FAST_ENGINE=composite, or pass engine="composite"',
         stacklevel=2,
