@@ -34,8 +34,11 @@ def _in_function_forward() -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount and isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
-            return True
+        if code.co_name == "forward" and code.co_argcount:
+            ctx = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(ctx, FunctionCtx):
+                # without edges nobody can ask for a gradient: gradients were off outside, too
+                return len(getattr(ctx, "next_functions", ())) > 0
         frame = frame.f_back
     return False
 
@@ -75,9 +78,16 @@ class MovingAverage:
         self.joint, self.counts, self.weight, self.steps, self.momentum = joint, counts, weight, steps, momentum
 
     def mean(self) -> tuple[Tensor, Tensor]:
-        """B [C, C] and the averaged class shares [C]; zeros before the first batch."""
+        """B [C, C] and the weight of its classes [C], 0 for absent ones; zeros before the first batch.
+
+        With smoothed targets a class has a row of B from batches that it is absent from, too. There the weight is the sum of its row,
+        which scales the row to 1 for the factorisation; how much of it has samples decides whether the class is present.
+        """
         safe = torch.where(self.weight > 0, self.weight, 1)
-        return self.joint / safe, self.counts / safe
+        B, shares = self.joint / safe, self.counts / safe
+        row = B.sum(-1)
+        weights = torch.where(2 * shares >= row, shares, row)
+        return B, torch.where(composite.present_classes(shares), weights, 0)
 
     def __call__(self, sums: Sums) -> Sums:
         """Enter a batch, and return sums whose determinant is that of the average, and whose gradient flows to the batch.

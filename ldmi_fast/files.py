@@ -17,8 +17,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     A new file has the permissions that ``open`` would give it; one that is replaced keeps its own. Through a symbolic link the file
     that it leads to is replaced, not the link.
+
+    Raises:
+        OSError: the path is no regular file, or cannot be written.
     """
     target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "a device or another special file"
+        raise OSError(f"{target} is {kind}, and cannot be replaced by a file: pass the path of a file")
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
     # not tempfile: its files are for their owner alone
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)

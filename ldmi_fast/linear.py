@@ -148,7 +148,10 @@ class _LinearSums(torch.autograd.Function):
                 d_logits = ctx.engine.logits_grad(logits, y, w, lse[rows], S_grad, minus, ce_grad, options.ignore_index, "logits")
                 del logits
                 if d_hidden is not None:
-                    torch.mm(d_logits, weight, out=d_hidden[rows])
+                    if composite.may_look(d_hidden):
+                        torch.mm(d_logits, weight, out=d_hidden[rows])
+                    else:  # a traced program may be differentiated, and out= cannot
+                        d_hidden[rows] = d_logits @ weight
                 if d_weight is not None:
                     x = _without_unused(x, y, w, options)
                     if wide == weight.dtype:

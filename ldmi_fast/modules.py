@@ -21,6 +21,13 @@ from .options import OPTION_NAMES, Options, as_float, as_int, check_num_classes,
 SAMPLES_PER_CLASS = 250
 """What :meth:`DMILoss.recommended` wants in the average: with fewer a class the determinant is noise, with more the average lags
 behind the model for nothing (``bench/many_classes.py`` measures both sides)."""
+_ROUNDED = (
+    "the moving average of this DMILoss was rounded to half or single precision, and a determinant of rounded numbers is noise. It is "
+    "fp64 again, but what it had held is rounded: call calibrate() or reset(). A state in half precision does this when it is loaded: "
+    "save it in fp64. So do wrappers that cast buffers, such as MixedPrecision(buffer_dtype=...): leave that out, or keep the "
+    "criterion out of the wrapped module"
+)
+
 AVERAGES = ("average_joint", "average_counts", "average_weight")
 
 LEAST_MOMENTUM, MOST_MOMENTUM = 0.9, 0.999
@@ -145,7 +152,8 @@ class DMILoss(nn.Module):
         self._check_classes(logits)
         if self.momentum is None or not self.training:
             return evaluate(logits, target, sample_weight, self.options)
-        if not torch.compiler.is_compiling() and not takes_part():  # evaluation, whatever mode this module is in
+        # evaluation, whatever mode this module is in
+        if not torch.compiler.is_compiling() and (not takes_part() or (isinstance(logits, Tensor) and logits.is_inference())):
             return evaluate(logits, target, sample_weight, self.options)
         if composite.transformed():
             raise RuntimeError(
@@ -230,13 +238,16 @@ class DMILoss(nn.Module):
         wide = composite.accumulator(self.average_joint.device)
         if all(self._buffers[name].dtype == wide for name in AVERAGES):
             return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"something has cast the moving average of this DMILoss to {self.average_joint.dtype}, and a compiled forward cannot "
+                "bring it back: leave buffer_dtype out of MixedPrecision, keep the criterion out of the wrapped module or of the "
+                "compiled function, or call it once in eager mode after loading a state in half precision"
+            )
         rounded = False
         for name in AVERAGES:
             buffer, exact = self._buffers[name], self.__dict__.get("_exact", {}).get(name)
             restored = buffer.detach().to(wide)
-            if torch.compiler.is_compiling():
-                self._buffers[name] = restored
-                continue
             if not composite.may_look(buffer):
                 continue
             if exact is not None and exact.dtype == wide and torch.equal(exact.to(buffer.device).to(buffer.dtype), buffer.detach()):
@@ -244,18 +255,9 @@ class DMILoss(nn.Module):
             else:
                 rounded |= bool(buffer.count_nonzero())
             buffer.data = restored  # the same tensor: a wrapper may hold it
-        if torch.compiler.is_compiling():
-            return
         self._remember()
         if rounded:
-            warnings.warn(
-                "the moving average of this DMILoss was rounded to half or single precision, and a determinant of rounded numbers is "
-                f"noise. It is {wide} again, but what it had held is rounded: call calibrate() or reset(). "
-                "load_state_dict(assign=True) does this with a state in half precision: load it without assign, or save it in fp64. "
-                "So do wrappers that cast buffers, such as MixedPrecision(buffer_dtype=...): leave that out, or keep the criterion "
-                "out of the wrapped module",
-                stacklevel=4,
-            )
+            warnings.warn(_ROUNDED, stacklevel=4)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -307,8 +309,13 @@ class DMILoss(nn.Module):
             for name, buffer in self._buffers.items():
                 state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        if self.momentum is not None:
-            self._remember()
+        if self.momentum is None:
+            return
+        self._remember()
+        loaded = state_dict.get(prefix + "average_joint")
+        wide = self.average_joint.dtype == composite.accumulator(self.average_joint.device)  # else the next forward says it
+        if wide and isinstance(loaded, Tensor) and loaded.dtype != self.average_joint.dtype and not loaded.is_meta:
+            warnings.warn(_ROUNDED, stacklevel=3)
 
     def extra_repr(self) -> str:
         defaults = Options()

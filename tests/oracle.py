@@ -9,8 +9,8 @@ With P = softmax(Z) (or the probabilities given), labels y (or soft targets T), 
     V = S^{-T},  dloss/dp_i = -w_i V[y_i],  dloss/dT_iy = -w_i <p_i, V[y]>      (times sigmoid(l - log eps))
     dloss/dw_i = k / W - <p_i, V[y_i]>   (without k / W when not normalised; the same factor)   + a (ce_i - mean ce) / W
 
-A class is kept if its share of the weight is at least ``ABSENT_SHARE`` and, for soft targets whose rows sum to 1, if they differ in
-its column.
+A class is kept if its share of the weight is at least ``ABSENT_SHARE`` and, for soft targets, if its share of a row is not the same in
+all of them.
 
 Everything runs in numpy's longdouble (64-bit significand on x86) up to ``EXTENDED_CLASSES`` classes, in float64 above,
 where the factorisation is LAPACK's. ``test_oracle.py`` holds it against mpmath and against finite differences.
@@ -213,16 +213,17 @@ def dmi(
 
 
 def _told(T: Array, same: float) -> npt.NDArray[np.bool_]:
-    """Which columns of the soft targets T tell samples apart."""
+    """Which columns of the soft targets T tell samples apart: those whose share of a row is not the same in all rows."""
     columns = T.shape[1]
-    if np.abs(T.sum(1) - 1).max() > 1e-2:
+    rows = T[T.sum(1) != 0]
+    if len(rows) == 0:
         return np.ones(columns, bool)
-    constant = np.array([np.ptp(T[:, c]) <= same * abs(T[:, c].max()) for c in range(columns)])
+    shares = rows / rows.sum(1, keepdims=True)
+    constant = np.array([np.ptp(shares[:, c]) <= same * abs(shares[:, c].max()) for c in range(columns)])
     if not constant.all():
         return ~constant
     # one sample, or one class: the target itself tells
-    lowest = T.max(0) <= T.max(0).min() * (1 + same)
-    return ~lowest | lowest.all()
+    return shares.max(0) >= shares.max() * (1 - same)
 
 
 @dataclass(frozen=True)

@@ -331,6 +331,16 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     assert [found.name for found in tmp_path.iterdir()] == ["state"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a named pipe is POSIX")
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path, "a folder"), (tmp_path / "pipe", "a device or another special file")):
+        with pytest.raises(OSError, match=f"is {kind}, and cannot be replaced by a file"):
+            JointState(3).save(path)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_load_of_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         JointState.load(tmp_path / "nowhere")

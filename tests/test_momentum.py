@@ -175,6 +175,11 @@ def test_nothing_enters_where_no_gradient_can_be_asked_for(engine: str, device: 
     with off():
         assert torch.equal(criterion(second.logits, second.target), expected)
         assert torch.equal(criterion(second.leaf(), second.target), expected)
+        outputs = second.leaf() * 1.0
+        # activation checkpointing does not make it training
+        assert torch.equal(checkpoint(lambda z: criterion(z, second.target), outputs, use_reentrant=True), expected)
+    if outputs.is_inference():  # the loss of outputs that were made there
+        assert torch.equal(criterion(outputs, second.target), expected)
     for name, value in criterion.state_dict().items():
         assert torch.equal(value, before[name]), name
     criterion(second.leaf(), second.target)
@@ -355,13 +360,21 @@ def test_a_rounded_state_is_named(engine: str, device: torch.device) -> None:
         criterion(batch.logits, batch.target)
 
 
-def test_a_compiled_forward_restores_the_buffers(engine: str, device: torch.device) -> None:
+def test_a_compiled_forward_names_the_cast(engine: str, device: torch.device) -> None:
+    """It cannot bring the digits back, and does not go on without them."""
     torch._dynamo.reset()
     criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
     cast_buffers(criterion, torch.bfloat16)
     batch = problem(60, 6).to(device=device)
-    loss = torch.compile(criterion, backend="aot_eager", fullgraph=True)(batch.logits, batch.target)
-    torch.testing.assert_close(loss, dmi_loss(batch.logits, batch.target, engine=engine))
+    with pytest.raises(Exception, match=r"something has cast the moving average of this DMILoss to torch\.bfloat16"):
+        torch.compile(criterion, backend="aot_eager", fullgraph=True)(batch.logits, batch.target)
+
+
+def test_a_state_in_half_precision_is_named(engine: str, device: torch.device) -> None:
+    criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
+    state = {name: value.bfloat16() if value.is_floating_point() else value for name, value in criterion.state_dict().items()}
+    with pytest.warns(UserWarning, match="rounded to half or single precision"):
+        criterion.load_state_dict(state)
     assert criterion.average_joint.dtype == torch.float64
 
 

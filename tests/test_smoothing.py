@@ -99,14 +99,63 @@ def test_one_sample_and_one_class(engine: str, device: torch.device) -> None:
     assert dmi_loss(logits[:0], uniform[:0], engine=engine).item() == 0
 
 
-def test_rows_that_are_no_distributions_keep_their_constant_column(engine: str, device: torch.device) -> None:
-    """A label that every sample has, beside others: there the constant column is information."""
+def test_rows_that_are_no_distributions(engine: str, device: torch.device) -> None:
+    """A label that every sample has, beside a number of others that varies: there the constant column is information."""
     batch = problem(60, 4, soft=True, dtype=torch.float64).to(device=device)
     target = batch.target.clone()
     target[:, 3] = 1.0
     loss = dmi_loss(batch.logits, target, engine=engine)
     S = target.T @ batch.logits.softmax(-1) / 60
     assert loss.item() == pytest.approx(-torch.linalg.slogdet(S)[1].item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["padding", "weights"])
+def test_rows_of_other_sums(engine: str, device: torch.device, kind: str) -> None:
+    """Rows of zeros, as padding has them; and weights that are folded into the targets."""
+    batch = problem(80, 5, absent=(4,), dtype=torch.float64).to(device=device)
+    soft = smoothed(batch, 0.1).target
+    weight = torch.rand(80, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device) + 0.5
+    if kind == "padding":
+        weight = torch.ones_like(weight)
+        weight[-8:] = 0
+    logits = batch.leaf()
+    ours = gradient(dmi_loss(logits, (soft * weight).float(), engine=engine), logits)
+    theirs = gradient(dmi_loss(logits, batch.target, sample_weight=weight.squeeze(1), engine=engine), logits)
+    assert theirs.any()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_micro_batches_of_any_size(engine: str, device: torch.device, size: int) -> None:
+    """Smoothed by a prior that is not uniform: each micro-batch counts for the class that its sample has."""
+    hard = problem(60, 4, absent=(3,), dtype=torch.float64).to(device=device)
+    prior = torch.tensor([0.1, 0.5, 0.15, 0.25], dtype=torch.float64, device=device)
+    target = F.one_hot(hard.target, 4) * 0.8 + 0.2 * prior
+    logits = hard.leaf()
+    expected = gradient(dmi_loss(logits, hard.target, engine=engine), logits)
+    state = JointState(4, engine=engine)
+    parts = [slice(i, i + size) for i in range(0, 60, size)]
+    for part in parts:
+        state.update(logits[part], target[part])
+    assert state.solve().kept.item() == 3
+    found = gradient(torch.stack([state.loss(logits[part], target[part]) for part in parts]).sum(), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+
+
+def test_a_class_that_leaves_the_average(engine: str, device: torch.device) -> None:
+    """What is left of it beside its smoothing decays; until it is absent the gradient is that of hard labels, and finite."""
+    batch = problem(120, 5, dtype=torch.float64).to(device=device)
+    hard, smooth = (DMILoss(5, momentum=0.5, engine=engine).to(device) for _ in range(2))
+    target = smoothed(batch, 0.1).target
+    hard(batch.logits, batch.target)
+    smooth(batch.logits, target)
+    left = batch.target != 4
+    logits = batch.logits[left].requires_grad_()
+    for step in range(60):
+        ours, theirs = smooth(logits, target[left]), hard(logits, batch.target[left])
+        assert ours.isfinite(), step
+        if hard.average.mean()[1][4] > 1e-11 or smooth.average.mean()[1][4] == 0:
+            torch.testing.assert_close(gradient(ours, logits), gradient(theirs, logits), rtol=1e-4, atol=1e-6, msg=f"step {step}")
 
 
 def test_rows_that_do_not_count_do_not_tell(engine: str, device: torch.device) -> None:
@@ -169,3 +218,18 @@ def test_derivatives_of_the_gradient(engine: str, device: torch.device) -> None:
         (first,) = torch.autograd.grad(dmi_loss(logits, target, engine=engine), logits, create_graph=True)
         seconds.append(gradient((first**2).sum(), logits))
     torch.testing.assert_close(seconds[1], seconds[0], rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weighted_targets_of_a_lower_rank_stay_singular(engine: str, device: torch.device, dtype: torch.dtype) -> None:
+    """A transition matrix over labels of which one is missing: no column is constant, and the joint is singular, whatever the weights.
+    A weight times a target that is rounded to fp32 would hide that behind a huge gradient."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        mixing = torch.eye(8) * 0.8 + 0.2 * torch.rand(8, 8, generator=generator).softmax(1)
+        labels = torch.randint(7, (128,), generator=generator)
+        logits = (torch.randn(128, 8, generator=generator) + 2 * F.one_hot(labels, 8)).to(device, dtype).requires_grad_()
+        weight = torch.rand(128, generator=generator).to(device)
+        loss = dmi_loss(logits, mixing[labels].to(device, dtype), sample_weight=weight, engine=engine)
+        assert loss.item() == float("inf")
+        assert not gradient(loss, logits).any()

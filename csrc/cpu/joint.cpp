@@ -359,7 +359,9 @@ void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, co
   const int64_t width = (classes + kClasses - 1) / kClasses * kClasses, label_width = (labels + kLabels - 1) / kLabels * kLabels;
   const int64_t target_width = label_width > padded<T>(labels) ? label_width : padded<T>(labels);
   const plan::CpuSoft plan = plan::cpu_soft(rows, classes, labels, sizeof(T));
-  Buffer<T> predictions(plan.block_rows * width), targets(plan.block_rows * target_width);
+  Buffer<T> predictions(plan.block_rows * width);
+  // A weight times a target, in double: rounded to fp32, a singular joint of weighted targets would not be singular any more.
+  Buffer<double> targets(plan.block_rows * target_width);
   const int64_t steps = plan.block_rows / kStep;
   Buffer<double> step_ce(steps);
   Buffer<uint8_t> step_bad(steps);
@@ -376,10 +378,10 @@ void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, co
       bool bad = false;
       for (int64_t r = step * kStep; r < (step + 1) * kStep; ++r) {
         T* p = predictions.get() + r * width;
-        T* t = targets.get() + r * target_width;
+        double* t = targets.get() + r * target_width;
         const int64_t i = base + r;
         const double weight = r < count ? weight_of(batch.weights, i) : 0;
-        std::memset(t, 0, static_cast<std::size_t>(target_width) * sizeof(T));
+        std::memset(t, 0, static_cast<std::size_t>(target_width) * sizeof(double));
         if (weight == 0 || !good_weight(weight)) {
           bad |= weight != 0;
           std::memset(p, 0, static_cast<std::size_t>(width) * sizeof(T));
@@ -402,7 +404,7 @@ void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, co
         }
         for (int64_t c = padded<T>(classes); c < width; ++c) p[c] = 0;
         for (int64_t k = 0; k < labels; ++k) {
-          t[k] = static_cast<T>(weight * static_cast<double>(target[k]));
+          t[k] = weight * static_cast<double>(target[k]);
           // a zero in the target contributes nothing, also where the prediction is 0
           if (target[k] == 0 || labels != classes) continue;
           const double minus_log = batch.probs ? -__builtin_log(static_cast<double>(x[k]))
@@ -418,7 +420,7 @@ void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, co
       const int64_t k_end = k0 + kLabels < labels ? k0 + kLabels : labels;
       for (int64_t k = k0; k < k_end; ++k) {
         double total = 0;
-        for (int64_t r = 0; r < here * kStep; ++r) total += static_cast<double>(targets[r * target_width + k]);
+        for (int64_t r = 0; r < here * kStep; ++r) total += targets[r * target_width + k];
         n[k] += total;
       }
       // Products and sums in double: a singular joint stays singular to 2^-52, which fp32 sums would hide.
@@ -427,13 +429,13 @@ void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, co
           Vec<double> sum[kLabels][2];
           for (auto& pair : sum) pair[0] = pair[1] = splat(0.0);
           const T* p = predictions.get() + step * kStep * width + j;
-          const T* t = targets.get() + step * kStep * target_width + k0;
+          const double* t = targets.get() + step * kStep * target_width + k0;
           for (int64_t r = 0; r < kStep; ++r, p += width, t += target_width) {
             Vec<double> low, high;
             load_pair(p, low, high);
 #pragma GCC unroll 4
             for (int64_t k = 0; k < kLabels; ++k) {
-              const Vec<double> factor = splat(static_cast<double>(t[k]));
+              const Vec<double> factor = splat(t[k]);
               sum[k][0] = fma(low, factor, sum[k][0]);
               sum[k][1] = fma(high, factor, sum[k][1]);
             }

@@ -62,9 +62,10 @@ CpuLogdetInverse cpu_logdet_inverse(int64_t classes) {
 CpuSoft cpu_soft(int64_t rows, int64_t classes, int64_t labels, int64_t value_bytes) {
   CpuSoft out{};
   // predictions and targets of a block within about 1.5 MiB
-  out.block_rows = clamp((3 << 19) / std::max<int64_t>((classes + labels + 32) * value_bytes, 1) / 64 * 64, 64, 65536);
+  const int64_t row_bytes = (classes + 32) * value_bytes + labels * 8;  // predictions; targets times weights, in double
+  out.block_rows = clamp((3 << 19) / row_bytes / 64 * 64, 64, 65536);
   out.block_rows = std::min(out.block_rows, (std::max<int64_t>(rows, 1) + 63) / 64 * 64);
-  out.workspace_bytes = out.block_rows * (classes + labels + 32) * value_bytes;
+  out.workspace_bytes = out.block_rows * row_bytes;
   return out;
 }
 

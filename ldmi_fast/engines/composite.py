@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..checks import SUM_ROUNDING, raise_for_negative_targets
+from ..checks import raise_for_negative_targets
 from ..options import Options
 from .combine import combine
 
@@ -89,40 +89,36 @@ _SAME = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 4 * 2.0**-10, 
 def classes_with_samples(target: Tensor, sample_weight: Tensor | None) -> Tensor | None:
     """Which classes the soft targets T [N, C] say something about: [C] bool; None if it is at once clear that they all are.
 
-    A column c of T that has one value a_c in all rows that count says nothing about any sample; label smoothing makes such a column
-    for a class that the batch lacks. The rows of T sum to 1, so row c of S = T^T diag(w) P is
+    A column c of T that has the same share a_c of each row's sum s_i, in all rows that count, says nothing about any sample; label
+    smoothing makes such a column for a class that the batch lacks. Its row of S = T^T diag(w) P is a multiple of the sum of all rows,
 
-        S_c = a_c sum_i w_i p_i,    and    sum over k of S_k = sum_i w_i p_i,
+        S_c = a_c sum_i w_i s_i p_i,    and    sum over k of S_k = sum_i w_i s_i p_i,
 
-    a multiple of the sum of the others: with it S is singular, whatever the model predicts. Without it, for hard labels H of the
-    classes that remain and T_K = H M, S_KK = M^T (H^T diag(w) P)_KK: a constant, invertible M, so the gradient is that of the hard
-    labels.
+    so with it S is singular, whatever the model predicts. Without it, for hard labels H of the classes that remain and T_K = H M,
+    S_KK = M^T (H^T diag(w) P)_KK: a constant, invertible M, so the gradient is that of the hard labels.
 
-    Where all columns are constant (one sample, or samples of one class) those with the lowest value go; equal targets in all columns
-    (no class is distinguished) leave all. Rows that do not sum to 1 leave all, too: there a constant column says something.
+    Where all columns are such (one sample, or samples of one class) the class with the largest share stays; shares that are all equal
+    (no class is distinguished) leave all.
     """
     if target.shape[0] == 0:
         return None
     same = _SAME[target.dtype]
     T = target.detach()
-    if sample_weight is None:
-        low, high = T.aminmax(dim=0)
-    else:
-        used = (sample_weight.detach() != 0).unsqueeze(-1)
-        low, high = torch.where(used, T, torch.inf).amin(0), torch.where(used, T, -torch.inf).amax(0)
+    sums = T.sum(-1, keepdim=True, dtype=compute_dtype(T.dtype))
+    used = sums != 0
+    if sample_weight is not None:
+        used = used & (sample_weight.detach() != 0).unsqueeze(-1)
+    share = T / torch.where(used, sums, 1)
+    low, high = torch.where(used, share, torch.inf).amin(0), torch.where(used, share, -torch.inf).amax(0)
     constant = high - low <= same * high.abs()
     if constant.is_cpu and may_look(constant):
-        if (low < 0).any():
+        if T.amin() < 0:
             raise_for_negative_targets(target, sample_weight)
         if not constant.any():
             return None
-    proper = (T.sum(-1, dtype=compute_dtype(T.dtype)) - 1).abs() <= SUM_ROUNDING
-    if sample_weight is not None:
-        proper = proper | ~used.squeeze(-1)
-    constant = constant & proper.all()
-    least = high <= high.amin() * (1 + same)
-    drop = constant & (~constant.all() | (least & ~least.all()))
-    return ~drop
+    all_constant = constant.all()
+    top = high >= high.amax() * (1 - same)
+    return ~torch.where(all_constant, ~top, constant)
 
 
 def with_samples(n: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
