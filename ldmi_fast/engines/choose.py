@@ -79,9 +79,13 @@ def choose(logits: Tensor, options: Options) -> ModuleType:
     Raises:
         RuntimeError: the engine that was forced cannot run there, and why.
     """
-    if options.engine is None and logits.is_cpu and ENGINE_VARIABLE not in os.environ and ops.compiled is not None:
+    free = options.engine is None and ENGINE_VARIABLE not in os.environ
+    if free and logits.is_cpu and ops.compiled is not None:
         return native  # the usual case, at every step
-    name = choose_name(logits.device, options)
+    if free and logits.is_cuda and not torch.compiler.is_compiling() and native.runs_on(logits.device):
+        name = "cuda"  # the next one: what is asked of the device is asked once
+    else:
+        name = choose_name(logits.device, options)
     if name not in guard.GUARDED or not guard.enabled():
         return _MODULES[name]
     if torch.compiler.is_compiling():  # nothing can be checked, but what was found before holds
