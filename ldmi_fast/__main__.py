@@ -71,6 +71,7 @@ def _check_paths(name: str, device: torch.device) -> bool:
     engine = engine_module(name)
     right: dict[str, list[float]] = {}  # by kernel: of its paths
     wrong: list[str] = []
+    unknown: dict[str, None] = {}
     seen: set[str] = set()
     for rows, classes in (*_SHAPES, *_LARGE) if device.type == "cuda" else _SHAPES:
         for dtype, soft in itertools.product((torch.float32, torch.bfloat16, torch.float64), (False, True)):
@@ -79,12 +80,13 @@ def _check_paths(name: str, device: torch.device) -> bool:
                     continue
                 try:
                     found = check()
-                except RuntimeError as error:
-                    wrong.append(f"{path}: REFUSED: {str(error).strip().splitlines()[0]}")
+                except Exception as error:  # Triton's are no RuntimeErrors
+                    wrong.append(f"{path}: REFUSED: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
                     seen.add(path)
                     continue
                 if found is None:
-                    continue  # another shape may show something
+                    unknown.setdefault(path)  # another shape may show something
+                    continue
                 seen.add(path)
                 if found.right:
                     right.setdefault(re.split(r", (?:b?float\d+, )?C <= ", path)[0], []).append(found.error)
@@ -92,6 +94,9 @@ def _check_paths(name: str, device: torch.device) -> bool:
                     wrong.append(f"{path}: WRONG: {found.what} is off by {found.error:.3g} times what rounding may explain")
     for kernel, errors in right.items():
         print(f"  {kernel}: ok in {len(errors)} form{'s' * (len(errors) > 1)}, at most {max(errors):.2g} of what rounding may explain")
+    for path in unknown:
+        if path not in seen:
+            print(f"  {path}: these examples show nothing")
     for line in wrong:
         print(f"  {line}")
     return not wrong

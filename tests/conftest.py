@@ -14,6 +14,9 @@ from ldmi_fast.engines.triton.engine import INTERPRET_VARIABLE
 # cuBLAS reads it once; without it torch refuses matrix products where deterministic algorithms are asked for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# A kernel that is wrong is to fail its test, and not to be replaced by one that is right: tests/engines/test_guard.py turns this on.
+os.environ.setdefault("LDMI_FAST_VERIFY", "0")
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 PLACES = [(name, device) for device in DEVICES for name, reason in available(device).items() if not reason]
 if os.environ.get(INTERPRET_VARIABLE) == "1":

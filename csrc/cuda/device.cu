@@ -73,6 +73,9 @@ const plan::DeviceLimits& limits_of(int device) {
   return known[static_cast<size_t>(device)];
 }
 
-const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+const char* refused(int code) {
+  static_cast<void>(cudaGetLastError());
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
 
 }  // namespace ldmi::cuda

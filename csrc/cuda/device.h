@@ -21,7 +21,8 @@ class DeviceGuard {
 // a library's LU.
 const plan::DeviceLimits& limits_of(int device);
 
-// The runtime's text for an error code of a launch.
-const char* error_text(int code);
+// The runtime's text for the error code of a launch. The runtime forgets the error: else whoever launches next would find it and take
+// it for their own, such as torch on the path that is taken instead. What a device does not recover from, stays.
+const char* refused(int code);
 
 }  // namespace ldmi::cuda

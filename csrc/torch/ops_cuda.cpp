@@ -42,7 +42,7 @@ class Call {
 };
 
 void check(int code, const char* kernel) {
-  STD_TORCH_CHECK(code == 0, "ldmi_fast: launching ", kernel, " failed: ", cuda::error_text(code));
+  STD_TORCH_CHECK(code == 0, "ldmi_fast: launching ", kernel, " failed: ", cuda::refused(code));
 }
 
 int64_t bytes_of(cpu::Type type) { return type == cpu::Type::kFloat64 ? 8 : type == cpu::Type::kFloat32 ? 4 : 2; }

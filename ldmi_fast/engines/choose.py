@@ -51,6 +51,8 @@ _PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "tri
 # What each compiled engine has kernels for.
 _COMPILED = {"cpu": "the CPU", "cuda": "NVIDIA GPUs"}
 
+_FEW_ROWS = "few rows"
+
 # What the reason says of an engine that was chosen.
 _WHAT = {name: f"compiled kernels for {what}" for name, what in _COMPILED.items()}
 _WHAT["triton"] = "kernels in Triton for GPUs that have no compiled ones"
@@ -79,9 +81,13 @@ def choose(logits: Tensor, options: Options) -> ModuleType:
     Raises:
         RuntimeError: the engine that was forced cannot run there, and why.
     """
-    if options.engine is None and logits.is_cpu and ENGINE_VARIABLE not in os.environ and ops.compiled is not None:
+    free = options.engine is None and ENGINE_VARIABLE not in os.environ
+    if free and logits.is_cpu and ops.compiled is not None:
         return native  # the usual case, at every step
-    name = choose_name(logits.device, options)
+    if free and logits.is_cuda and not torch.compiler.is_compiling() and native.runs_on(logits.device):
+        name = "cuda"  # the next one: what is asked of the device is asked once
+    else:
+        name = choose_name(logits.device, options)
     if name not in guard.GUARDED or not guard.enabled():
         return _MODULES[name]
     if torch.compiler.is_compiling():  # nothing can be checked, but what was found before holds
@@ -149,8 +155,9 @@ def explain(
         found = _plan_of_few_rows(name, logits, rows, options)
     else:
         found = _plan(name, logits, rows, soft, options)
-    if group is not None:
-        found = _over_ranks(found, name, logits, rows, soft, options)
+    weights_learn = sample_weight is not None and composite.may_need_gradient(sample_weight)
+    if group is not None or (weights_learn and name != "composite" and found.regime != _FEW_ROWS):
+        found = _in_stages(found, name, logits, rows, soft, options)
     lost = "".join(f"; not used after a check: {path.name}" for path in guard.refusals(name, logits.device))
     return replace(found, reason=f"{why}{'; ' if found.reason and why else ''}{found.reason}{lost}")
 
@@ -185,14 +192,15 @@ def _plan_of_few_rows(name: str, logits: Tensor, rows: int, options: Options) ->
     return Plan(
         name,
         ("slots of the labels that occur", joint, square, logits_grad),
-        "few rows",
+        _FEW_ROWS,
         workspace,
         f"of {classes} classes at most {rows} occur: the determinant is of those",
     )
 
 
-def _over_ranks(alone: Plan, name: str, logits: Tensor, rows: int, soft: bool, options: Options) -> Plan:
-    """The plan where the sums of all ranks are added up between joint and logdet_inverse: no engine then does it in one call."""
+def _in_stages(alone: Plan, name: str, logits: Tensor, rows: int, soft: bool, options: Options) -> Plan:
+    """The plan where something stands between joint and logdet_inverse: the sums of all ranks, or the gradient of sample weights. No
+    engine then does it in one call."""
     classes = logits.shape[1]
     how, rest = alone.kernels, ()
     if name == "composite":
@@ -200,10 +208,12 @@ def _over_ranks(alone: Plan, name: str, logits: Tensor, rows: int, soft: bool, o
     elif len(how) == 1:
         how = guard.staged_kernels(name, logits.device, rows, classes, classes, soft, logits.dtype, options.input == "probs")
     sums = (classes * classes + classes + 4) * composite.accumulator(logits.device).itemsize
+    ranks = options.group is not None
+    reason = "the sums of all ranks are added up before the determinant" if ranks else "the sample weights get a gradient"
     return Plan(
         name,
-        (how[0], "all_reduce", *how[1:], *rest),
-        "over the ranks of a group, staged",
+        (how[0], *(("all_reduce",) if ranks else ()), *how[1:], *rest),
+        "over the ranks of a group, staged" if ranks else "staged",
         alone.workspace_bytes + sums,
-        "the sums of all ranks are added up before the determinant" + (f"; {alone.reason}" if len(alone.kernels) > 1 else ""),
+        f"{reason}; {alone.reason}" if alone.reason and len(alone.kernels) > 1 else reason,
     )

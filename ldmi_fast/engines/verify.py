@@ -125,8 +125,9 @@ def joint(args: tuple[Any, ...], out: tuple[Tensor, ...]) -> Finding | None:
     for block in _blocks(*args):
         products = block.p @ probe
         height = block.p.abs().sum(-1)
-        # exp(x - lse) is off by the rounding of the exponent: that of lse, and of lse - x, whose mean is the entropy
-        roundings = unit * (4 + block.lse.abs() + math.log(classes))
+        # exp(x - lse) is off by the rounding of the exponent: that of lse, and of lse - x, whose mean is the entropy; and sums on
+        # tensor cores may truncate at each of 16 steps
+        roundings = unit * (8 + block.lse.abs() + math.log(classes))
         if soft:
             t = block.label * block.weight.unsqueeze(-1)
             want += t.mT @ products
@@ -313,7 +314,7 @@ def _expected(args: tuple[Any, ...], joint: Joint, logdet_inverse: LogdetInverse
     known = _scaled(S, n, V)
     # how much an entry of R, a mean of probabilities, may be off: see joint, and p log(1/p) has its largest mean where all are alike
     height = lse.double().abs().max()
-    D = unit * known.R.abs() * (4 + height - known.R.abs().clamp(1e-30, 1).log())
+    D = unit * known.R.abs() * (8 + height - known.R.abs().clamp(1e-30, 1).log())
     growth = known.inverse_norm * D.sum(-1).amax()
     condition = known.norm * known.inverse_norm
     rounding = _ROUNDINGS * classes * _EPS * condition

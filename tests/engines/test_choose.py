@@ -173,6 +173,43 @@ def test_explain_tells_what_runs(rows: int, classes: int, dtype: torch.dtype, so
         assert ran == {"loss_forward", "logits_grad"}
 
 
+@needs_compiled
+@pytest.mark.parametrize("engine", ["cpu", "composite"])
+@pytest.mark.parametrize("rows", [64, 100_000], ids=["small", "large"])
+def test_explain_over_ranks(rows: int, engine: str) -> None:
+    """The sums are reduced between joint and logdet_inverse, also where one process would need one call only."""
+    batch = problem(rows, 10)
+    plan = explain(batch.logits, batch.target, group="world", engine=engine)
+    names = [kernel.split(" ")[0] for kernel in plan.kernels]
+    assert names[:3] == ["joint", "all_reduce", "logdet_inverse"]
+    assert names[3:] == {"cpu": ["logits_grad"], "composite": ["combine", "autograd"]}[engine]
+    assert "ranks" in plan.regime
+    assert not plan.reason.endswith("; ")
+    with pytest.raises(ValueError, match=r"group must be .*'world'.*, got 'wurld'"):
+        explain(batch.logits, batch.target, group="wurld")
+    with pytest.raises(TypeError, match=r"group must be .*, got int: 3"):
+        explain(batch.logits, batch.target, group=3)
+
+
+@needs_compiled
+@pytest.mark.parametrize("rows", [64, 100_000], ids=["small", "large"])
+def test_explain_where_weights_learn(rows: int) -> None:
+    """Weights that get a gradient need the sums between two ops; without grad mode they are as any."""
+    batch = problem(rows, 10, weighted=True)
+    weight = batch.sample_weight.clone().requires_grad_()
+    plan = explain(batch.logits, batch.target, sample_weight=weight)
+    ran = [
+        op.split(".")[1]
+        for op in operators(lambda: dmi_loss(batch.leaf(), batch.target, sample_weight=weight).backward())
+        if "ldmi_fast" in op
+    ]
+    assert [kernel.split(" ")[0] for kernel in plan.kernels] == ran == ["joint", "logdet_inverse", "logits_grad"]
+    with torch.no_grad():
+        assert explain(batch.logits, batch.target, sample_weight=weight) == explain(
+            batch.logits, batch.target, sample_weight=batch.sample_weight
+        )
+
+
 # --- the regimes of the plan ------------------------------------------------------------------------------------------------------
 
 

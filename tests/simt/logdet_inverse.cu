@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
 
 #include "../../csrc/cuda/logdet_inverse.cu"
 #include "../csrc/reference.h"
@@ -332,6 +333,19 @@ Results launch_own(const test::Buffer<double>& S, const test::Buffer<double>& n,
   return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
 }
 
+#ifndef __CUDACC__
+// A device of which other processes have a part: the blocks that its limits promise do not all run at once, and the launch says so.
+void require_refusal(const test::Buffer<double>& S, const test::Buffer<double>& n, int64_t count, int64_t C, DeviceLimits limits) {
+  limits.sms *= 2048;
+  const test::Buffer<double> log_abs_det(count, "log_abs_det"), sign(count, "sign"), V(count * C * C, "V");
+  const test::Buffer<int64_t> kept(count, "kept");
+  const test::Buffer<unsigned char> workspace(plan::cuda_logdet_inverse(count, C, limits).workspace_bytes, "workspace");
+  const int code = logdet_inverse(S.data(), n.data(), count, C, false, log_abs_det.data(), sign.data(), kept.data(), V.data(),
+                                  workspace.data(), limits, simt::Stream{});
+  test::require(simt::error_text(code) == std::string("too many blocks in cooperative launch"), "a grid that cannot run was launched");
+}
+#endif
+
 // A grid of any number of blocks and threads, with a team and a panel of any width: few classes have all the edges of many
 struct GridShape {
   int64_t blocks;
@@ -622,6 +636,9 @@ void check(Random& random) {
   compare_all(batch, results);
   if (library) return;
   require_same_determinants(launch_own(S, n, count, C, strict, false, limits), results, "without the inverse the determinant differs");
+#ifndef __CUDACC__
+  if (large) require_refusal(S, n, count, C, limits);
+#endif
   if (large) return;
   const int64_t stride = plan::factor_stride(C, limits.smem_block), own = (C * C + 1) / 2 * 16 + (C + 1) / 2 * 16;
   if (C > 64 || plan::factor_smem(C, stride) + own > limits.smem_block) return;
