@@ -48,6 +48,16 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
+def classes_second(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of tokens (N, L, C), as Hugging Face's models give them, as (N, C, L); soft targets likewise."""
+    if logits.dim() == 3 and isinstance(target, Tensor):
+        if target.shape == logits.shape[:-1]:
+            return logits.movedim(-1, 1), target
+        if target.shape == logits.shape and target.is_floating_point():
+            return logits.movedim(-1, 1), target.movedim(-1, 1)
+    return logits, target
+
+
 def take_apart(batch: Any) -> tuple[Any, Any, Any]:
     """What the model is to be called with, the target, and the sample weights or None. The first is a ``dict`` if it is to be called
     with keywords.
@@ -131,7 +141,9 @@ def outputs(batch: Any, model: nn.Module | Callable[..., Any]) -> tuple[Tensor, 
     """
     arguments, target, weight = to_device(take_apart(batch), device_of(model))
     output = model(**arguments) if isinstance(arguments, dict) else model(arguments)
-    return logits_of(output), target, weight
+    if isinstance(output, Tensor):
+        return output, target, weight
+    return *classes_second(logits_of(output), target), weight
 
 
 @contextmanager

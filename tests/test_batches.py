@@ -59,6 +59,16 @@ def test_mappings(kind: Any, name: str) -> None:
     assert score([({"pixel_values": BATCH.logits}, BATCH.target)], model) == pytest.approx(EXPECTED)
 
 
+def test_tokens_have_their_classes_last() -> None:
+    """As the loss of Hugging Face's Trainer takes them: token classification calibrates, and has a score."""
+    logits, target = BATCH.logits.reshape(6, 10, 4), BATCH.target.reshape(6, 10)
+    soft = nn.functional.one_hot(target, 4).float()
+    for labels in (target, soft):
+        loader = [{"pixel_values": logits, "labels": labels}]
+        assert score(loader, Keywords()) == pytest.approx(EXPECTED)
+        DMILoss(4, momentum=0.9).calibrate(loader, Keywords())
+
+
 def test_calibrate_takes_them_too() -> None:
     criterion, plain = DMILoss(4, momentum=0.9), DMILoss(4, momentum=0.9)
     criterion.calibrate([{"pixel_values": BATCH.logits, "labels": BATCH.target}], Keywords())

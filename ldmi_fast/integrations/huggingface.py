@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from ..batches import device_of, logits_of
+from ..batches import classes_second, device_of, logits_of
 from ..files import replacing
 from ..modules import SAMPLES_PER_CLASS, DMILoss
 from ..options import as_int
@@ -77,11 +77,7 @@ class HFLoss:
                 "the Trainer has no labels for the loss: it hands on only what is under 'labels' in a batch, whatever label_names "
                 "says; rename the column, such as dataset.rename_column('noisy', 'labels')"
             )
-        logits = logits_of(outputs)
-        if logits.dim() == 3 and labels.shape == logits.shape[:-1]:
-            logits = logits.movedim(-1, 1)
-        elif logits.dim() == 3 and labels.shape == logits.shape and labels.is_floating_point():  # distributions over the classes
-            logits, labels = logits.movedim(-1, 1), labels.movedim(-1, 1)
+        logits, labels = classes_second(logits_of(outputs), labels)
         if isinstance(self.criterion, nn.Module):
             held = next(iter(self.criterion.buffers()), None)
             if held is not None and held.device != logits.device:
