@@ -66,6 +66,11 @@ def _flag_fake(like: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.bool, device=like.device)
 
 
+# A class of whose row of smoothed targets less than this has samples is absent: the gradient would be a difference of terms that many
+# times larger, and single precision has 7 digits.
+_LEAST_OF_ROW = 1e-4
+
+
 class MovingAverage:
     """The state of an average, in tensors that belong to a module, and what a batch does to it.
 
@@ -81,13 +86,14 @@ class MovingAverage:
         """B [C, C] and the weight of its classes [C], 0 for absent ones; zeros before the first batch.
 
         With smoothed targets a class has a row of B from batches that it is absent from, too. There the weight is the sum of its row,
-        which scales the row to 1 for the factorisation; how much of it has samples decides whether the class is present.
+        which scales the row to 1 for the factorisation. How much of the row has samples decides whether the class is present: the rest
+        is a mixture of the other rows, and cancels.
         """
         safe = torch.where(self.weight > 0, self.weight, 1)
         B, shares = self.joint / safe, self.counts / safe
         row = B.sum(-1)
         weights = torch.where(2 * shares >= row, shares, row)
-        return B, torch.where(composite.present_classes(shares), weights, 0)
+        return B, torch.where(composite.present_classes(shares) & ~(shares < _LEAST_OF_ROW * row), weights, 0)
 
     def __call__(self, sums: Sums) -> Sums:
         """Enter a batch, and return sums whose determinant is that of the average, and whose gradient flows to the batch.

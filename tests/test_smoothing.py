@@ -143,19 +143,26 @@ def test_micro_batches_of_any_size(engine: str, device: torch.device, size: int)
 
 
 def test_a_class_that_leaves_the_average(engine: str, device: torch.device) -> None:
-    """What is left of it beside its smoothing decays; until it is absent the gradient is that of hard labels, and finite."""
-    batch = problem(120, 5, dtype=torch.float64).to(device=device)
+    """What is left of it beside its smoothing decays. Until it is absent the gradient is that of the average of hard labels, then that
+    of the classes that are left; never is it large, nor the loss inf."""
+    batch = problem(120, 5).to(device=device)
     hard, smooth = (DMILoss(5, momentum=0.5, engine=engine).to(device) for _ in range(2))
     target = smoothed(batch, 0.1).target
     hard(batch.logits, batch.target)
     smooth(batch.logits, target)
     left = batch.target != 4
     logits = batch.logits[left].requires_grad_()
+    absent_since = None
     for step in range(60):
         ours, theirs = smooth(logits, target[left]), hard(logits, batch.target[left])
         assert ours.isfinite(), step
-        if hard.average.mean()[1][4] > 1e-11 or smooth.average.mean()[1][4] == 0:
-            torch.testing.assert_close(gradient(ours, logits), gradient(theirs, logits), rtol=1e-4, atol=1e-6, msg=f"step {step}")
+        if smooth.average.mean()[1][4] == 0:
+            theirs = dmi_loss(logits, batch.target[left], engine=engine)
+            absent_since = step if absent_since is None else absent_since
+            if step < 40:  # the average has forgotten the first batch
+                continue
+        torch.testing.assert_close(gradient(ours, logits), gradient(theirs, logits), rtol=1e-3, atol=1e-5, msg=f"step {step}")
+    assert absent_since is not None
 
 
 def test_rows_that_do_not_count_do_not_tell(engine: str, device: torch.device) -> None:
