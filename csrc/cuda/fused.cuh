@@ -277,7 +277,8 @@ LDMI_KERNEL void LDMI_BOUNDS((FusedSpace<Compute<E>, kWidth>::kThreads), 1)
     const Loss loss = loss_of(found, total_weight(C, weight), total_ce, options);
     if (lane() == 0) store(result.loss, static_cast<F>(loss.loss));
     if constexpr (kGradient) {
-      for (int k = lane(); k < C; k += kWarp) space.alpha[k] = -loss.scale / space.n[k];
+      // finite also for the weight of an absent class, whose row of V is zero
+      for (int k = lane(); k < C; k += kWarp) space.alpha[k] = fmax(-loss.scale / space.n[k], -0x1.fffffffffffffp1023);
       if (lane() == 0) *space.ce_scale = loss.ce_scale;
     } else if (lane() == 0) {
       store(result.scale, loss.scale);

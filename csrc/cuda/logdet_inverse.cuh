@@ -48,7 +48,7 @@ inline constexpr int kFactorClasses = 192;  // more than the shared memory of a 
 
 // Shared memory of a block's elimination. `stride` is the plan's (factor_stride): even, at least C.
 struct FactorSpace {
-  double* found = nullptr;       // [4]: the result, for all threads
+  double* found = nullptr;       // [4]: the result, for all threads; before that [1] is plan::lift_of
   double* columns = nullptr;     // [C, stride]: M = R^T, column after column
   double* parts = nullptr;       // [32]: a number a warp
   uint32_t* present = nullptr;   // [8]: a bit a class
@@ -283,7 +283,8 @@ template <int kColumns, class Entry, class Weight, class Emit>
 LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& entry, const Weight& weight, const Emit& emit) {
   const int i = lane();
   const double n = i < C ? weight(i) : 0.0;
-  const bool here = plan::is_present(n, warp_sum(plan::least_part(n)));
+  const double least_n = warp_sum(plan::least_part(n)), lift = plan::lift_of(least_n);
+  const bool here = plan::is_present(n, least_n);
   const unsigned present = ballot(here);
   const auto everywhere = [&](double value) {
     if (!inverse) return;
@@ -303,7 +304,7 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
     for (int j = 0; j < kColumns; ++j) a[0][j] = i < C && j < C ? entry(i, j) : 0.0;
     bool finite = isfinite(n);
     double sum = 0.0;
-    const double lift = plan::lift_of(n), scale = here ? 1.0 / (n * lift) : 0.0;
+    const double scale = here ? 1.0 / (n * lift) : 0.0;
     LDMI_UNROLL
     for (int j = 0; j < kColumns; ++j) {
       finite &= isfinite(a[0][j]);
@@ -339,8 +340,8 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
     odd ^= l < i && i < C && before > p;
   }
   if (inverse) {
-    sync_warp();                                // emit may overwrite what other lanes have read
-    const double scale = here ? 1.0 / n : 0.0;  // not kept: the registers are the matrix's
+    sync_warp();                                         // emit may overwrite what other lanes have read
+    const double scale = here ? 1.0 / (n * lift) : 0.0;  // not kept: the registers are the matrix's
     LDMI_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       const int l = c - (kColumns - C);
@@ -348,7 +349,7 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
       const int row = shfl(p, l);
       const double row_scale = shfl(scale, row);
       const bool both = (present >> row & 1u) != 0 && (present >> variable & 1u) != 0;
-      if (i < C) emit(row, variable, both ? a[0][c] * row_scale : 0.0);
+      if (i < C) emit(row, variable, both ? a[0][c] * lift * row_scale : 0.0);
     }
     sync_warp();
   }
@@ -462,7 +463,7 @@ template <int kSlots, class Entry, class Weight>
 LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, const Entry& entry, const Weight& weight,
                                   double* norm) {
   const int warps = block_dim() / kWarp;
-  const double least = least_weight(C, weight);
+  const double least = least_weight(C, weight), lift = plan::lift_of(least);
   bool finite = true;
   for (int word = warp(); word * kWarp < C; word += warps) {
     const int i = word * kWarp + lane();
@@ -472,6 +473,7 @@ LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, 
     if (lane() == 0) space.present[word] = bits;
   }
   if (thread_idx() < 2) space.tickets[thread_idx()] = 0;
+  if (thread_idx() == 0) space.found[1] = lift;
   sync_block();
   unsigned here = 0;  // a bit for each of the lane's columns of R
   LDMI_UNROLL
@@ -481,13 +483,12 @@ LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, 
   double largest = 0.0;
   constexpr int kRows = kSlots <= 2 ? 4 : 2;  // of a warp at a time: loads on their way together
   for (int i0 = warp(); i0 < C; i0 += kRows * warps) {
-    double lift[kRows], scale[kRows], values[kRows][kSlots];
+    double scale[kRows], values[kRows][kSlots];
     LDMI_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const int i = i0 + r * warps;
       const double n = i < C ? weight(i) : 0.0;
-      lift[r] = plan::lift_of(n);
-      scale[r] = n > 0.0 ? 1.0 / (n * lift[r]) : 0.0;
+      scale[r] = n > 0.0 ? 1.0 / (n * lift) : 0.0;
       LDMI_UNROLL
       for (int s = 0; s < kSlots; ++s) {
         const int j = lane() + kWarp * s;
@@ -504,7 +505,7 @@ LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, 
         const int j = lane() + kWarp * s;
         if (i >= C || j >= C) continue;
         finite &= isfinite(values[r][s]);
-        const double value = row_here && (here >> s & 1u) != 0 ? values[r][s] * lift[r] * scale[r] : (i == j ? 1.0 : 0.0);
+        const double value = row_here && (here >> s & 1u) != 0 ? values[r][s] * lift * scale[r] : (i == j ? 1.0 : 0.0);
         space.columns[i * space.stride + j] = value;
         sum += abs(value);
       }
@@ -587,10 +588,11 @@ LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, b
     // columns that are 4 places apart among the banks. An absent class needs a scale of 0 and no more: its row and column of M are the
     // identity's, where elimination leaves zeros, and the pivot is its own.
     constexpr int kDown = 4, kAcross = kWarp / kDown, kAhead = 4;
+    const double lift = space.found[1];
     for (int k0 = kDown * warp(); k0 < C; k0 += kDown * warps) {
       const int k = k0 + lane() % kDown;
       if (k >= C) continue;
-      const double scale = here(k) ? 1.0 / weight(k) : 0.0;
+      const double scale = here(k) ? 1.0 / (weight(k) * lift) : 0.0;
       const double* const from = space.columns + space.pivot_row[k];
       for (int l0 = lane() / kDown; l0 < C; l0 += kAhead * kAcross) {
         double value[kAhead];
@@ -603,7 +605,7 @@ LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, b
         }
         LDMI_UNROLL
         for (int u = 0; u < kAhead; ++u) {
-          if (l0 + u * kAcross < C) emit(k, column[u], value[u] * scale);
+          if (l0 + u * kAcross < C) emit(k, column[u], value[u] * lift * scale);
         }
       }
     }

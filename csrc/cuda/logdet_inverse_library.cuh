@@ -159,11 +159,13 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_finish(Matrices matrices,
     const double* const norms = space.norms + at * C;
     const uint32_t answer = load_const(space.answer + at);
     const bool here = answer == kRegular && RowNote{load_const(norms + task % C)}.here();
-    const double scale = here ? 1.0 / load_const(matrices.n + task) : 0.0;
+    const double weight = load_const(matrices.n + task), lift = plan::lift_of(weight), scale = here ? 1.0 / (weight * lift) : 0.0;
     const double* const row = X + task * C;
     for (int64_t j = thread_idx(); j < C; j += block_dim()) {
       double value = answer == kPoison ? kNaN : 0.0;
-      if (here && RowNote{load_const(norms + j)}.here()) value = load_const(row + load_const(space.order + at * C + j)) * scale;
+      if (here && RowNote{load_const(norms + j)}.here()) {
+        value = load_const(row + load_const(space.order + at * C + j)) * lift * scale;
+      }
       store(matrices.V + task * C + j, value);
     }
   }

@@ -13,14 +13,16 @@ namespace ldmi::plan {
 // ever; long before it underflows, its row of S says nothing about the model any more.
 inline constexpr double kAbsentShare = 1e-12;
 
-// What a class of weight n adds to the least weight that counts as present. Scaled before they are added, so that the sum of the
-// largest weights stays finite.
-LDMI_EVERYWHERE inline double least_part(double n) { return n > 0.0 ? kAbsentShare * n : 0.0; }
+// What a class of weight n adds to the least weight that counts as present; NaN stays. Scaled before they are added, so that the sum
+// of the largest weights stays finite.
+LDMI_EVERYWHERE inline double least_part(double n) { return n < 0.0 ? 0.0 : kAbsentShare * n; }
 
 // Not `n >= least`: where some weight is NaN, and with it the result, the others count as if there were no rule.
 LDMI_EVERYWHERE inline bool is_present(double n, double least) { return n > 0.0 && !(n < least); }
 
-// 1 / n overflows below 2^-1022. Where the weights are as small as that, both n and its row of S are multiplied by this first.
+// 1 / n overflows below 2^-1024. Where a weight is nearly as small as that, it is multiplied by this before it is inverted, and what
+// is divided by it as well. Of the least weight of a class that is present it serves for all of them: they are at most 2^40 times
+// that, or some 2^-1034 where that is subnormal.
 LDMI_EVERYWHERE inline double lift_of(double n) { return n < 0x1p-1000 ? 0x1p300 : 1.0; }
 
 }  // namespace ldmi::plan

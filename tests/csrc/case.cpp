@@ -135,8 +135,11 @@ void draw_weights(Random& random, Case& out, std::ostringstream& text) {
   const int64_t rows = problem.rows;
   problem.w.assign(rows, 1.0);
   if (rows == 0 || random.chance(0.5)) return;
-  const Type type = random.one_of({Type::kFloat16, Type::kBFloat16, Type::kFloat32, Type::kFloat64});
-  const int64_t stride = random.one_of({1, 1, 1, 2, 3, 0});
+  // some labels hardly weigh anything: they are absent, or just not
+  const bool stale = !problem.soft && random.chance(0.2);
+  const double share = stale ? random.one_of({1e-9, 1e-15, 1e-200, 1e-310}) : 1.0;
+  const Type type = stale ? Type::kFloat64 : random.one_of({Type::kFloat16, Type::kBFloat16, Type::kFloat32, Type::kFloat64});
+  const int64_t stride = stale ? random.integer(1, 3) : random.one_of({1, 1, 1, 2, 3, 0});
   out.weights = allocate(random, type, (rows - 1) * stride + 1);
   const double zeros = random.one_of({0.0, 0.2, 1.0});
   const double bad = random.chance(0.1) ? 0.05 : 0;
@@ -145,13 +148,14 @@ void draw_weights(Random& random, Case& out, std::ostringstream& text) {
   const double size = wide ? random.one_of({1.0, 1.0, 1e-30, 1e30}) : 1.0;
   for (int64_t i = 0; i < rows; ++i) {
     double weight = size * random.uniform(0.1, 4);
+    if (stale && problem.y[i] % 3 == 0) weight *= share;
     if (random.chance(zeros)) weight = random.chance(0.5) ? 0.0 : -0.0;
     if (random.chance(bad)) weight = random.one_of({kNaN, -1.0, kInfinity, -kInfinity});
     out.weights.put(i * stride, weight);
   }
   for (int64_t i = 0; i < rows; ++i) problem.w[i] = out.weights.get(i * stride);
   out.batch.weights = {out.weights.data(), type, stride};
-  text << ", weights of type " << static_cast<int>(type) << " and stride " << stride << " of size " << size;
+  text << ", weights of type " << static_cast<int>(type) << " and stride " << stride << " of size " << size << ", some " << share;
 }
 
 // Rows that do not count hold anything; a few that count may hold infinities and NaN.

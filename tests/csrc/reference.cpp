@@ -129,7 +129,8 @@ JointAnswer joint(const Problem& problem) {
   return out;
 }
 
-std::vector<Bounded> logits_grad(const Problem& problem, const std::vector<double>& V, double V_error, double scale, double ce_scale) {
+std::vector<Bounded> logits_grad(const Problem& problem, const std::vector<double>& V, double V_error, double scale, double ce_scale,
+                                 double ce_scale_error) {
   const int64_t N = problem.rows, C = problem.classes, K = problem.labels;
   const double u = problem.unit;
   std::vector<Bounded> out(N * C);
@@ -172,8 +173,9 @@ std::vector<Bounded> logits_grad(const Problem& problem, const std::vector<doubl
       for (int64_t c = 0; c < C; ++c) {
         const double t = gamma != 0 ? own(c) : 0;
         const double pull = t != 0 ? gamma * t / x[c] : 0;
-        row_out[c] = {alpha * g[c] - pull,
-                      finite ? rough + 6 * u * (std::isfinite(pull) ? std::fabs(pull) : 0) + problem.smallest : kNaN};
+        row_out[c] = {
+            alpha * g[c] - pull,
+            finite ? rough + (6 * u + ce_scale_error) * (std::isfinite(pull) ? std::fabs(pull) : 0) + problem.smallest : kNaN};
       }
       continue;
     }
@@ -191,11 +193,11 @@ std::vector<Bounded> logits_grad(const Problem& problem, const std::vector<doubl
     for (int64_t c = 0; c < C; ++c) {
       const double inner = alpha * (g[c] - mean) + gamma * mass;
       const double inner_error = 2 * rough + std::fabs(alpha) * (mean_error + 4 * u * (std::fabs(g[c]) + std::fabs(mean))) +
-                                 4 * u * std::fabs(gamma) * absolute_mass;
+                                 (4 * u + ce_scale_error) * std::fabs(gamma) * absolute_mass;
       const double pull = gamma != 0 ? gamma * own(c) : 0;
       row_out[c] = {row.p[c] * inner - pull, row.p[c] * inner_error +
                                                  (row.error[c] + 4 * u * row.p[c]) * (std::fabs(inner) + inner_error) +
-                                                 4 * u * std::fabs(pull) + problem.smallest};
+                                                 (4 * u + ce_scale_error) * std::fabs(pull) + problem.smallest};
     }
   }
   return out;

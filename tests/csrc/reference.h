@@ -37,8 +37,10 @@ struct JointAnswer {
 };
 JointAnswer joint(const Problem&);
 
-// The gradient [rows, classes], before it is rounded to the type that it is stored in. V_error: absolute error of the entries of V.
-std::vector<Bounded> logits_grad(const Problem&, const std::vector<double>& V, double V_error, double scale, double ce_scale);
+// The gradient [rows, classes], before it is rounded to the type that it is stored in. V_error: absolute error of the entries of V;
+// ce_scale_error: relative, of ce_scale, which a whole loss divides by a sum of weights.
+std::vector<Bounded> logits_grad(const Problem&, const std::vector<double>& V, double V_error, double scale, double ce_scale,
+                                 double ce_scale_error = 0);
 
 struct Inverse {
   double log_abs_det, sign;

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldmi_fast import dmi_loss
 from ldmi_fast.engines import composite
+from tests.problems import problem
 
 #: On both sides of the edges between the algorithms for few classes and for many
 CLASSES = [2, 5, 17, 33, 70, 130]
@@ -97,6 +99,18 @@ def test_weights_below_the_smallest_normal_number(engine: str, device: torch.dev
 
 
 @pytest.mark.parametrize("classes", CLASSES)
+def test_what_is_representable_is_right(engine: str, device: torch.device, classes: int) -> None:
+    """Where 1 / n is too large for a double and V is not; and where V is too large, its zeros are still zeros."""
+    place = torch.eye(classes, dtype=torch.float64).roll(1, 0)
+    for weight, scale in ((2e-309, 4.0), (1e-312, 2.0**14), (1e-312, 1.0)):
+        n = torch.full((classes,), weight, dtype=torch.float64)
+        found, _, kept, V = factor(engine, device, scale * weight * place, n)
+        assert kept == classes
+        assert found.item() == pytest.approx(classes * (math.log(weight) + math.log(scale)), rel=1e-12)
+        torch.testing.assert_close(V, torch.where(place > 0, 1 / (scale * n), 0.0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
 def test_what_is_not_finite(engine: str, device: torch.device, classes: int) -> None:
     """Also in a class that is absent: there the data are broken, not small."""
     R = rates(classes)
@@ -105,7 +119,8 @@ def test_what_is_not_finite(engine: str, device: torch.device, classes: int) -> 
         n[0] = 1e-20
         S = R * n.unsqueeze(-1)
         (S[at] if at == 0 else n)[classes - 1] = value
-        found, sign, _, V = factor(engine, device, S, n)
+        found, sign, kept, V = factor(engine, device, S, n)
+        assert kept == composite.present_classes(n).sum()
         assert found.isnan()
         assert sign.isnan()
         assert V.isnan().all()
@@ -124,3 +139,35 @@ def test_a_batch_of_matrices(engine: str, device: torch.device) -> None:
         level, inverse = expected(R[i], n[i], n[i] > 1e-12 * n[i].sum())
         assert found[i].item() == pytest.approx(level, rel=1e-9)
         torch.testing.assert_close(V[i], inverse, rtol=1e-9, atol=1e-9 * inverse.abs().max().item())
+
+
+@pytest.mark.parametrize("share", [1e-15, 1e-310])
+@pytest.mark.parametrize("kind", ["hard", "soft", "probs"])
+@pytest.mark.parametrize(("rows", "classes"), [(40, 4), (120, 33), (150, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_that_hardly_weigh_anything(
+    engine: str, device: torch.device, rows: int, classes: int, kind: str, share: float, dtype: torch.dtype
+) -> None:
+    """As if they were not there: their loss, and a gradient of zero for them."""
+    batch = problem(rows, classes, dtype=dtype).to(device=device)
+    logits = batch.logits.softmax(-1) if kind == "probs" else batch.logits
+    target = torch.nn.functional.one_hot(batch.target, classes).to(dtype) if kind == "soft" else batch.target
+    gone = batch.target % 3 == 0
+    weight = torch.ones(rows, dtype=torch.float64, device=device).masked_fill(gone, share)
+    options = {"input": "probs" if kind == "probs" else "logits", "engine": engine}
+
+    def value_and_gradient(rows: Tensor | slice, weight: Tensor | None, **more: str) -> tuple[Tensor, Tensor]:
+        leaf = logits[rows].detach().requires_grad_()
+        loss = dmi_loss(leaf, target[rows], sample_weight=weight, **options, **more)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    loss, grad = value_and_gradient(slice(None), weight)
+    want, want_grad = value_and_gradient(~gone, None)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(loss, want, rtol=tolerance, atol=tolerance)
+    assert not grad[gone].any()
+    torch.testing.assert_close(grad[~gone], want_grad, rtol=0, atol=10 * tolerance * float(want_grad.abs().max()))
+    loss, grad = value_and_gradient(slice(None), weight, absent="strict")
+    assert loss == torch.inf
+    assert not grad.any()

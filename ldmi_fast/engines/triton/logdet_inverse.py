@@ -66,7 +66,7 @@ _ABSENT_SHARE = tl.constexpr(composite.ABSENT_SHARE)
 @triton.jit
 def least_weight(n):
     """The least weight of a class that is present, of the weights n [B] (0 in the padding): composite.present_classes."""
-    return tl.sum(tl.where(n > 0.0, _ABSENT_SHARE * n, 0.0), axis=0)
+    return tl.sum(tl.where(n < 0.0, 0.0, _ABSENT_SHARE * n), axis=0)
 
 
 @triton.jit
