@@ -1,4 +1,4 @@
-"""Batches with fewer samples than classes: the determinant is of the classes that occur, at most N of C.
+"""Batches with far fewer samples than classes: the determinant is of the classes that occur, at most N of C.
 
 The labels that occur get the slots 0, 1, ... in the order of the classes, N slots in all whatever occurs, so that no shape depends on
 data and no device has to be waited for. The joint is then [N, C] instead of [C, C]; the columns of the classes in the slots make it

@@ -206,7 +206,8 @@ def joint(
         logits: [N, C] fp16, bf16, fp32 or fp64 (probabilities when ``input="probs"``).
         target: [N] integer in 0..K-1 or ``ignore_index``; or [N, K] floating.
         sample_weight: [N] floating or None.
-        num_labels: K; C, or a multiple of C when several problems are stacked (label y of problem b is y + b C).
+        num_labels: K; C, or a multiple of C when several problems are stacked (label y of problem b is y + b C). Any other K, such as
+            the slots of ``few_rows``, where ce is not asked for: it takes label % C for the class.
         need_ce: whether to compute the cross entropy (else its output is 0).
 
     Returns:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmi_fast.engines import composite
+from ldmi_fast.engines.choose import engine_module
 from tests import matrices
 from tests.matrices import UNIT_ROUNDOFF, Hard
 
@@ -27,14 +27,7 @@ LARGE = [171, 600, 1025, 2100]
 def factor(engine: str, device: torch.device, S: npt.ArrayLike, n: npt.ArrayLike) -> tuple[Tensor, ...]:
     """The op of an engine, back on the CPU."""
     arguments = torch.as_tensor(np.asarray(S), device=device), torch.as_tensor(np.asarray(n), device=device), "present"
-    if engine == "composite":
-        results = composite.logdet_inverse(*arguments)
-    elif engine == "triton":
-        from ldmi_fast.engines.triton import engine as triton_engine
-
-        results = triton_engine.logdet_inverse(*arguments)
-    else:
-        results = torch.ops.ldmi_fast.logdet_inverse(*arguments)
+    results = engine_module(engine).logdet_inverse(*arguments)
     return tuple(result.cpu() for result in results)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldmi_fast import dmi_loss
 from ldmi_fast.engines import composite
+from ldmi_fast.engines.choose import engine_module
 from tests.problems import problem
 
 #: On both sides of the edges between the algorithms for few classes and for many
@@ -19,16 +20,7 @@ CLASSES = [2, 5, 17, 33, 70, 130]
 
 def factor(engine: str, device: torch.device, S: Tensor, n: Tensor, absent: str = "present") -> list[Tensor]:
     """The op of an engine, back on the CPU."""
-    arguments = S.to(device), n.to(device), absent
-    if engine == "composite":
-        results = composite.logdet_inverse(*arguments)
-    elif engine == "triton":
-        from ldmi_fast.engines.triton import engine as triton_engine
-
-        results = triton_engine.logdet_inverse(*arguments)
-    else:
-        results = torch.ops.ldmi_fast.logdet_inverse(*arguments)
-    return [result.cpu() for result in results]
+    return [result.cpu() for result in engine_module(engine).logdet_inverse(S.to(device), n.to(device), absent)]
 
 
 def rates(classes: int) -> Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.integrations import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 WHY = "{} is not installed: pip install .[integrations]"
@@ -70,18 +69,8 @@ def test_segmentation() -> None:
 
 
 def test_plain_ddp(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "docs.examples.ddp"]
     checkpoint = tmp_path / "model.pt"
-    done = subprocess.run(
-        [*command, str(checkpoint)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split("right on ")[1].split("%")[0]) > 88
+    printed = ranks.run(2, "docs.examples.ddp", str(checkpoint))
+    assert float(printed.split("right on ")[1].split("%")[0]) > 88
     state = torch.load(checkpoint, weights_only=True)["criterion"]
     assert state["average_steps"] == 8 * 20

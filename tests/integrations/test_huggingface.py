@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 from ldmi_fast.integrations import HFCallback, hf
+from tests.integrations import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -258,18 +256,8 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path, average: str) ->
     """group="world", with and without the Trainer's multiplication by the number of processes."""
     norms = []
     for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-        done = subprocess.run(
-            [*command, "-m", "tests.integrations.trainer_process", str(tmp_path), average],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        norms.append([float(found) for found in re.findall(r"gradient (\d+\.\d{8})", done.stdout)])
+        printed = ranks.run(processes, "tests.integrations.trainer_process", str(tmp_path), average)
+        norms.append([float(found) for found in re.findall(r"gradient (\d+\.\d{8})", printed)])
     assert len(norms[0]) == 1
     assert len(norms[1]) == 2
     assert norms[1] == pytest.approx(norms[0] * 2, rel=1e-4)
