@@ -76,9 +76,8 @@ Loss combine(const Determinant& det, double total, double ce, const LossOptions&
   const double level = det.log_abs_det - (options.normalize ? static_cast<double>(det.kept) * std::log(total) : 0);
   Loss out{-level, 1, options.cross_entropy_weight / total};
   if (options.eps > 0) {
-    const double log_eps = std::log(options.eps);
-    const double distance = level - log_eps;
-    out.loss = -((distance > 0 ? level : log_eps) + std::log1p(std::exp(-std::fabs(distance))));
+    const double distance = level - options.log_eps;
+    out.loss = -((distance > 0 ? level : options.log_eps) + std::log1p(std::exp(-std::fabs(distance))));
     out.scale = 1 / (1 + std::exp(-distance));
     if (std::isnan(distance)) out.loss = out.scale = distance;
   }

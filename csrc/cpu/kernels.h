@@ -5,6 +5,7 @@
 // bitwise the same for every number of threads.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace ldmi::cpu {
@@ -84,6 +85,7 @@ struct LossOptions {
   double eps;
   bool normalize;
   double cross_entropy_weight;
+  double log_eps = std::log(eps);  // -inf: without eps
 };
 
 // The loss (returned) and its gradient `grad` [N, C], for hard labels.

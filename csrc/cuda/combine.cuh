@@ -15,9 +15,9 @@ LDMI_DEVICE Loss loss_of(const Determinant& det, double total, double ce, const 
   const double level = det.log_abs_det - (options.normalize ? static_cast<double>(det.kept) * simt::log(total) : 0.0);
   Loss out{-level, 1.0, options.cross_entropy_weight / total};
   if (options.eps > 0.0) {
-    const double log_eps = simt::log(options.eps), distance = level - log_eps;
+    const double distance = level - options.log_eps;
     // to 2^-53 of 1, which is what the loss may be compared with; NaN if the distance is
-    out.loss = -((distance > 0.0 ? level : log_eps) + simt::log(1.0 + simt::exp(-simt::abs(distance))));
+    out.loss = -((distance > 0.0 ? level : options.log_eps) + simt::log(1.0 + simt::exp(-simt::abs(distance))));
     out.scale = 1.0 / (1.0 + simt::exp(-distance));
   }
   if (empty) out.loss = 0.0;

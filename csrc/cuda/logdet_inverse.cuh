@@ -283,8 +283,8 @@ template <int kColumns, class Entry, class Weight, class Emit>
 LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& entry, const Weight& weight, const Emit& emit) {
   const int i = lane();
   const double n = i < C ? weight(i) : 0.0;
-  const double least_n = warp_sum(plan::least_part(n)), lift = plan::lift_of(least_n);
-  const bool here = plan::is_present(n, least_n);
+  const double least_n = warp_sum(plan::least_part(n));
+  const bool here = plan::is_present(n, least_n), small = plan::is_small(least_n);
   const unsigned present = ballot(here);
   const auto everywhere = [&](double value) {
     if (!inverse) return;
@@ -293,6 +293,12 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
     sync_warp();
   };
   double a[1][kColumns];
+  // A branch for the whole warp, and a bit that is kept instead of a factor: the registers are the matrix's
+  const auto lift = [&] {
+    if (!small) return;
+    LDMI_UNROLL
+    for (int j = 0; j < kColumns; ++j) a[0][j] *= plan::lift_if(small);
+  };
   Screening seen{};
   Pivots pivots;
   int p = i;         // of step `lane`
@@ -302,13 +308,14 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
   for (int attempt = 0; attempt < 2 && !regular; ++attempt) {
     LDMI_UNROLL
     for (int j = 0; j < kColumns; ++j) a[0][j] = i < C && j < C ? entry(i, j) : 0.0;
+    lift();
     bool finite = isfinite(n);
     double sum = 0.0;
-    const double scale = here ? 1.0 / (n * lift) : 0.0;
+    const double scale = here ? 1.0 / (n * plan::lift_if(small)) : 0.0;
     LDMI_UNROLL
     for (int j = 0; j < kColumns; ++j) {
       finite &= isfinite(a[0][j]);
-      a[0][j] = here && (present >> j & 1u) != 0 ? a[0][j] * lift * scale : (i == j && i < C ? 1.0 : 0.0);
+      a[0][j] = here && (present >> j & 1u) != 0 ? a[0][j] * scale : (i == j && i < C ? 1.0 : 0.0);
       sum += abs(a[0][j]);
     }
     seen = {all(finite), strict, popcount(present), C};
@@ -340,8 +347,9 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
     odd ^= l < i && i < C && before > p;
   }
   if (inverse) {
-    sync_warp();                                         // emit may overwrite what other lanes have read
-    const double scale = here ? 1.0 / (n * lift) : 0.0;  // not kept: the registers are the matrix's
+    sync_warp();  // emit may overwrite what other lanes have read
+    lift();
+    const double scale = here ? 1.0 / (n * plan::lift_if(small)) : 0.0;
     LDMI_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       const int l = c - (kColumns - C);
@@ -349,7 +357,7 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
       const int row = shfl(p, l);
       const double row_scale = shfl(scale, row);
       const bool both = (present >> row & 1u) != 0 && (present >> variable & 1u) != 0;
-      if (i < C) emit(row, variable, both ? a[0][c] * lift * row_scale : 0.0);
+      if (i < C) emit(row, variable, both ? a[0][c] * row_scale : 0.0);
     }
     sync_warp();
   }

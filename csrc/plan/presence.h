@@ -23,7 +23,9 @@ LDMI_EVERYWHERE inline bool is_present(double n, double least) { return n > 0.0 
 // 1 / n overflows below 2^-1024. Where a weight is nearly as small as that, it is multiplied by this before it is inverted, and what
 // is divided by it as well. Of the least weight of a class that is present it serves for all of them: they are at most 2^40 times
 // that, or some 2^-1034 where that is subnormal.
-LDMI_EVERYWHERE inline double lift_of(double n) { return n < 0x1p-1000 ? 0x1p300 : 1.0; }
+LDMI_EVERYWHERE inline bool is_small(double n) { return n < 0x1p-1000; }
+LDMI_EVERYWHERE inline double lift_if(bool small) { return small ? 0x1p300 : 1.0; }
+LDMI_EVERYWHERE inline double lift_of(double n) { return lift_if(is_small(n)); }
 
 }  // namespace ldmi::plan
 

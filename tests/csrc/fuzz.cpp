@@ -98,7 +98,7 @@ struct Results {
 struct Upstream {
   std::vector<double> V;
   double scale, ce_scale;
-  cpu::LossOptions options;
+  cpu::LossOptions options{};
 };
 
 // A whole loss: by fused for hard labels, by its pieces for soft targets.

@@ -61,13 +61,13 @@ PEAK = """
 import ctypes, gc, sys
 from pathlib import Path
 import torch
-from bench.memory import PR_SET_THP_DISABLE, status_bytes, warm_up_lapack
+from bench.memory import PR_SET_THP_DISABLE, status_bytes
 from ldmi_fast.engines.triton.logdet_inverse import _by_library
 libc, classes = ctypes.CDLL(None), int(sys.argv[1])
 libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
-warm_up_lapack(1000)
 make = lambda c: torch.eye(c, dtype=torch.float64).add_(torch.rand(c, c, dtype=torch.float64), alpha=0.1 / c)
-_by_library(make(300), torch.ones(300, dtype=torch.float64), "present")
+# Once at this size: the LAPACK library keeps its buffers, which are not the operation's own.
+_by_library(make(classes), torch.ones(classes, dtype=torch.float64), "present")
 S, n = make(classes), torch.ones(classes, dtype=torch.float64)
 gc.collect()
 libc.malloc_trim(0)
