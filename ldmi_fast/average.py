@@ -122,7 +122,9 @@ class MovingAverage:
             if part is not None:
                 enters = enters & part
             m = self.momentum
-            for state, new in ((self.joint, U_now), (self.counts, shares), (self.weight, 1.0)):
+            # The weight is written through a view of one dimension: a graph that torch 2.11 compiles loses what is written to a tensor
+            # of fp64 without dimensions.
+            for state, new in ((self.joint, U_now), (self.counts, shares), (self.weight.view(1), 1.0)):
                 state.copy_(torch.where(enters, m * state + (1 - m) * new, state))
             self.steps.add_(enters)
             averaged = self.weight > 0
