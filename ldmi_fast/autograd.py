@@ -18,6 +18,11 @@ from torch.autograd.function import FunctionCtx
 from .engines import composite
 from .engines.combine import combine
 from .options import Options
+from .precision import compute_dtype
+from .presence import classes_with_samples
+from .rows import counted_labels
+from .sums import total_weight
+from .tracing import transformed
 
 _Twin = Callable[[Tensor, Tensor, "Tensor | None", Options], Tensor]
 
@@ -48,7 +53,7 @@ def target_grad(
 
     Rows of V of absent classes are zero. Rare enough to be left to PyTorch, a block of rows at a time.
     """
-    dtype = composite.compute_dtype(logits.dtype)
+    dtype = compute_dtype(logits.dtype)
     blocks = []
     for start in range(0, max(logits.shape[0], 1), 4096):
         x = logits[start : start + 4096].to(dtype)
@@ -81,7 +86,7 @@ def sample_weight_grad(
     It is there for a weight of 0 as well, which is where learning to reweight begins; 0 where such a row holds no finite values,
     and in rows that are ignored. A block of rows at a time, as for soft targets.
     """
-    dtype = composite.compute_dtype(logits.dtype)
+    dtype = compute_dtype(logits.dtype)
     labels = S_grad.shape[0]
     soft = target.is_floating_point()
     blocks = []
@@ -93,7 +98,7 @@ def sample_weight_grad(
             counted = torch.ones_like(w, dtype=torch.bool)
             G = y.to(S_grad.dtype) @ S_grad
         else:
-            y, counted = composite.counted_labels(y, labels, options.ignore_index)
+            y, counted = counted_labels(y, labels, options.ignore_index)
             counted = counted & (y >= 0) & (y < labels)
             y = torch.where(counted, y, 0)
             G = S_grad[y]
@@ -113,7 +118,7 @@ def sample_weight_grad(
 def _as_result(value: Tensor, logits: Tensor) -> Tensor:
     """In the dtype of results for these logits. Never by a .to() that returns its argument: Dynamo of torch 2.11 takes that for a
     second output of the Function, and gives it the gradient that belongs to the first."""
-    dtype = composite.compute_dtype(logits.dtype)
+    dtype = compute_dtype(logits.dtype)
     return value if value.dtype == dtype else value.to(dtype)
 
 
@@ -148,12 +153,12 @@ def _loss_forward(
     """``loss_forward`` of an engine. Soft targets that say nothing about some class stand between its joint and its determinant."""
     if not target.is_floating_point():
         return engine.loss_forward(logits, target, sample_weight, *options.of_loss, gradient)
-    told = composite.classes_with_samples(target, sample_weight)
+    told = classes_with_samples(target, sample_weight)
     if told is None:
         return engine.loss_forward(logits, target, sample_weight, *options.of_loss, gradient)
     S, n, lse, ce = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
     log_abs_det, _, kept, V = engine.logdet_inverse(S, torch.where(told, n, 0), options.absent)
-    total = composite.total_weight(target, sample_weight, n)
+    total = total_weight(target, sample_weight, n)
     value, scale, ce_scale = combine(log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight)
     return _as_result(value, logits), lse, V if gradient else V.new_empty((0, 0)), scale, ce_scale
 
@@ -208,7 +213,7 @@ class _Joint(torch.autograd.Function):
         S, n, lse, _ = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
         scale = S.new_ones(())
         if options.normalize:
-            total = composite.total_weight(target, sample_weight, n)
+            total = total_weight(target, sample_weight, n)
             scale = 1 / torch.where(total == 0, 1, total)
         ctx.options = options
         ctx.engine = engine
@@ -241,7 +246,7 @@ def _needs_gradient(logits: Tensor, target: Tensor) -> bool:
 
 def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
     """The loss [] of flattened arguments, by ``engine``, differentiable."""
-    if engine is composite or composite.transformed():
+    if engine is composite or transformed():
         return composite.loss(logits, target, sample_weight, options)
     if not _needs_gradient(logits, target):
         return _loss_forward(logits, target, sample_weight, options, engine, False)[0]
@@ -258,6 +263,6 @@ def fused(logits: Tensor, target: Tensor, options: Options, engine: ModuleType) 
 
 def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
     """The joint matrix [C, C] of flattened arguments, by ``engine``, differentiable."""
-    if engine is composite or composite.transformed():
+    if engine is composite or transformed():
         return composite.joint_matrix(logits, target, sample_weight, options)
     return _Joint.apply(logits, target, sample_weight, options, engine)

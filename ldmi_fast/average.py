@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .engines import composite
-from .stages import Sums
+from .precision import accumulator
+from .presence import present_classes
+from .sums import Sums
 
 _LIBRARY = torch.library.Library("ldmi_fast", "FRAGMENT")
 for _name in ("in_backward", "in_function_forward"):
@@ -93,7 +94,7 @@ class MovingAverage:
         B, shares = self.joint / safe, self.counts / safe
         row = B.sum(-1)
         weights = torch.where(2 * shares >= row, shares, row)
-        return B, torch.where(composite.present_classes(shares) & ~(shares < _LEAST_OF_ROW * row), weights, 0)
+        return B, torch.where(present_classes(shares) & ~(shares < _LEAST_OF_ROW * row), weights, 0)
 
     def __call__(self, sums: Sums) -> Sums:
         """Enter a batch, and return sums whose determinant is that of the average, and whose gradient flows to the batch.
@@ -154,7 +155,7 @@ class MovingAverage:
 def new_state(classes: int, device: torch.device | str | None = None) -> dict[str, Tensor]:
     """The tensors of an average that has seen nothing, by the names of a module's buffers."""
     device = torch.empty(0, device=device).device
-    dtype = composite.accumulator(device)
+    dtype = accumulator(device)
     return {
         "average_joint": torch.zeros(classes, classes, dtype=dtype, device=device),
         "average_counts": torch.zeros(classes, dtype=dtype, device=device),

@@ -13,10 +13,12 @@ from torch import Tensor
 from . import stages
 from .average import MovingAverage
 from .checks import NEGATIVE_SHARE, SUM_ROUNDING, TWO_CLASSES, check_place, check_tensors, probability_rows
-from .engines import composite
 from .engines.choose import choose, choose_name
 from .functional import evaluate, prepare
 from .options import OPTION_NAMES, Options, explain_keywords, make_options
+from .precision import EPSILON, compute_dtype
+from .presence import present_classes
+from .rows import used_rows
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def report_on(
         x, y, w = prepare(logits, target, sample_weight, options)
         engine = choose(x, options)
         sums = stages.joint_sums(x, y, w, options, engine)
-        used, label, weight, _ = composite.used_rows(y, w, x.shape[1], options.ignore_index, sums.n.dtype)
+        used, label, weight, _ = used_rows(y, w, x.shape[1], options.ignore_index, sums.n.dtype)
         rows = _Rows(x, label, used, weight, options, sums.n)
         if options.group is not None:
             from .distributed import all_reduce
@@ -167,7 +169,7 @@ def report_on(
         if options.normalize:
             log_abs_det = log_abs_det - kept * W.log()
         seen = rows.look(V, kept / W)
-        present = composite.present_classes(n)
+        present = present_classes(n)
         R = (S / seen.counts.unsqueeze(-1))[present][:, present]
         finite = bool(torch.isfinite(S).all())
         singular = finite and math.isinf(log_abs_det.item())
@@ -179,7 +181,7 @@ def report_on(
         compared = None
         if average is not None and finite:
             compared = _compare(S / W, average, spread, seen.heights / W.item() ** 2, seen.weights / W.item() ** 2, engine)
-        without = composite.present_classes(seen.counts) & ~present if finite else torch.zeros_like(present)
+        without = present_classes(seen.counts) & ~present if finite else torch.zeros_like(present)
         target_rank = rows.target_rank(present | without) if singular or (finite and bool(without.any())) else len(R)
     report = JointReport(
         loss=loss,
@@ -297,7 +299,7 @@ class _Rows:
         scale = products.diagonal().clamp(min=0).sqrt()
         scale = torch.where(scale > 0, scale, 1)
         products = products / scale / scale.unsqueeze(-1)
-        tolerance = max(len(products) * composite.UNIT_ROUNDOFF[self.acc], (4 * rounding) ** 2)
+        tolerance = max(len(products) * EPSILON[self.acc], (4 * rounding) ** 2)
         return int(torch.linalg.matrix_rank(products, rtol=tolerance, hermitian=True)) if len(products) else 0
 
 
@@ -308,7 +310,7 @@ def _listed(which: Tensor) -> list[int]:
 def _summed(values: Tensor, group: Any) -> Tensor:
     import torch.distributed as dist
 
-    from .distributed import resolve
+    from .process_groups import resolve
 
     values = values.clone()
     dist.all_reduce(values, group=resolve(group))
@@ -317,7 +319,7 @@ def _summed(values: Tensor, group: Any) -> Tensor:
 
 def _probabilities(logits: Tensor, used: Tensor, options: Options) -> Tensor:
     """p [N, C], zero in rows that do not count."""
-    x = logits.to(composite.compute_dtype(logits.dtype))
+    x = logits.to(compute_dtype(logits.dtype))
     p = torch.softmax(x, -1) if options.input == "logits" else x
     return torch.where(used.unsqueeze(-1), p, 0)
 

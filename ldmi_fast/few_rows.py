@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from . import stages
-from .engines import composite
 from .engines.combine import combine
 from .options import Options
-from .stages import Sums
+from .precision import compute_dtype
+from .rows import counted_labels, rows_with_derivatives
+from .sums import Sums
+from .tracing import may_need_gradient
 
 # With fewer classes, or with more samples for them, the [C, C] matrix costs less than the dozen small operations that avoid it.
 _LEAST_CLASSES = 512
@@ -46,8 +48,8 @@ def slots(target: Tensor, sample_weight: Tensor | None, classes: int, ignore_ind
     The slot is -100 for a row that does not count, and N, which is out of range, for a label that is out of range.
     """
     rows = max(target.shape[0], 1)
-    label, counted = composite.counted_labels(target, classes, ignore_index)
-    if sample_weight is not None and not composite.may_need_gradient(sample_weight):
+    label, counted = counted_labels(target, classes, ignore_index)
+    if sample_weight is not None and not may_need_gradient(sample_weight):
         counted = counted & (sample_weight != 0)
     inside = (label >= 0) & (label < classes)
     label = torch.where(counted & inside, label, classes)
@@ -63,8 +65,8 @@ def slots(target: Tensor, sample_weight: Tensor | None, classes: int, ignore_ind
 def cross_entropy(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
     """The weighted sum of cross entropies [], differentiable."""
     classes = logits.shape[1]
-    x = logits.to(composite.compute_dtype(logits.dtype))
-    used, label, weight, nan = composite.rows_with_derivatives(x, target, sample_weight, classes, options.ignore_index, options.input)
+    x = logits.to(compute_dtype(logits.dtype))
+    used, label, weight, nan = rows_with_derivatives(x, target, sample_weight, classes, options.ignore_index, options.input)
     x = torch.where(used.unsqueeze(-1), x, 1.0 / classes)
     logp = torch.log_softmax(x, -1) if options.input == "logits" else x.log()
     own = logp.gather(1, label.unsqueeze(-1)).squeeze(-1).to(weight.dtype)
@@ -78,7 +80,7 @@ def finish(sums: Sums, class_of_slot: Tensor, classes: int, options: Options, en
         level = torch.where((kept > 0) & ~level.isnan(), -torch.inf, level)
         kept = torch.full_like(kept, classes)
     value, _, _ = combine(level, kept, sums.total, sums.ce, options.eps, options.normalize, options.cross_entropy_weight)
-    return value.to(composite.compute_dtype(dtype))
+    return value.to(compute_dtype(dtype))
 
 
 def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
@@ -86,7 +88,7 @@ def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: 
     dtype = logits.dtype
     slot, class_of_slot = slots(target, sample_weight, logits.shape[1], options.ignore_index)
     if options.cross_entropy_weight != 0:
-        logits = logits.to(composite.compute_dtype(dtype))  # two gradients meet there: they are rounded once, after their sum
+        logits = logits.to(compute_dtype(dtype))  # two gradients meet there: they are rounded once, after their sum
     # the joint's own cross entropy would take slots for classes
     by_slot = replace(options, ignore_index=-100, cross_entropy_weight=0.0)
     sums = stages.joint_sums(logits, slot, sample_weight, by_slot, engine, len(class_of_slot))

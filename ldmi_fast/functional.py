@@ -16,7 +16,9 @@ from .checks import check_tensors, flatten, raise_for_values
 from .engines import composite, native
 from .engines.choose import choose
 from .options import CHECK_VARIABLE, ENGINE_VARIABLE, OPTION_NAMES, Options, explain_keywords, make_options
-from .stages import Sums
+from .precision import accumulator, compute_dtype
+from .sums import Sums
+from .tracing import may_look, may_need_gradient, transformed
 
 
 def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -35,15 +37,15 @@ def engine_for(logits: Tensor, options: Options) -> ModuleType:
 
 def widen(sample_weight: Tensor | None) -> Tensor | None:
     """Sample weights in fp64 if they need a gradient: its parts cancel, and are rounded to the weights' dtype after their sum."""
-    if sample_weight is None or not composite.may_need_gradient(sample_weight):
+    if sample_weight is None or not may_need_gradient(sample_weight):
         return sample_weight
-    return sample_weight.to(composite.accumulator(sample_weight.device))
+    return sample_weight.to(accumulator(sample_weight.device))
 
 
-def may_look(value: Tensor) -> bool:
+def may_check_values(value: Tensor) -> bool:
     """Whether the data may be looked at: in eager, on the CPU. Elsewhere that would wait for the device at every step, so there it is
     for debugging, with LDMI_FAST_CHECK=1."""
-    if not composite.may_look(value):
+    if not may_look(value):
         return False
     if value.is_cpu:
         return True
@@ -52,7 +54,7 @@ def may_look(value: Tensor) -> bool:
 
 def check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
     """A NaN result is worth a look at the labels and weights: they may be out of range."""
-    if may_look(value) and math.isnan(value.item()):
+    if may_check_values(value) and math.isnan(value.item()):
         raise_for_values(target, sample_weight, classes, ignore_index)
 
 
@@ -70,7 +72,7 @@ def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
         and native.is_fused(logits, target)
         and options.engine is None
         and ENGINE_VARIABLE not in os.environ
-        and not composite.transformed()
+        and not transformed()
         and not few_rows.applies(logits, target)
     )
 
@@ -92,7 +94,7 @@ def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, optio
     engine = engine_for(logits, options)
     if few_rows.applies(logits, target):
         loss = few_rows.loss(logits, target, sample_weight, options, engine)
-    elif engine is not composite and sample_weight is not None and composite.may_need_gradient(sample_weight):
+    elif engine is not composite and sample_weight is not None and may_need_gradient(sample_weight):
         sums = stages.joint_sums(logits, target, sample_weight, options, engine)
         loss = conclude(sums, options, engine, logits.dtype)
     else:
@@ -106,7 +108,7 @@ def conclude(sums: Sums, options: Options, engine: ModuleType, dtype: torch.dtyp
     if options.group is not None:
         from . import distributed  # imports torch.distributed, which most programs do without
 
-        if composite.transformed():
+        if transformed():
             raise RuntimeError(
                 "torch.func transforms (grad, vmap, jvp, hessian, ...) do not go through the all-reduce of group=...: use "
                 "torch.autograd.grad, with create_graph=True for derivatives of the gradient, or leave out group"
@@ -115,7 +117,7 @@ def conclude(sums: Sums, options: Options, engine: ModuleType, dtype: torch.dtyp
     if average is not None:
         sums = average(sums)
     value = stages.finish(sums, options, engine)
-    return value.to(composite.compute_dtype(dtype))
+    return value.to(compute_dtype(dtype))
 
 
 def evaluate_in_stages(
@@ -229,12 +231,12 @@ def joint_matrix(
     options = make_options(ignore_index, "present", 0.0, normalize, 0.0, input, engine)
     logits, target, sample_weight = prepare(logits, target, sample_weight, options)
     engine = engine_for(logits, options)
-    if engine is not composite and sample_weight is not None and composite.may_need_gradient(sample_weight):
+    if engine is not composite and sample_weight is not None and may_need_gradient(sample_weight):
         S, _, total, _ = stages.joint_sums(logits, target, sample_weight, options, engine)
         joint = S / torch.where(total == 0, 1, total) if normalize else S
-        joint = joint.to(composite.compute_dtype(logits.dtype))
+        joint = joint.to(compute_dtype(logits.dtype))
     else:
         joint = autograd.joint_matrix(logits, target, sample_weight, options, engine)
-    if may_look(joint):  # else the sum would cost a launch
+    if may_check_values(joint):  # else the sum would cost a launch
         check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], options.ignore_index)
     return joint

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from . import stages
 from .batches import device_of, eval_mode, outputs
 from .checks import raise_for_values
-from .engines import composite
 from .engines.choose import choose
 from .engines.combine import combine
 from .files import replacing
-from .functional import may_look, prepare
+from .functional import may_check_values, prepare
 from .options import OPTION_NAMES, Options, check_num_classes, explain_keywords, make_options
-from .stages import Sums
+from .precision import accumulator, compute_dtype
+from .sums import Sums
 
 _FORMAT = "ldmi_fast.JointState"
 _VERSION = 1
@@ -116,7 +116,7 @@ class JointState:
     def sums(self) -> Sums:
         """S [C, C], n [C], W [] and the summed cross entropy [] so far; zeros before the first batch."""
         if self._sums is None:
-            acc = composite.accumulator(self.device or torch.device("cpu"))
+            acc = accumulator(self.device or torch.device("cpu"))
             with _ordinary():
                 zero = torch.zeros((), dtype=acc, device=self.device)
                 shape = (self.num_classes, self.num_classes)
@@ -138,7 +138,7 @@ class JointState:
             if self._sums is None:
                 device = self.device or sums.S.device
                 # to a device without fp64 the dtype goes first
-                acc = composite.accumulator(device)
+                acc = accumulator(device)
                 self._sums = Sums(*(part.detach().to(acc).to(device).clone() for part in sums))
                 self.device = self._sums.S.device
             else:
@@ -161,7 +161,7 @@ class JointState:
             logits, target, sample_weight = self._prepare(logits, target, sample_weight)
             sums = stages.joint_sums(logits, target, sample_weight, self.options, choose(logits, self.options))
         # A wrong label must not poison what other batches have added up; what is NaN for another reason stays, and shows.
-        if may_look(sums.S) and sums.S.sum().isnan():
+        if may_check_values(sums.S) and sums.S.sum().isnan():
             raise_for_values(target, sample_weight, self.num_classes, self.options.ignore_index)
         self._add(sums)
 
@@ -226,14 +226,14 @@ class JointState:
         Raises:
             RuntimeError: called a second time; or no process group is set up. ValueError: ranks with other classes or options.
         """
-        from . import distributed  # imports torch.distributed, which most programs do without
+        from . import distributed, process_groups  # import torch.distributed, which most programs do without
 
         self._open("all_reduce()")
         options = Options(**_shared(self.options), engine=self.options.engine, group=group)
         with _ordinary():
             self._sums = distributed.all_reduce(self.sums, options)
         self.device = self._sums.S.device
-        self._world_size = distributed.resolve(group).size()
+        self._world_size = process_groups.resolve(group).size()
         self._solution = None
         return self
 
@@ -285,9 +285,9 @@ class JointState:
             value = value + slope.to(sums.total.device) * (sums.total - sums.total.detach())
         if self._world_size is not None:
             value = value * self._world_size
-        if may_look(value) and value.isnan():
+        if may_check_values(value) and value.isnan():
             raise_for_values(target, sample_weight, self.num_classes, options.ignore_index)
-        return value.to(composite.compute_dtype(logits.dtype))
+        return value.to(compute_dtype(logits.dtype))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sums and options to a file, complete or not at all. It has the permissions that ``open`` gives a file; one that is

@@ -16,7 +16,11 @@ from .engines import composite
 from .engines.choose import choose
 from .functional import check_values, conclude, evaluate, widen
 from .options import OPTION_NAMES, Options, as_int, explain_keywords, make_options
-from .stages import Sums
+from .precision import accumulator, compute_dtype, full_precision
+from .presence import with_samples
+from .rows import counted_labels, used_rows
+from .sums import Sums, differentiable_total, total_weight
+from .tracing import may_look, may_need_gradient, transformed
 
 # Logits in a chunk, by default: 16 MB in fp32, enough rows for a product of matrices to run at full speed.
 _CHUNK_ELEMENTS = 2**22
@@ -35,8 +39,8 @@ def _add_joint(
     Returns:
         lse [rows] and the summed cross entropy [].
     """
-    used, label, weight, nan = composite.used_rows(target, sample_weight, logits.shape[1], options.ignore_index, S.dtype)
-    x = logits.to(composite.compute_dtype(logits.dtype))
+    used, label, weight, nan = used_rows(target, sample_weight, logits.shape[1], options.ignore_index, S.dtype)
+    x = logits.to(compute_dtype(logits.dtype))
     if used is not None:
         x = torch.where(used.unsqueeze(-1), x, 0)
     lse = torch.logsumexp(x, -1)
@@ -68,12 +72,12 @@ def _without_unused(hidden: Tensor, target: Tensor, sample_weight: Tensor | None
     used = None
     if sample_weight is not None:
         used = sample_weight != 0
-        if composite.may_need_gradient(sample_weight):  # a weight of 0 has a derivative
+        if may_need_gradient(sample_weight):  # a weight of 0 has a derivative
             used = used | hidden.isfinite().all(-1)
     if not soft:
-        counted = composite.counted_labels(target, 0, options.ignore_index)[1]
+        counted = counted_labels(target, 0, options.ignore_index)[1]
         used = counted if used is None else used & counted
-    if used.is_cpu and composite.may_look(used) and used.all():
+    if used.is_cpu and may_look(used) and used.all():
         return hidden
     return torch.where(used.unsqueeze(-1), hidden, 0)
 
@@ -92,10 +96,10 @@ class _LinearSums(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         classes = weight.shape[0]
-        acc = composite.accumulator(hidden.device)
+        acc = accumulator(hidden.device)
         S = n = ce = None
         lses = []
-        with composite.full_precision(hidden.device):
+        with full_precision(hidden.device):
             for start in range(0, max(len(hidden), 1), chunk):
                 rows = slice(start, start + chunk)
                 logits = F.linear(hidden[rows], weight, bias)
@@ -115,7 +119,7 @@ class _LinearSums(torch.autograd.Function):
             S, n = S.clone(), n.clone()
         ctx.options, ctx.engine, ctx.chunk = options, engine, chunk
         ctx.save_for_backward(hidden, weight, bias, target, sample_weight, torch.cat(lses))
-        total = composite.total_weight(target, sample_weight, n)
+        total = total_weight(target, sample_weight, n)
         ctx.mark_non_differentiable(*((n,) if ctx.needs_input_grad[4] else (n, total)))
         return S, n, total, ce
 
@@ -128,13 +132,13 @@ class _LinearSums(torch.autograd.Function):
         S_grad = S_grad.contiguous()
         minus = S_grad.new_full((), -1.0)
         # sums over chunks are made in fp32 at least
-        wide = composite.compute_dtype(weight.dtype)
+        wide = compute_dtype(weight.dtype)
         d_hidden = torch.empty_like(hidden) if needed[0] else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
         d_bias = torch.zeros_like(bias, dtype=wide) if needed[2] else None
         d_target = torch.empty_like(target) if needed[3] else None
         d_sample_weight = torch.empty_like(sample_weight) if needed[4] else None
-        with composite.full_precision(hidden.device):
+        with full_precision(hidden.device):
             for start in range(0, len(hidden), ctx.chunk):
                 rows = slice(start, start + ctx.chunk)
                 x, y, w = hidden[rows], target[rows], None if sample_weight is None else sample_weight[rows]
@@ -148,7 +152,7 @@ class _LinearSums(torch.autograd.Function):
                 d_logits = ctx.engine.logits_grad(logits, y, w, lse[rows], S_grad, minus, ce_grad, options.ignore_index, "logits")
                 del logits
                 if d_hidden is not None:
-                    if composite.may_look(d_hidden):
+                    if may_look(d_hidden):
                         torch.mm(d_logits, weight, out=d_hidden[rows])
                     else:  # a traced program may be differentiated, and out= cannot
                         d_hidden[rows] = d_logits @ weight
@@ -178,12 +182,12 @@ def _gradients_with_graph(ctx: FunctionCtx, S_grad: Tensor, total_grad: Tensor, 
     options, needed = ctx.options, ctx.needs_input_grad[:5]
     wanted = [tensor for tensor, need in zip((hidden, weight, bias, target, sample_weight), needed, strict=True) if need]
     need_ce = options.cross_entropy_weight != 0
-    with torch.enable_grad(), composite.full_precision(hidden.device):
+    with torch.enable_grad(), full_precision(hidden.device):
         logits = F.linear(_without_unused(hidden, target, sample_weight, options), weight, bias)
         S, n, _, ce = composite.joint(logits, target, sample_weight, weight.shape[0], options.ignore_index, "logits", need_ce)
         outputs, upstream = ([S, ce], [S_grad, ce_grad]) if need_ce else ([S], [S_grad])
         if needed[4]:
-            outputs.append(composite.differentiable_total(logits, target, sample_weight, n, options))
+            outputs.append(differentiable_total(logits, target, sample_weight, n, options))
             upstream.append(total_grad)
         found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
     return [next(found) if need else None for need in needed]
@@ -285,15 +289,15 @@ def linear_dmi_loss(
     check_tensors(logits_like, target, sample_weight, options)
     # With so few rows the logits are smaller than their joint.
     few = options.group is None and few_rows.applies(logits_like, target)
-    if few or composite.transformed() or (torch.compiler.is_exporting() and torch.is_grad_enabled()):
-        with composite.full_precision(hidden.device):
+    if few or transformed() or (torch.compiler.is_exporting() and torch.is_grad_enabled()):
+        with full_precision(hidden.device):
             logits = F.linear(_without_unused(hidden, target, sample_weight, options), weight, bias)
         return evaluate(logits, target, sample_weight, options)
     chosen = choose(hidden, options)
     chunk = _rows(len(hidden), classes, chunk_size)
     S, n, total, ce = _LinearSums.apply(hidden, weight, bias, target, sample_weight, options, chosen, chunk)
     n = n.detach()
-    sums = Sums(S, composite.with_samples(n, target, sample_weight), total, ce)
+    sums = Sums(S, with_samples(n, target, sample_weight), total, ce)
     del S  # the determinant's backward needs V alone
     loss = conclude(sums, options, chosen, hidden.dtype)
     if not torch.compiler.is_compiling():

@@ -15,7 +15,10 @@ from .engines import composite
 from .engines.choose import choose
 from .functional import prepare
 from .options import check_num_classes, make_options
-from .stages import Sums
+from .precision import accumulator, compute_dtype
+from .rows import used_rows
+from .sums import Sums
+from .tracing import may_look
 
 try:
     from torchmetrics import Metric
@@ -74,7 +77,7 @@ class DMI(Metric):
         super().__init__(**kwargs)
         self.num_classes = check_num_classes(num_classes)
         self.options = make_options(ignore_index, absent, 0.0, True, 0.0, input, None)
-        acc = composite.accumulator(torch.empty(0).device)
+        acc = accumulator(torch.empty(0).device)
         classes = self.num_classes
         self.add_state("joint", torch.zeros(classes, classes, dtype=acc), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(classes, dtype=acc), dist_reduce_fx="sum")
@@ -95,13 +98,13 @@ class DMI(Metric):
             raise ValueError(f"this DMI is for {self.num_classes} classes, got logits with {logits.shape[1]} in dimension 1")
         with torch.no_grad():
             sums = stages.joint_sums(logits, target, sample_weight, self.options, choose(logits, self.options))
-            if sums.S.is_cpu and composite.may_look(sums.S) and (sums.S.sum().isnan() or (sums.n < 0).any()):
+            if sums.S.is_cpu and may_look(sums.S) and (sums.S.sum().isnan() or (sums.n < 0).any()):
                 raise_for_values(target, sample_weight, self.num_classes, self.options.ignore_index)
             if not self._looked:
                 self._look(logits, target, sample_weight)
             for name, part in zip(_STATES, (sums.S, sums.n, sums.total), strict=True):
                 state = getattr(self, name)
-                acc = composite.accumulator(state.device)
+                acc = accumulator(state.device)
                 # what was made in inference mode cannot be written to outside; what was loaded may have any dtype
                 if state.dtype != acc or (state.is_inference() and not torch.is_inference_mode_enabled()):
                     state = state.to(acc, copy=True)
@@ -109,16 +112,16 @@ class DMI(Metric):
 
     def _look(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> None:
         """At the first rows that count: are they what ``input`` says? Waits for the device, once."""
-        if not composite.may_look(logits) or (logits.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not may_look(logits) or (logits.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        used = composite.used_rows(target, sample_weight, self.num_classes, self.options.ignore_index, torch.float32)[0]
+        used = used_rows(target, sample_weight, self.num_classes, self.options.ignore_index, torch.float32)[0]
         rows = logits if used is None else logits[used]
         self._looked = len(rows) > 0
         if not self._looked or not rows.isfinite().all():
             return
         if self.options.input == "probs" and not probability_rows(rows, SUM_ROUNDING).all():
             self._looked = False
-            sums = rows.sum(1, dtype=composite.compute_dtype(rows.dtype))
+            sums = rows.sum(1, dtype=compute_dtype(rows.dtype))
             raise ValueError(
                 f'DMI(input="probs") takes rows of probabilities, >= 0 with the sum 1; got entries from {rows.min().item():.3g} to '
                 f"{rows.max().item():.3g} and sums from {sums.min().item():.3g} to {sums.max().item():.3g}; for logits leave out input"
@@ -131,7 +134,7 @@ class DMI(Metric):
             )
 
     def _solve(self) -> tuple[Tensor, Tensor]:
-        acc = composite.accumulator(self.joint.device)
+        acc = accumulator(self.joint.device)
         sums = Sums(self.joint.to(acc), self.counts.to(acc), self.total.to(acc), self.total)
         log_abs_det, sign, kept, _ = composite.logdet_inverse(sums.S, sums.n, self.options.absent)
         return log_abs_det - kept * torch.where(sums.total == 0, 1, sums.total).log(), sign
@@ -189,7 +192,7 @@ def _like(value: Tensor, like: Tensor) -> Tensor:
 def _applied(fn: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
     """What ``Module._apply`` makes of a state whose dtype follows from its device alone."""
     device = fn(torch.empty(0, device=state.device)).device
-    like = torch.empty(0, dtype=composite.accumulator(device), device=device)
+    like = torch.empty(0, dtype=accumulator(device), device=device)
     if state.is_meta and device.type != "meta":
         return torch.zeros(state.shape, dtype=like.dtype, device=device)
     if device != state.device:

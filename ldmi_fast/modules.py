@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .average import MovingAverage, new_state, takes_part
 from .checks import check_place, check_tensors
 from .diagnostics import JointReport, report_on
-from .engines import composite
 from .functional import evaluate, evaluate_in_stages
 from .joint_state import JointState
 from .options import OPTION_NAMES, Options, as_float, as_int, check_num_classes, explain_keywords
+from .precision import accumulator
+from .tracing import may_look, transformed
 
 SAMPLES_PER_CLASS = 250
 """What :meth:`DMILoss.recommended` wants in the average: with fewer a class the determinant is noise, with more the average lags
@@ -155,7 +156,7 @@ class DMILoss(nn.Module):
         # evaluation, whatever mode this module is in
         if not torch.compiler.is_compiling() and (not takes_part() or (isinstance(logits, Tensor) and logits.is_inference())):
             return evaluate(logits, target, sample_weight, self.options)
-        if composite.transformed():
+        if transformed():
             raise RuntimeError(
                 "DMILoss with momentum cannot update its average inside a torch.func transform (grad, vmap, ...); "
                 "use torch.autograd, or criterion.eval() for the loss of the batch alone"
@@ -209,7 +210,7 @@ class DMILoss(nn.Module):
         state.update_from(loader, model)
         if self.options.group is not None:
             state.all_reduce(self.options.group)
-        if composite.may_look(state.sums.S):
+        if may_look(state.sums.S):
             if state.sums.total.item() == 0:
                 raise ValueError("calibrate() found no sample that counts: an empty loader, or every label ignored, or every weight 0")
             if not bool(torch.isfinite(state.sums.S).all()):
@@ -235,7 +236,7 @@ class DMILoss(nn.Module):
     def _restore_precision(self) -> None:
         """Bring the average back to fp64 if something has cast the buffers without asking the module: FSDP and DDP with
         ``MixedPrecision(buffer_dtype=...)`` replace the data of buffers, ``load_state_dict(assign=True)`` the buffers themselves."""
-        wide = composite.accumulator(self.average_joint.device)
+        wide = accumulator(self.average_joint.device)
         if all(self._buffers[name].dtype == wide for name in AVERAGES):
             return
         if torch.compiler.is_compiling():
@@ -248,7 +249,7 @@ class DMILoss(nn.Module):
         for name in AVERAGES:
             buffer, exact = self._buffers[name], self.__dict__.get("_exact", {}).get(name)
             restored = buffer.detach().to(wide)
-            if not composite.may_look(buffer):
+            if not may_look(buffer):
                 continue
             if exact is not None and exact.dtype == wide and torch.equal(exact.to(buffer.device).to(buffer.dtype), buffer.detach()):
                 restored = exact.to(buffer.device)
@@ -294,7 +295,7 @@ class DMILoss(nn.Module):
             self._buffers.update(kept)
         for name, buffer in kept.items():
             device = fn(torch.empty(0, device=buffer.device)).device
-            dtype = composite.accumulator(device) if buffer.is_floating_point() else buffer.dtype
+            dtype = accumulator(device) if buffer.is_floating_point() else buffer.dtype
             if buffer.is_meta and device.type != "meta":
                 self._buffers[name] = torch.zeros(buffer.shape, dtype=dtype, device=device)
             elif buffer.dtype != dtype or buffer.device != device:
@@ -313,7 +314,7 @@ class DMILoss(nn.Module):
             return
         self._remember()
         loaded = state_dict.get(prefix + "average_joint")
-        wide = self.average_joint.dtype == composite.accumulator(self.average_joint.device)  # else the next forward says it
+        wide = self.average_joint.dtype == accumulator(self.average_joint.device)  # else the next forward says it
         if wide and isinstance(loaded, Tensor) and loaded.dtype != self.average_joint.dtype and not loaded.is_meta:
             warnings.warn(_ROUNDED, stacklevel=3)
 

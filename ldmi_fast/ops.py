@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .engines import composite
+from .precision import accumulator, compute_dtype
 
 _LIBRARY = torch.library.Library("ldmi_fast", "DEF")
 _SCHEMAS = (
@@ -49,12 +50,12 @@ for _schema in _SCHEMAS:
 def _joint_fake(
     logits: Tensor, target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, input: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = composite.accumulator(logits.device)
+    acc = accumulator(logits.device)
     rows, classes = logits.shape
     return (
         logits.new_empty((num_labels, classes), dtype=acc),
         logits.new_empty((num_labels,), dtype=acc),
-        logits.new_empty((rows,), dtype=composite.compute_dtype(logits.dtype)),
+        logits.new_empty((rows,), dtype=compute_dtype(logits.dtype)),
         logits.new_empty((), dtype=acc),
     )
 
@@ -93,8 +94,8 @@ def _loss_forward_fake(
     input: str,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    acc = composite.accumulator(logits.device)
-    dtype = composite.compute_dtype(logits.dtype)
+    acc = accumulator(logits.device)
+    dtype = compute_dtype(logits.dtype)
     rows, classes = logits.shape
     kept = classes if gradient else 0
     return (
@@ -118,7 +119,7 @@ def _fused_fake(
     cross_entropy_weight: float,
     input: str,
 ) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((), dtype=composite.compute_dtype(logits.dtype)), logits.new_empty(logits.shape)
+    return logits.new_empty((), dtype=compute_dtype(logits.dtype)), logits.new_empty(logits.shape)
 
 
 def _why_pure() -> str:

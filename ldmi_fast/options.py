@@ -166,7 +166,7 @@ class Options:
         if self.engine is not None:
             _one_of("engine", self.engine, ENGINES)
         if self.group is not None:
-            from .distributed import check_group  # imports torch.distributed, which most programs do without
+            from .process_groups import check_group  # imports torch.distributed, which most programs do without
 
             check_group(self.group)
 

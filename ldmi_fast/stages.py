@@ -13,7 +13,6 @@ without keeping S. The one-call path of :mod:`ldmi_fast.autograd` is faster for 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,33 +22,20 @@ from . import autograd
 from .engines import composite
 from .engines.combine import combine
 from .options import Options
-
-
-class Sums(NamedTuple):
-    """What a batch leaves behind; batches add up.
-
-    Attributes:
-        S: [K, C], the joint sums of labels (rows) and predictions; carries the gradient. K is C, but for ``few_rows``.
-        n: [K], the weight of each class, 0 for one that the targets say nothing about; no gradient (the loss does not depend on it,
-            given S).
-        total: [], W, the weight of all rows that count; carries the gradient of sample weights.
-        ce: [], the weighted sum of cross entropies; carries the gradient.
-    """
-
-    S: Tensor
-    n: Tensor
-    total: Tensor
-    ce: Tensor
+from .precision import full_precision
+from .presence import with_samples
+from .sums import Sums, differentiable_total, total_weight
+from .tracing import transformed
 
 
 def _differentiable(
     logits: Tensor, target: Tensor, sample_weight: Tensor | None, num_labels: int, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S, n, W and the cross entropy by operations that PyTorch differentiates itself, as often as asked."""
-    with composite.full_precision(logits.device):
+    with full_precision(logits.device):
         need_ce = options.cross_entropy_weight != 0
         S, n, _, ce = composite.joint(logits, target, sample_weight, num_labels, options.ignore_index, options.input, need_ce)
-        return S, n, composite.differentiable_total(logits, target, sample_weight, n, options), ce
+        return S, n, differentiable_total(logits, target, sample_weight, n, options), ce
 
 
 class _JointSums(torch.autograd.Function):
@@ -64,7 +50,7 @@ class _JointSums(torch.autograd.Function):
         engine: ModuleType,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         S, n, lse, ce = engine.joint(logits, target, sample_weight, num_labels, options.ignore_index, options.input)
-        total = composite.total_weight(target, sample_weight, n)
+        total = total_weight(target, sample_weight, n)
         ctx.options = options
         ctx.engine = engine
         ctx.save_for_backward(logits, target, sample_weight, lse)
@@ -106,12 +92,12 @@ def joint_sums(
 ) -> Sums:
     """The sums of flattened, checked arguments, by ``engine``. ``num_labels``: K, if it is not C."""
     num_labels = logits.shape[1] if num_labels is None else num_labels
-    if engine is composite or composite.transformed():
+    if engine is composite or transformed():
         S, n, total, ce = _differentiable(logits, target, sample_weight, num_labels, options)
     else:
         S, n, total, ce = _JointSums.apply(logits, target, sample_weight, num_labels, options, engine)
     n = n.detach()
-    return Sums(S, composite.with_samples(n, target, sample_weight), total, ce)
+    return Sums(S, with_samples(n, target, sample_weight), total, ce)
 
 
 class _LogAbsDet(torch.autograd.Function):
@@ -137,8 +123,8 @@ class _LogAbsDet(torch.autograd.Function):
 
 def log_abs_det(S: Tensor, n: Tensor, absent: str, engine: ModuleType) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log|det S| [], its sign, the number of classes kept and V = S^-T [C, C], as ``logdet_inverse`` gives them, differentiable."""
-    if engine is composite or composite.transformed():
-        with composite.full_precision(S.device):
+    if engine is composite or transformed():
+        with full_precision(S.device):
             return composite.logdet_inverse(S, n, absent)
     return _LogAbsDet.apply(S, n, absent, engine)
 

@@ -20,8 +20,7 @@ pytest.importorskip("torchmetrics", reason="torchmetrics is not installed: pip i
 
 import torchmetrics
 
-from ldmi_fast import dmi_loss
-from ldmi_fast.engines import composite
+from ldmi_fast import dmi_loss, metrics
 from ldmi_fast.metrics import DMI
 from tests.problems import problem
 
@@ -112,7 +111,7 @@ def test_keeps_its_precision(dtype: torch.dtype, convert: str) -> None:
 
 def test_on_a_device_without_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state follows the device; "meta" stands for one here."""
-    monkeypatch.setattr(composite, "accumulator", lambda device: torch.float32 if device.type == "meta" else torch.float64)
+    monkeypatch.setattr(metrics, "accumulator", lambda device: torch.float32 if device.type == "meta" else torch.float64)
     metric = DMI(4)
     metric.update(torch.randn(20, 4), torch.arange(20) % 4)
     metric.compute()

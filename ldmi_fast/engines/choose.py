@@ -13,6 +13,8 @@ from torch import Tensor
 from .. import few_rows, ops
 from ..checks import check_tensors
 from ..options import ENGINE_VARIABLE, ENGINES, OPTION_NAMES, Options, explain_keywords, forced_engine, make_options
+from ..precision import accumulator, compute_dtype
+from ..tracing import may_need_gradient
 from . import composite, guard, native
 from .triton import engine as triton
 
@@ -155,7 +157,7 @@ def explain(
         found = _plan_of_few_rows(name, logits, rows, options)
     else:
         found = _plan(name, logits, rows, soft, options)
-    weights_learn = sample_weight is not None and composite.may_need_gradient(sample_weight)
+    weights_learn = sample_weight is not None and may_need_gradient(sample_weight)
     if group is not None or (weights_learn and name != "composite" and found.regime != _FEW_ROWS):
         found = _in_stages(found, name, logits, rows, soft, options)
     lost = "".join(f"; not used after a check: {path.name}" for path in guard.refusals(name, logits.device))
@@ -166,8 +168,8 @@ def _plan(name: str, logits: Tensor, rows: int, soft: bool, options: Options) ->
     """The plan of one engine, its reason that of the kernels alone."""
     classes, probs = logits.shape[1], options.input == "probs"
     if name == "composite":
-        acc = composite.accumulator(logits.device).itemsize
-        compute = composite.compute_dtype(logits.dtype).itemsize
+        acc = accumulator(logits.device).itemsize
+        compute = compute_dtype(logits.dtype).itemsize
         workspace = rows * classes * (2 * compute + acc) + 6 * classes * classes * acc
         return Plan(name, ("joint", "logdet_inverse", "combine", "autograd"), "plain PyTorch", workspace, "")
     if name == "triton":
@@ -188,7 +190,7 @@ def _plan_of_few_rows(name: str, logits: Tensor, rows: int, options: Options) ->
     shape = (rows, classes, labels, False, logits.dtype, probs)
     joint, _, logits_grad = guard.staged_kernels(name, logits.device, *shape)
     square = guard.staged_kernels(name, logits.device, rows, labels, labels, False, logits.dtype, probs)[1]
-    workspace = (2 * labels * classes + 2 * labels * labels) * composite.accumulator(logits.device).itemsize
+    workspace = (2 * labels * classes + 2 * labels * labels) * accumulator(logits.device).itemsize
     return Plan(
         name,
         ("slots of the labels that occur", joint, square, logits_grad),
@@ -207,7 +209,7 @@ def _in_stages(alone: Plan, name: str, logits: Tensor, rows: int, soft: bool, op
         how, rest = alone.kernels[:2], alone.kernels[2:]
     elif len(how) == 1:
         how = guard.staged_kernels(name, logits.device, rows, classes, classes, soft, logits.dtype, options.input == "probs")
-    sums = (classes * classes + classes + 4) * composite.accumulator(logits.device).itemsize
+    sums = (classes * classes + classes + 4) * accumulator(logits.device).itemsize
     ranks = options.group is not None
     reason = "the sums of all ranks are added up before the determinant" if ranks else "the sample weights get a gradient"
     return Plan(

@@ -12,183 +12,21 @@ Sums run in fp64 (fp32 on a device that has no fp64). Index sums are determinist
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..checks import raise_for_negative_targets
 from ..options import Options
+from ..precision import accumulator, compute_dtype, full_precision, singular_threshold
+from ..presence import present_classes, with_samples
+from ..rows import rows_with_derivatives, used_rows
+from ..sums import differentiable_total, total_weight
+from ..tracing import may_look
 from .combine import combine
-
-# A matrix is singular when some |pivot of R| <= C * UNIT_ROUNDOFF[dtype of R] * ||R||_inf.
-UNIT_ROUNDOFF = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
-
-# A class whose share of the whole weight is smaller is absent. In a moving average the share of a class that left the data decays
-# for ever; long before it underflows, the row of S says nothing about the model any more. csrc/plan/presence.h has the same number.
-ABSENT_SHARE = 1e-12
-
-
-def accumulator(device: torch.device) -> torch.dtype:
-    """fp64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def can_run(device: torch.device) -> str:
     """Why this engine cannot run on ``device``: it can on all."""
     return ""
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the softmax and of the loss: fp64 for fp64 logits, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def counted_labels(target: Tensor, num_labels: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Integer labels as int64 [N] (num_labels for a uint64 that int64 cannot hold), and which are not ignored [N] bool."""
-    if target.dtype == torch.uint64:
-        target = torch.where(target.view(torch.int64) < 0, num_labels, target.view(torch.int64))
-    target = target.to(torch.int64)
-    return target, target != ignore_index
-
-
-def used_rows(
-    target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, acc: torch.dtype
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Which rows count [N] bool (None: all), their labels (0 elsewhere), weights (0 elsewhere; None: 1), and a NaN when a
-    label or a weight is out of range, else 0."""
-    soft = target.is_floating_point()
-    used: Tensor | None = None
-    poison: Tensor | None = None
-    weight: Tensor | None = None
-    if sample_weight is not None:
-        weight = sample_weight.to(acc)
-        used = weight != 0
-    if not soft:
-        target, kept = counted_labels(target, num_labels, ignore_index)
-        used = kept if used is None else used & kept
-        bad = used & ((target < 0) | (target >= num_labels))
-        poison = bad.any()
-        target = torch.where(used & ~bad, target, 0)
-    elif used is not None:
-        target = torch.where(used.unsqueeze(-1), target, 0)
-    if weight is not None and used is not None:
-        bad_weight = (used & ~((weight >= 0) & (weight < torch.inf))).any()
-        poison = bad_weight if poison is None else poison | bad_weight
-    if used is not None:
-        weight = used.to(acc) if weight is None else torch.where(used, weight, 0)
-    nan = None if poison is None else torch.where(poison, torch.nan, 0.0).to(acc)
-    return used, target, weight, nan
-
-
-# Entries of a column of soft targets that are equal up to the rounding of mixing and smoothing differ by less, relatively.
-_SAME = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 4 * 2.0**-10, torch.bfloat16: 4 * 2.0**-7}
-
-
-def classes_with_samples(target: Tensor, sample_weight: Tensor | None) -> Tensor | None:
-    """Which classes the soft targets T [N, C] say something about: [C] bool; None if it is at once clear that they all are.
-
-    A column c of T that has the same share a_c of each row's sum s_i, in all rows that count, says nothing about any sample; label
-    smoothing makes such a column for a class that the batch lacks. Its row of S = T^T diag(w) P is a multiple of the sum of all rows,
-
-        S_c = a_c sum_i w_i s_i p_i,    and    sum over k of S_k = sum_i w_i s_i p_i,
-
-    so with it S is singular, whatever the model predicts. Without it, for hard labels H of the classes that remain and T_K = H M,
-    S_KK = M^T (H^T diag(w) P)_KK: a constant, invertible M, so the gradient is that of the hard labels.
-
-    Where all columns are such (one sample, or samples of one class) the class with the largest share stays; shares that are all equal
-    (no class is distinguished) leave all.
-    """
-    if target.shape[0] == 0:
-        return None
-    same = _SAME[target.dtype]
-    T = target.detach()
-    look = T.is_cpu and may_look(T)
-    if look:
-        if T.amin() < 0:
-            raise_for_negative_targets(target, sample_weight)
-        if sample_weight is None and _differ_at_once(T[:64]):
-            return None
-    sums = T.sum(-1, keepdim=True, dtype=compute_dtype(T.dtype))
-    used = sums != 0
-    if sample_weight is not None:
-        used = used & (sample_weight.detach() != 0).unsqueeze(-1)
-    share = T / torch.where(used, sums, 1)
-    low, high = torch.where(used, share, torch.inf).amin(0), torch.where(used, share, -torch.inf).amax(0)
-    constant = high - low <= same * high.abs()
-    if look and not constant.any():
-        return None
-    all_constant = constant.all()
-    top = high >= high.amax() * (1 - same)
-    return ~torch.where(all_constant, ~top, constant)
-
-
-def _differ_at_once(T: Tensor) -> bool:
-    """Whether some rows of distributions differ so much in every column that no column's share can be the same: the usual batch, at a
-    third of the cost of looking closely."""
-    low, high = T.aminmax(dim=0)
-    least, most = T.sum(-1).aminmax()
-    return bool((high - low > 0.1 * high).all()) and bool(most - least < 0.01 * most)
-
-
-def with_samples(n: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """n [C], and 0 for a class that soft targets say nothing about: it is absent from this batch."""
-    if not target.is_floating_point():
-        return n
-    told = classes_with_samples(target, sample_weight)
-    return n if told is None else torch.where(told, n, 0)
-
-
-def may_look(value: Tensor) -> bool:
-    """Whether there are data to look at, now: not while a graph is traced, a functorch transform runs, or tensors are fake."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(value).__torch_dispatch__ == Tensor.__torch_dispatch__
-        and not value.is_meta
-        and not transformed()
-        and _mode(_FAKE) is None
-        and _mode(_PROXY) is None
-        and _mode(_FUNCTIONAL) is None
-    )
-
-
-_mode = torch._C._get_dispatch_mode
-_FAKE, _PROXY, _FUNCTIONAL = (getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
-
-
-def may_need_gradient(tensor: Tensor) -> bool:
-    """Whether a derivative by this tensor can be asked for: by autograd, in forward mode or by a torch.func transform."""
-    return (tensor.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0 or transformed()
-
-
-def transformed() -> bool:
-    """Whether a functorch transform (torch.func.grad, vmap, ...) is tracing this call."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def rows_with_derivatives(
-    x: Tensor, target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, input: str
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """As ``used_rows``; but where the weights may need a gradient, a row of weight 0 counts too if its label does and its values are
-    finite: it adds nothing, and the loss has a derivative by its weight."""
-    acc = accumulator(x.device)
-    used, label, weight, nan = used_rows(target, sample_weight, num_labels, ignore_index, acc)
-    if sample_weight is None or not may_need_gradient(sample_weight):
-        return used, label, weight, nan
-    logp = torch.log_softmax(x.detach(), -1) if input == "logits" else x.detach().log()
-    finite = ~logp.isnan().any(-1)
-    if target.is_floating_point():
-        finite = finite & torch.where(target == 0, 0, logp * target.detach()).isfinite().all(-1)
-        used = (sample_weight != 0) | finite
-        label = torch.where(used.unsqueeze(-1), target, 0)
-    else:
-        label, counted = counted_labels(target, num_labels, ignore_index)
-        counted = counted & (label >= 0) & (label < num_labels)
-        label = torch.where(counted, label, 0)
-        own = logp.gather(-1, (label % x.shape[-1]).unsqueeze(-1)).squeeze(-1)
-        used = counted & ((sample_weight != 0) | (finite & own.isfinite()))
-    return used, label, torch.where(used, sample_weight.to(acc), 0), nan
 
 
 def joint(
@@ -253,15 +91,6 @@ def joint(
     return S, n, lse, ce
 
 
-def present_classes(n: Tensor) -> Tensor:
-    """Which classes the determinant is of [..., C] bool: those with a share of at least ABSENT_SHARE of the weight n [..., C].
-
-    The shares are scaled before they are added, so that the sum of the largest weights stays finite.
-    """
-    least = (ABSENT_SHARE * n.clamp(min=0)).sum(-1, keepdim=True)
-    return (n > 0) & ~(n < least)
-
-
 def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log|det S|, its sign, the number of classes kept, and V = S^{-T}, of the classes that have weight.
 
@@ -294,7 +123,7 @@ def _logdet_inverse(
     R = torch.where(keep, S, eye.to(S.dtype)) / n_safe.unsqueeze(-1)
     lu, _, _ = torch.linalg.lu_factor_ex(R.detach())
     norm = R.detach().abs().sum(-1).amax(-1).clamp(min=least_norm)
-    threshold = size * UNIT_ROUNDOFF[S.dtype] * norm
+    threshold = singular_threshold(size, norm)
     singular = (lu.diagonal(dim1=-2, dim2=-1).abs() <= threshold.unsqueeze(-1)).any(-1)
     kept = present.sum(-1)
     if absent == "strict":
@@ -428,30 +257,6 @@ def fused(
         logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input, True
     )
     return value, logits_grad(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)
-
-
-def total_weight(target: Tensor, sample_weight: Tensor | None, n: Tensor) -> Tensor:
-    """W, the sum of the weights of the rows that count: [] in the dtype of n."""
-    if not target.is_floating_point():
-        return n.sum(-1)
-    if sample_weight is None:
-        return n.new_ones(()) * target.shape[0]  # float() would fix the size in an exported program
-    return sample_weight.sum(dtype=n.dtype)
-
-
-def differentiable_total(logits: Tensor, target: Tensor, sample_weight: Tensor | None, n: Tensor, options: Options) -> Tensor:
-    """W [], with a derivative by the weights of the rows that have one."""
-    if sample_weight is None or not may_need_gradient(sample_weight):
-        return total_weight(target, sample_weight, n.detach())
-    rows = rows_with_derivatives(
-        logits.detach().to(compute_dtype(logits.dtype)), target, sample_weight, len(n), options.ignore_index, options.input
-    )
-    return rows[2].sum(dtype=n.dtype)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Keeps autocast from turning the matrix products into half precision."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:

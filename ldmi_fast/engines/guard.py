@@ -35,6 +35,8 @@ from torch import Tensor
 
 from .. import ops
 from .._version import __version__
+from ..precision import compute_dtype, full_precision
+from ..sums import total_weight
 from . import composite, verify
 from .combine import combine
 from .triton import engine as triton
@@ -187,7 +189,7 @@ def _is_argument_error(error: Exception) -> bool:
 @contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
     """As the kernels compute: no gradient, and no autocast."""
-    with torch.no_grad(), composite.full_precision(device):
+    with torch.no_grad(), full_precision(device):
         yield
 
 
@@ -343,9 +345,9 @@ class Guarded(ModuleType):
         logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input, gradient = args
         S, n, lse, ce = self.joint(logits, target, sample_weight, logits.shape[1], ignore_index, input)
         log_abs_det, _, kept, V = self.logdet_inverse(S, n, absent)
-        total = composite.total_weight(target, sample_weight, n)
+        total = total_weight(target, sample_weight, n)
         loss, scale, ce_scale = combine(log_abs_det, kept, total, ce, eps, normalize, cross_entropy_weight)
-        dtype = composite.compute_dtype(logits.dtype)
+        dtype = compute_dtype(logits.dtype)
         return loss.to(dtype), lse, V if gradient else V.new_empty((0, 0)), scale, ce_scale
 
     def _staged(self, *args: Any) -> tuple[Tensor, ...]:

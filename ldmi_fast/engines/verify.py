@@ -24,11 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import EPSILON, compute_dtype
+from ..presence import present_classes
+from ..rows import used_rows
+from ..sums import total_weight
 from . import composite
 from .combine import combine
 
 _BLOCK_ELEMENTS = 2**21  # logits that are looked at at a time: 16 MB in fp64
-_EPS = 2.0**-52
+_EPS = EPSILON[torch.float64]
 _TINY = 1e-300  # so that no bound is 0
 _ROUNDINGS = 8  # how many roundings a kernel may make where the formula has one
 _VAGUE = 0.02  # a bound that is wider than this share of the values themselves shows nothing
@@ -92,7 +96,7 @@ def _blocks(
     for start in range(0, rows, step):
         where = slice(start, start + step)
         weights = None if sample_weight is None else sample_weight[where]
-        used, label, weight, nan = composite.used_rows(target[where], weights, num_labels, ignore_index, torch.float64)
+        used, label, weight, nan = used_rows(target[where], weights, num_labels, ignore_index, torch.float64)
         x = logits[where].double()
         if used is not None:
             x = torch.where(used.unsqueeze(-1), x, 1.0 / classes if input == "probs" else 0.0)
@@ -107,7 +111,7 @@ def _blocks(
 
 def _unit(logits: Tensor) -> float:
     """The relative rounding of the softmax."""
-    return torch.finfo(composite.compute_dtype(logits.dtype)).eps
+    return torch.finfo(compute_dtype(logits.dtype)).eps
 
 
 def joint(args: tuple[Any, ...], out: tuple[Tensor, ...]) -> Finding | None:
@@ -179,7 +183,7 @@ class _Scaled(NamedTuple):
 
 
 def _scaled(S: Tensor, n: Tensor, V: Tensor) -> _Scaled:
-    present = composite.present_classes(n)
+    present = present_classes(n)
     keep = present.unsqueeze(-1) & present.unsqueeze(-2)
     n = torch.where(present, n, 1)
     R, X_T = torch.where(keep, S / n.unsqueeze(-1), 0), torch.where(keep, V * n.unsqueeze(-1), 0)
@@ -198,7 +202,7 @@ def logdet_inverse(args: tuple[Any, ...], out: tuple[Tensor, ...]) -> Finding | 
     log_abs_det, sign, kept = (value.reshape(-1)[::step] for value in out[:3])
     V = out[3].reshape(-1, classes, classes)[::step]
     want_log, want_sign, want_kept, want_V = composite.logdet_inverse(S, n, absent)
-    present = composite.present_classes(n)
+    present = present_classes(n)
     finite = torch.isfinite(S).all(-1).all(-1) & torch.isfinite(n).all(-1)
     known = _scaled(S, n, want_V)
     condition = known.norm * known.inverse_norm
@@ -266,7 +270,7 @@ def logits_grad(
             spread = p * (high + mean) + (p * high * below).sum(-1, keepdim=True) * p
             bound = roundings * (scale.abs() * spread + ce_scale.abs() * (p * t.abs().sum(-1, keepdim=True) + t.abs()))
             # Products below the smallest normal number may be flushed to 0; kernels take V relative to its largest entry.
-            lost = 4 * torch.finfo(composite.compute_dtype(logits.dtype)).tiny
+            lost = 4 * torch.finfo(compute_dtype(logits.dtype)).tiny
             bound = bound + lost * (scale.abs() * V.abs().max() + ce_scale.abs() * t.abs().sum(-1, keepdim=True))
             moved = 2 * p
         else:
@@ -283,7 +287,7 @@ def logits_grad(
         size = torch.maximum(size, g.abs().max())
         if block.nan is not None:
             bad = bad + block.nan
-    range_of_softmax = torch.finfo(composite.compute_dtype(logits.dtype)).max
+    range_of_softmax = torch.finfo(compute_dtype(logits.dtype)).max
     largest = torch.maximum(V.abs().max(), (V * scale).abs().max()) if V.numel() else V.new_zeros(())
     conclusive = torch.isfinite(size + bad + scale + ce_scale) & (size < rounding.max / 16) & (size > 16 * slack)
     conclusive = conclusive & (largest < range_of_softmax**0.75)
@@ -309,7 +313,7 @@ def _expected(args: tuple[Any, ...], joint: Joint, logdet_inverse: LogdetInverse
     classes, unit = logits.shape[1], _ROUNDINGS * _unit(logits)
     S, n, lse, ce = joint(logits, target, sample_weight, classes, ignore_index, input)
     log_abs_det, sign, kept, V = logdet_inverse(S, n, absent)
-    total = composite.total_weight(target, sample_weight, n)
+    total = total_weight(target, sample_weight, n)
     loss, scale, ce_scale = combine(log_abs_det, kept, total, ce, eps, normalize, cross_entropy_weight)
     known = _scaled(S, n, V)
     # how much an entry of R, a mean of probabilities, may be off: see joint, and p log(1/p) has its largest mean where all are alike

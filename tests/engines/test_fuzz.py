@@ -16,6 +16,7 @@ from torch import Tensor
 from ldmi_fast import dmi_loss, joint_matrix, ops
 from ldmi_fast.checks import flatten
 from ldmi_fast.engines import composite
+from ldmi_fast.sums import total_weight
 
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
@@ -169,7 +170,7 @@ def budget(batch: Batch) -> Budget | None:
         largest = 1 / (float(singular_values[-1]) * lightest)
     # an ignored row may weigh anything
     heaviest = 1.0 if w is None or not len(w) else float(w.double().nan_to_num(0, 0, 0).max())
-    total = max(float(composite.total_weight(y, w, n)), lightest)
+    total = max(float(total_weight(y, w, n)), lightest)
     ce = options["cross_entropy_weight"] * heaviest / total
     if options["input"] == "probs":  # d(-log p)/dp = -1/p
         ce /= float(x.double()[x > 0].min()) if (x > 0).any() else 1.0

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ldmi_fast import dmi_loss
-from ldmi_fast.engines import composite
 from ldmi_fast.engines.choose import engine_module
+from ldmi_fast.presence import present_classes
 from tests.problems import problem
 
 #: On both sides of the edges between the algorithms for few classes and for many
@@ -112,7 +112,7 @@ def test_what_is_not_finite(engine: str, device: torch.device, classes: int) -> 
         S = R * n.unsqueeze(-1)
         (S[at] if at == 0 else n)[classes - 1] = value
         found, sign, kept, V = factor(engine, device, S, n)
-        assert kept == composite.present_classes(n).sum()
+        assert kept == present_classes(n).sum()
         assert found.isnan()
         assert sign.isnan()
         assert V.isnan().all()

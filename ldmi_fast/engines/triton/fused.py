@@ -73,7 +73,7 @@ def _fused_kernel(
         B,
     )
     r, c = tl.arange(0, B), tl.arange(0, B)
-    R, n_safe, present, finite, threshold = equilibrated(S, n, classes, 2.0**-52, B)
+    R, n_safe, present, finite, threshold = equilibrated(S, n, classes, False, B)
     kept = tl.sum(present.to(tl.int32), axis=0)
     M, perm, column_of, pivots, small = gauss_jordan(R, classes, threshold, B)
     singular = small > 0

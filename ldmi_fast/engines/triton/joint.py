@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...precision import compute_dtype
 from .. import composite
 from . import plan, tuning
 from .launch import on_device_of, plain_labels, row_alignment, strides, wide_enough, wrap_triton
@@ -411,7 +412,7 @@ def joint_sums(
         return _joint_by_blocks(logits, target, sample_weight, num_labels, ignore_index, input, need_ce)
     if rows == 0:
         sums = logits.new_zeros((num_labels, classes), dtype=torch.float64)
-        dtype = composite.compute_dtype(logits.dtype)
+        dtype = compute_dtype(logits.dtype)
         return sums, sums.new_zeros(num_labels), logits.new_zeros(0, dtype=dtype), sums.new_zeros(())
     return _joint_by_label(logits, target, sample_weight, num_labels, ignore_index, input, need_ce)
 
@@ -435,7 +436,7 @@ def _joint_by_tiles(
         block_k = block_c = max(block_k, block_c)
     S = logits.new_empty((num_labels, classes), dtype=torch.float64)
     n, ce = S.new_empty(num_labels), S.new_empty(())
-    lse = logits.new_empty(rows, dtype=composite.compute_dtype(logits.dtype))
+    lse = logits.new_empty(rows, dtype=compute_dtype(logits.dtype))
     weight = logits if sample_weight is None else sample_weight
     align = row_alignment(logits.stride(0))
     size = num_labels * classes + num_labels + 1
@@ -495,7 +496,7 @@ def _joint_by_label(
     probs, wide = input == "probs", logits.dtype == torch.float64
     S = logits.new_empty((num_labels, classes), dtype=torch.float64)
     n, ce = S.new_empty(num_labels), S.new_empty(())
-    lse = logits.new_zeros(rows, dtype=composite.compute_dtype(logits.dtype))
+    lse = logits.new_zeros(rows, dtype=compute_dtype(logits.dtype))
     how = plan.joint(rows, classes, num_labels, False, logits.dtype.itemsize, 1)
     unsorted, keys, order = sort_by_label(target, sample_weight, num_labels, ignore_index)
     weight = logits if sample_weight is None else sample_weight

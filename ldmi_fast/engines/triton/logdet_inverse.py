@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import composite
+from ...precision import EPSILON, singular_threshold
+from ...presence import ABSENT_SHARE, present_classes
 from ..combine import combine
 from . import plan
 from .launch import bits, on_device_of, wrap_triton
@@ -60,12 +61,14 @@ def is_finite(x):
     return tl.abs(x) < float("inf")
 
 
-_ABSENT_SHARE = tl.constexpr(composite.ABSENT_SHARE)
+_ABSENT_SHARE = tl.constexpr(ABSENT_SHARE)
+_EPSILON = tl.constexpr(EPSILON[torch.float64])
+_EPSILON_SINGLE = tl.constexpr(EPSILON[torch.float32])
 
 
 @triton.jit
 def least_weight(n):
-    """The least weight of a class that is present, of the weights n [B] (0 in the padding): composite.present_classes."""
+    """The least weight of a class that is present, of the weights n [B] (0 in the padding): present_classes."""
     return tl.sum(tl.where(n < 0.0, 0.0, _ABSENT_SHARE * n), axis=0)
 
 
@@ -75,10 +78,11 @@ def is_present(n, least):
 
 
 @triton.jit
-def equilibrated(S, n, classes, roundoff, B: tl.constexpr):
+def equilibrated(S, n, classes, SINGLE: tl.constexpr, B: tl.constexpr):
     """R [B, B] with the identity in the rows and columns of absent classes and of the padding, from S [B, B] and n [B] by row.
 
-    Returns R, n where it divides and 1 elsewhere [B], present [B], all finite (0 or 1), and the threshold for pivots.
+    SINGLE: whether S came in single precision. Returns R, n where it divides and 1 elsewhere [B], present [B], all finite (0 or 1),
+    and the threshold for pivots, precision.singular_threshold.
     """
     r, c = tl.arange(0, B), tl.arange(0, B)
     inside = r < classes
@@ -92,7 +96,8 @@ def equilibrated(S, n, classes, roundoff, B: tl.constexpr):
     n_safe = tl.where(divides, n, 1.0)
     R = tl.where(keep, S, (r[:, None] == c[None, :]).to(tl.float64)) / n_safe[:, None]
     norm = tl.max(tl.where(inside, tl.sum(tl.abs(R), axis=1), 0.0), axis=0)
-    return R, n_safe, present, finite, classes * roundoff * norm
+    epsilon: tl.constexpr = _EPSILON_SINGLE if SINGLE else _EPSILON
+    return R, n_safe, present, finite, classes * epsilon * norm
 
 
 @triton.jit
@@ -174,8 +179,7 @@ def _small_kernel(
     inside = (r < classes)[:, None] & (c < classes)[None, :]
     matrix = tl.load(S + r[:, None] * classes + c[None, :], mask=inside, other=0.0).to(tl.float64)
     weights = tl.load(n + r, mask=r < classes, other=0.0).to(tl.float64)
-    roundoff: tl.constexpr = 2.0**-23 if SINGLE else 2.0**-52
-    R, n_safe, present, finite, threshold = equilibrated(matrix, weights, classes, roundoff, B)
+    R, n_safe, present, finite, threshold = equilibrated(matrix, weights, classes, SINGLE, B)
     count = tl.sum(present.to(tl.int32), axis=0)
     M, perm, column_of, pivots, small = gauss_jordan(R, classes, threshold, B)
     singular = small > 0
@@ -306,7 +310,7 @@ def _by_library(A: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tens
     is column-major). R^{-1} = P (L^T)^{-1} (U^T)^{-1} is solved for in X, which holds it column-major, and that is R^{-T}.
     """
     classes = A.shape[-1]
-    present = composite.present_classes(n)
+    present = present_classes(n)
     empty = ~present.any(-1)
     finite = torch.isfinite(A.amax((-2, -1))) & torch.isfinite(A.amin((-2, -1))) & torch.isfinite(n).all(-1)
     divides = present & finite.unsqueeze(-1)
@@ -324,7 +328,7 @@ def _by_library(A: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tens
     lu = A.mT
     pivots, info = torch.empty_like(n, dtype=torch.int32), torch.empty_like(finite, dtype=torch.int32)
     torch.linalg.lu_factor_ex(lu, out=(lu, pivots, info))
-    threshold = classes * composite.UNIT_ROUNDOFF[A.dtype] * norm
+    threshold = singular_threshold(classes, norm)
     singular = (diagonal.abs() <= threshold.unsqueeze(-1)).any(-1)
     kept = present.sum(-1)
     if absent == "strict":

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...precision import compute_dtype
 from .. import composite
 from . import plan, tuning
 from .joint import sort_by_label
@@ -252,7 +253,7 @@ def gradient(
     block_c = min(plan.power_of_two(classes), longest)
     with on_device_of(logits):
         if how.table:
-            table = torch.empty_like(V, dtype=composite.compute_dtype(logits.dtype))
+            table = torch.empty_like(V, dtype=compute_dtype(logits.dtype))
             V_scale = V.new_empty(num_labels)
             wrap_triton(_table_kernel)[(num_labels,)](V, table, V_scale, classes, PROBS=probs, BLOCK_C=min(block_c, 1024))
         if how.ordered:

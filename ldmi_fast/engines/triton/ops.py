@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.library import triton_op
 
-from .. import composite
+from ...precision import compute_dtype
+from ...sums import total_weight
 from . import plan
 from .fused import loss_and_gradient
 from .joint import joint_sums
@@ -34,8 +35,8 @@ def forward(
     if target.is_floating_point() and sample_weight is None:
         total = n.new_full((), logits.shape[0])  # not float(N), for which torch.compile would compile anew at every batch size
     else:
-        total = composite.total_weight(target, sample_weight, n)
-    dtype = composite.compute_dtype(logits.dtype)
+        total = total_weight(target, sample_weight, n)
+    dtype = compute_dtype(logits.dtype)
     loss, V, scale, ce_scale = log_det_and_loss(S, n, total, ce, absent, eps, normalize, cross_entropy_weight, dtype)
     return loss, lse, V, scale, ce_scale
 
