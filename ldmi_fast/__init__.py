@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from ._version import __version__
 from .diagnostics import AverageReport, JointReport, diagnose
-from .engines.choose import Plan, explain
+from .explain import Plan, explain
 from .functional import dmi_loss, joint_matrix
-from .joint_state import JointSolution, JointState, RNGReplay, dmi_score
+from .joint_state import JointSolution, JointState, dmi_score
 from .linear import linear_dmi_loss
 from .modules import DMILoss
+from .rng_replay import RNGReplay
 
 __all__ = [
     "AverageReport",

@@ -7,7 +7,7 @@ Under functorch transforms (grad, vmap, ...) the composite engine does everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -22,22 +22,27 @@ from .precision import compute_dtype
 from .presence import classes_with_samples
 from .rows import counted_labels
 from .sums import total_weight
-from .tracing import transformed
-
-_Twin = Callable[[Tensor, Tensor, "Tensor | None", Options], Tensor]
 
 
-def _gradients_with_graph(
-    ctx: FunctionCtx, twin: _Twin, logits: Tensor, target: Tensor, sample_weight: Tensor | None, grad: Tensor
+def gradients_with_graph(
+    outputs: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor | None], needed: Sequence[bool], upstream: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of ``twin`` (the differentiable form of the Function), themselves differentiable."""
-    wanted = [tensor for tensor, needed in zip((logits, target), ctx.needs_input_grad[:2], strict=True) if needed]
+    """The backward of a Function when derivatives of its gradient may be asked for: through operations that PyTorch differentiates.
+
+    Args:
+        outputs: computes the outputs of the Function anew, from its inputs, by such operations.
+        inputs: tensors of the Function.
+        needed: of which of them a gradient is needed.
+        upstream: the gradients of the outputs.
+
+    Returns:
+        The gradient of each input, itself differentiable; None where none is needed.
+    """
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
     with torch.enable_grad():
-        out = twin(logits, target, sample_weight, ctx.options)
-    found = list(torch.autograd.grad(out, wanted, grad, create_graph=True))
-    d_logits = found.pop(0) if ctx.needs_input_grad[0] else None
-    d_target = found.pop(0) if ctx.needs_input_grad[1] else None
-    return d_logits, d_target, None, None, None
+        made = outputs()
+    found = iter(torch.autograd.grad(made, wanted, upstream, create_graph=True))
+    return tuple(next(found) if need else None for need in needed)
 
 
 def target_grad(
@@ -115,11 +120,20 @@ def sample_weight_grad(
     return torch.cat(blocks)
 
 
-def _as_result(value: Tensor, logits: Tensor) -> Tensor:
+def as_result(value: Tensor, logits: Tensor) -> Tensor:
     """In the dtype of results for these logits. Never by a .to() that returns its argument: Dynamo of torch 2.11 takes that for a
     second output of the Function, and gives it the gradient that belongs to the first."""
     dtype = compute_dtype(logits.dtype)
     return value if value.dtype == dtype else value.to(dtype)
+
+
+def _loss_gradients_with_graph(
+    ctx: FunctionCtx, logits: Tensor, target: Tensor, sample_weight: Tensor | None, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    found = gradients_with_graph(
+        lambda: [composite.loss(logits, target, sample_weight, ctx.options)], (logits, target), ctx.needs_input_grad[:2], [grad]
+    )
+    return *found, None, None, None
 
 
 class _Fused(torch.autograd.Function):
@@ -143,7 +157,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, sample_weight, saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _gradients_with_graph(ctx, composite.loss, logits, target, sample_weight, grad)
+            return _loss_gradients_with_graph(ctx, logits, target, sample_weight, grad)
         return saved * grad, None, None, None, None
 
 
@@ -160,7 +174,7 @@ def _loss_forward(
     log_abs_det, _, kept, V = engine.logdet_inverse(S, torch.where(told, n, 0), options.absent)
     total = total_weight(target, sample_weight, n)
     value, scale, ce_scale = combine(log_abs_det, kept, total, ce, options.eps, options.normalize, options.cross_entropy_weight)
-    return _as_result(value, logits), lse, V if gradient else V.new_empty((0, 0)), scale, ce_scale
+    return as_result(value, logits), lse, V if gradient else V.new_empty((0, 0)), scale, ce_scale
 
 
 class _Loss(torch.autograd.Function):
@@ -186,7 +200,7 @@ class _Loss(torch.autograd.Function):
         options = ctx.options
         logits, target, sample_weight, lse, V, scale, ce_scale = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _gradients_with_graph(ctx, composite.loss, logits, target, sample_weight, grad)
+            return _loss_gradients_with_graph(ctx, logits, target, sample_weight, grad)
         scale, ce_scale = scale * grad, ce_scale * grad
         d_logits = d_target = None
         if ctx.needs_input_grad[0]:
@@ -198,44 +212,6 @@ class _Loss(torch.autograd.Function):
         return d_logits, d_target, None, None, None
 
 
-class _Joint(torch.autograd.Function):
-    """The joint matrix. Its backward is logits_grad with the upstream gradient in the place of -V."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        logits: Tensor,
-        target: Tensor,
-        sample_weight: Tensor | None,
-        options: Options,
-        engine: ModuleType,
-    ) -> Tensor:
-        S, n, lse, _ = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
-        scale = S.new_ones(())
-        if options.normalize:
-            total = total_weight(target, sample_weight, n)
-            scale = 1 / torch.where(total == 0, 1, total)
-        ctx.options = options
-        ctx.engine = engine
-        ctx.save_for_backward(logits, target, sample_weight, lse, scale)
-        return _as_result(S * scale, logits)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        options = ctx.options
-        logits, target, sample_weight, lse, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _gradients_with_graph(ctx, composite.joint_matrix, logits, target, sample_weight, grad)
-        V = -grad.to(scale.dtype).contiguous()
-        zero = torch.zeros_like(scale)
-        d_logits = d_target = None
-        if ctx.needs_input_grad[0]:
-            d_logits = ctx.engine.logits_grad(logits, target, sample_weight, lse, V, scale, zero, options.ignore_index, options.input)
-        if ctx.needs_input_grad[1]:
-            d_target = target_grad(logits, target, sample_weight, V, scale, zero, options)
-        return d_logits, d_target, None, None, None
-
-
 def _needs_gradient(logits: Tensor, target: Tensor) -> bool:
     """Whether anything can ask for a gradient; if not, neither the inverse nor the gradient is computed.
 
@@ -244,25 +220,13 @@ def _needs_gradient(logits: Tensor, target: Tensor) -> bool:
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad))
 
 
-def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
-    """The loss [] of flattened arguments, by ``engine``, differentiable."""
-    if engine is composite or transformed():
-        return composite.loss(logits, target, sample_weight, options)
+def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType, *, fused: bool) -> Tensor:
+    """The loss [] of flattened arguments, by ``engine``, differentiable by logits and targets.
+
+    Args:
+        fused: whether the gradient comes from the same call as the loss.
+    """
     if not _needs_gradient(logits, target):
         return _loss_forward(logits, target, sample_weight, options, engine, False)[0]
-    function = _Fused if engine.is_fused(logits, target) else _Loss
+    function = _Fused if fused else _Loss
     return function.apply(logits, target, sample_weight, options, engine)
-
-
-def fused(logits: Tensor, target: Tensor, options: Options, engine: ModuleType) -> Tensor:
-    """The loss [] of a small problem by a compiled engine, differentiable."""
-    if not _needs_gradient(logits, target):
-        return engine.loss_forward(logits, target, None, *options.of_loss, False)[0]
-    return _Fused.apply(logits, target, None, options, engine)
-
-
-def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
-    """The joint matrix [C, C] of flattened arguments, by ``engine``, differentiable."""
-    if engine is composite or transformed():
-        return composite.joint_matrix(logits, target, sample_weight, options)
-    return _Joint.apply(logits, target, sample_weight, options, engine)

@@ -18,7 +18,7 @@ import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .options import ABSENT, INPUT, Options
+from .options import LOSS_OPTION_NAMES, Options, describe_number
 from .process_groups import resolve
 from .sums import Sums
 
@@ -66,27 +66,18 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(grad.contiguous(), ctx.group, ctx.world_size, False), None, None, None
 
 
-_NAMES = ("ignore_index", "absent", "eps", "normalize", "cross_entropy_weight", "input", "momentum")
+_NO_MOMENTUM = -1.0
 
 
-def _settings(options: Options, momentum: float | None) -> tuple[float, ...]:
-    """The settings that ranks must share besides the number of classes, as numbers, in the order of ``_NAMES``."""
-    return (
-        float(options.ignore_index),
-        float(ABSENT.index(options.absent)),
-        float(options.eps),
-        float(options.normalize),
-        float(options.cross_entropy_weight),
-        float(INPUT.index(options.input)),
-        -1.0 if momentum is None else momentum,
-    )
+def _settings(options: Options, momentum: float | None) -> dict[str, float]:
+    """What ranks must share besides the number of classes, by name, as numbers."""
+    return dict(zip(LOSS_OPTION_NAMES, options.as_numbers(), strict=True)) | {
+        "momentum": _NO_MOMENTUM if momentum is None else momentum
+    }
 
 
 def _describe(name: str, value: float) -> str:
-    if name == "momentum" and value < 0:
-        return "no momentum"
-    words = {"absent": ABSENT, "input": INPUT, "normalize": (False, True)}.get(name)
-    return f"{name}={value:g}" if words is None else f"{name}={words[int(value)]!r}"
+    return "no momentum" if name == "momentum" and value == _NO_MOMENTUM else describe_number(name, value)
 
 
 def agree(classes: int, options: Options, device: torch.device, momentum: float | None = None) -> None:
@@ -96,7 +87,8 @@ def agree(classes: int, options: Options, device: torch.device, momentum: float 
         ValueError: on every rank, if they differ, with who has what.
     """
     group = resolve(options.group)
-    mine = (float(classes), *_settings(options, momentum))
+    settings = _settings(options, momentum)
+    mine = (float(classes), *settings.values())
     known = _agreed.setdefault(group, set())
     if mine in known:
         return
@@ -106,7 +98,7 @@ def agree(classes: int, options: Options, device: torch.device, momentum: float 
     with _explained(group):
         dist.all_gather(gathered, local, group=group)
     everyone = [struct.unpack(f"<{len(mine)}d", bytes(row.cpu().tolist())) for row in gathered]
-    for position, name in enumerate(("the number of classes", *_NAMES)):
+    for position, name in enumerate(("the number of classes", *settings)):
         values = [row[position] for row in everyone]
         if len(set(values)) > 1:
             words = [_describe(name, value) if position else f"{value:g} classes" for value in values[:8]]
@@ -128,7 +120,7 @@ def all_reduce(sums: Sums, options: Options, momentum: float | None = None) -> S
     if not torch.compiler.is_compiling():
         agree(classes, options, sums.S.device, momentum)
     checksum = 1.0
-    for number in _settings(options, momentum):  # below 4093: sums and squares over thousands of ranks are exact in fp64
+    for number in _settings(options, momentum).values():  # below 4093: sums and squares over thousands of ranks are exact in fp64
         checksum = float(int((31 * checksum + 1e12 * number + number) % 4093))
     world_size = group.size()
     tail = torch.stack((sums.total, sums.ce, sums.total.new_full((), checksum), sums.total.new_full((), checksum**2)))

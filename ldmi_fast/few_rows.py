@@ -26,20 +26,11 @@ _LEAST_CLASSES = 512
 _CLASSES_PER_ROW = 4
 
 
-def pays(rows: int, classes: int) -> bool:
-    """Whether so few samples for so many classes are worth the slots."""
-    return classes >= _LEAST_CLASSES and rows * _CLASSES_PER_ROW <= classes
-
-
-def applies(logits: Tensor, target: Tensor) -> bool:
-    """Whether hard labels of few samples for their classes are worth the slots. Not where a graph is exported that has to serve
-    batches of any size."""
-    return (
-        logits.shape[1] >= _LEAST_CLASSES  # first, for the usual step
-        and target.dim() == 1
-        and not torch.compiler.is_exporting()
-        and pays(*logits.shape)
-    )
+def applies(rows: int, classes: int, soft: bool) -> bool:
+    """Whether a batch is computed by slots: hard labels of few samples for their classes. Not where a graph is exported that has to
+    serve batches of any size."""
+    # the classes first, for the usual step
+    return classes >= _LEAST_CLASSES and not soft and rows * _CLASSES_PER_ROW <= classes and not torch.compiler.is_exporting()
 
 
 def slots(target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:

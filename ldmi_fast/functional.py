@@ -2,150 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import os
-from types import ModuleType
-from typing import Any
-
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import autograd, few_rows, stages
-from .average import MovingAverage
-from .checks import check_tensors, flatten, raise_for_values
-from .engines import composite, native
-from .engines.choose import choose
-from .options import CHECK_VARIABLE, ENGINE_VARIABLE, OPTION_NAMES, Options, explain_keywords, make_options
-from .precision import accumulator, compute_dtype
-from .sums import Sums
-from .tracing import may_look, may_need_gradient, transformed
+from . import stages
+from .evaluate import check_values, engine_for, evaluate, may_check_values, prepare
+from .options import OptionKeywords, make_options, shows_options
 
 
-def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check the tensors and flatten them to one row a sample."""
-    check_tensors(logits, target, sample_weight, options)
-    return flatten(logits, target, widen(sample_weight))
-
-
-def engine_for(logits: Tensor, options: Options) -> ModuleType:
-    """The engine for these logits. A program that torch.export makes has no autograd Functions, so one that may be trained takes the
-    engine that PyTorch differentiates itself."""
-    if torch.compiler.is_exporting() and torch.is_grad_enabled():
-        return composite
-    return choose(logits, options)
-
-
-def widen(sample_weight: Tensor | None) -> Tensor | None:
-    """Sample weights in fp64 if they need a gradient: its parts cancel, and are rounded to the weights' dtype after their sum."""
-    if sample_weight is None or not may_need_gradient(sample_weight):
-        return sample_weight
-    return sample_weight.to(accumulator(sample_weight.device))
-
-
-def may_check_values(value: Tensor) -> bool:
-    """Whether the data may be looked at: in eager, on the CPU. Elsewhere that would wait for the device at every step, so there it is
-    for debugging, with LDMI_FAST_CHECK=1."""
-    if not may_look(value):
-        return False
-    if value.is_cpu:
-        return True
-    return os.environ.get(CHECK_VARIABLE) == "1" and not (value.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
-    """A NaN result is worth a look at the labels and weights: they may be out of range."""
-    if may_check_values(value) and math.isnan(value.item()):
-        raise_for_values(target, sample_weight, classes, ignore_index)
-
-
-def _is_small_step(logits: Tensor, target: Tensor, options: Options) -> bool:
-    """Whether this is the usual step of a small problem: plain tensors (N, C) and (N,) on one device that has compiled kernels, in
-    eager mode, nothing forced."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(logits) is Tensor
-        and type(target) is Tensor
-        and logits.device == target.device
-        and native.runs_on(logits.device)
-        and not logits.is_nested
-        and logits.dim() == 2
-        and native.is_fused(logits, target)
-        and options.engine is None
-        and ENGINE_VARIABLE not in os.environ
-        and not transformed()
-        and not few_rows.applies(logits, target)
-    )
-
-
-def evaluate(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> Tensor:
-    """The loss for checked options: what ``dmi_loss`` and ``DMILoss`` share."""
-    if options.group is not None:
-        return evaluate_in_stages(logits, target, sample_weight, options)
-    if sample_weight is None and _is_small_step(logits, target, options):
-        # The checks below would cost as much as the loss. The op makes those that memory needs, and if it refuses, they say why.
-        try:
-            loss = autograd.fused(logits, target, options, choose(logits, options))
-        except RuntimeError:
-            check_tensors(logits, target, None, options)
-            raise
-        check_values(loss, target, None, logits.shape[1], options.ignore_index)
-        return loss
-    logits, target, sample_weight = prepare(logits, target, sample_weight, options)
-    engine = engine_for(logits, options)
-    if few_rows.applies(logits, target):
-        loss = few_rows.loss(logits, target, sample_weight, options, engine)
-    elif engine is not composite and sample_weight is not None and may_need_gradient(sample_weight):
-        sums = stages.joint_sums(logits, target, sample_weight, options, engine)
-        loss = conclude(sums, options, engine, logits.dtype)
-    else:
-        loss = autograd.loss(logits, target, sample_weight, options, engine)
-    check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
-    return loss
-
-
-def conclude(sums: Sums, options: Options, engine: ModuleType, dtype: torch.dtype, average: MovingAverage | None = None) -> Tensor:
-    """From the sums of a batch to its loss: over the ranks, through the average, then the determinant. ``dtype``: of the logits."""
-    if options.group is not None:
-        from . import distributed  # imports torch.distributed, which most programs do without
-
-        if transformed():
-            raise RuntimeError(
-                "torch.func transforms (grad, vmap, jvp, hessian, ...) do not go through the all-reduce of group=...: use "
-                "torch.autograd.grad, with create_graph=True for derivatives of the gradient, or leave out group"
-            )
-        sums = distributed.all_reduce(sums, options, None if average is None else average.momentum)
-    if average is not None:
-        sums = average(sums)
-    value = stages.finish(sums, options, engine)
-    return value.to(compute_dtype(dtype))
-
-
-def evaluate_in_stages(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, average: MovingAverage | None = None
-) -> Tensor:
-    """The loss where something stands between the joint and its determinant: other ranks, or an average."""
-    logits, target, sample_weight = prepare(logits, target, sample_weight, options)
-    engine = engine_for(logits, options)
-    sums = stages.joint_sums(logits, target, sample_weight, options, engine)
-    loss = conclude(sums, options, engine, logits.dtype, average)
-    check_values(loss, target, sample_weight, logits.shape[1], options.ignore_index)
-    return loss
-
-
+@shows_options()
 def dmi_loss(
     logits: Tensor,
     target: Tensor,
     *,
     sample_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    absent: str = "present",
-    eps: float = 0.0,
-    normalize: bool = True,
-    cross_entropy_weight: float = 0.0,
-    input: str = "logits",
-    group: Any = None,
-    engine: str | None = None,
-    **unknown: Any,
+    **options: Unpack[OptionKeywords],
 ) -> Tensor:
     r"""The L_DMI loss of a batch: minus the log of the absolute determinant of the joint matrix of labels and predictions.
 
@@ -197,28 +68,27 @@ def dmi_loss(
         >>> loss = dmi_loss(model(images), noisy_labels)
         >>> loss.backward()
     """
-    if unknown:
-        explain_keywords("dmi_loss", unknown, ("sample_weight", *OPTION_NAMES))
-    options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine, group)
-    return evaluate(logits, target, sample_weight, options)
+    return evaluate(logits, target, sample_weight, make_options("dmi_loss", options))
 
 
+_NOT_OF_JOINT = ("absent", "eps", "cross_entropy_weight", "group")
+
+
+@shows_options(*_NOT_OF_JOINT)
 def joint_matrix(
     logits: Tensor,
     target: Tensor,
     *,
     sample_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    normalize: bool = True,
-    input: str = "logits",
-    engine: str | None = None,
-    **unknown: Any,
+    **options: Unpack[OptionKeywords],
 ) -> Tensor:
     r"""The joint matrix of labels (rows) and predictions (columns), :math:`U = \frac1W \sum_i w_i e_{y_i} p_i^T`.
 
     Args:
-        logits, target, sample_weight, ignore_index, input, engine: as for :func:`dmi_loss`.
-        normalize: False gives the weighted sums S = W U.
+        logits: as for :func:`dmi_loss`.
+        target: as for :func:`dmi_loss`.
+        sample_weight: as for :func:`dmi_loss`.
+        options: ``ignore_index``, ``input`` and ``engine`` of :func:`dmi_loss`; ``normalize=False`` gives the weighted sums S = W U.
 
     Returns:
         (C, C), fp32 (fp64 for fp64 logits), differentiable. Zeros if no row counts.
@@ -226,17 +96,9 @@ def joint_matrix(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`dmi_loss`.
     """
-    if unknown:
-        explain_keywords("joint_matrix", unknown, ("sample_weight", "ignore_index", "normalize", "input", "engine"))
-    options = make_options(ignore_index, "present", 0.0, normalize, 0.0, input, engine)
-    logits, target, sample_weight = prepare(logits, target, sample_weight, options)
-    engine = engine_for(logits, options)
-    if engine is not composite and sample_weight is not None and may_need_gradient(sample_weight):
-        S, _, total, _ = stages.joint_sums(logits, target, sample_weight, options, engine)
-        joint = S / torch.where(total == 0, 1, total) if normalize else S
-        joint = joint.to(compute_dtype(logits.dtype))
-    else:
-        joint = autograd.joint_matrix(logits, target, sample_weight, options, engine)
+    checked = make_options("joint_matrix", options, without=_NOT_OF_JOINT)
+    logits, target, sample_weight = prepare(logits, target, sample_weight, checked)
+    joint = stages.joint_matrix(logits, target, sample_weight, checked, engine_for(logits, checked))
     if may_check_values(joint):  # else the sum would cost a launch
-        check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], options.ignore_index)
+        check_values(joint.detach().sum(), target, sample_weight, logits.shape[1], checked.ignore_index)
     return joint

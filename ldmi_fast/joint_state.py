@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from . import stages
 from .batches import device_of, eval_mode, outputs
 from .checks import raise_for_values
 from .engines.choose import choose
 from .engines.combine import combine
+from .evaluate import may_check_values, prepare
 from .files import replacing
-from .functional import may_check_values, prepare
-from .options import OPTION_NAMES, Options, check_num_classes, explain_keywords, make_options
+from .options import OptionKeywords, Options, check_num_classes, make_options, shows_options
 from .precision import accumulator, compute_dtype
 from .sums import Sums
 
@@ -61,9 +62,9 @@ class JointState:
 
     Args:
         num_classes: C.
-        ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine: as for :func:`ldmi_fast.dmi_loss`. With
-            ``eps > 0`` values add up to -k times eps's factor of the gradient; a cross entropy term adds up to itself.
         device: where the sums live; None: where the first batch is.
+        options: those of :func:`ldmi_fast.dmi_loss`, without ``group``. With ``eps > 0`` values add up to -k times eps's factor of
+            the gradient; a cross entropy term adds up to itself.
 
     Raises:
         TypeError, ValueError: an option that cannot work.
@@ -78,26 +79,18 @@ class JointState:
         ...     state.loss(model(x), y).backward()
     """
 
+    @shows_options("group")
     def __init__(
         self,
         num_classes: int,
         *,
-        ignore_index: int = -100,
-        absent: str = "present",
-        eps: float = 0.0,
-        normalize: bool = True,
-        cross_entropy_weight: float = 0.0,
-        input: str = "logits",
-        engine: str | None = None,
         device: torch.device | str | None = None,
-        **unknown: Any,
+        **options: Unpack[OptionKeywords],
     ) -> None:
-        if "group" in unknown:
+        if "group" in options:
             raise TypeError("JointState() takes no group: accumulate on every rank, then call all_reduce(group) once, before solve()")
-        if unknown:
-            explain_keywords("JointState", unknown, [name for name in OPTION_NAMES if name != "group"])
         self.num_classes = check_num_classes(num_classes)
-        self.options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine)
+        self.options = make_options("JointState", options, without=("group",), others=("num_classes", "device"))
         self.device = None if device is None else torch.device(device)
         self.reset()
 
@@ -205,7 +198,7 @@ class JointState:
         other._open("merge() of a state")
         if self.num_classes != other.num_classes:
             raise ValueError(f"cannot merge a state of {other.num_classes} classes into one of {self.num_classes}")
-        mine, theirs = (_shared(state.options) for state in (self, other))
+        mine, theirs = (state.options.saved() for state in (self, other))
         for name, value in mine.items():
             if theirs[name] != value:
                 raise ValueError(f"cannot merge states with different options: {name}={value!r} here, {theirs[name]!r} there")
@@ -229,7 +222,7 @@ class JointState:
         from . import distributed, process_groups  # import torch.distributed, which most programs do without
 
         self._open("all_reduce()")
-        options = Options(**_shared(self.options), engine=self.options.engine, group=group)
+        options = Options(**self.options.saved(), engine=self.options.engine, group=group)
         with _ordinary():
             self._sums = distributed.all_reduce(self.sums, options)
         self.device = self._sums.S.device
@@ -303,7 +296,7 @@ class JointState:
             "format": _FORMAT,
             "version": _VERSION,
             "num_classes": self.num_classes,
-            "options": _shared(self.options),
+            "options": self.options.saved(),
             "world_size": self._world_size,
             **{name: part.cpu() for name, part in self.sums._asdict().items()},
         }
@@ -331,11 +324,6 @@ class JointState:
         state._add(Sums(*(content[name] for name in Sums._fields)))
         state._world_size = content["world_size"]
         return state
-
-
-def _shared(options: Options) -> dict[str, Any]:
-    """The options that decide what the sums mean and what is made of them."""
-    return {name: getattr(options, name) for name in OPTION_NAMES if name not in ("engine", "group")}
 
 
 @contextmanager
@@ -370,62 +358,3 @@ def dmi_score(
     if group is not None:
         state.all_reduce(group)
     return state.solve()
-
-
-class RNGReplay:
-    """Repeats in a second pass the random numbers of a first, so that dropout drops the same again.
-
-    Example:
-        >>> replay = RNGReplay()
-        >>> for x, y in micro_batches:
-        ...     with torch.no_grad(), replay.record():
-        ...         state.update(model(x), y)
-        >>> state.solve()
-        >>> for x, y in micro_batches:
-        ...     with replay.play():
-        ...         loss = state.loss(model(x), y)
-        ...     loss.backward()
-
-    Args:
-        devices: the CUDA devices whose generators are recorded besides the CPU's; None: the current one, if CUDA is in use.
-    """
-
-    def __init__(self, devices: Iterable[torch.device | str | int] | None = None) -> None:
-        if devices is None:
-            devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-        self._devices = list(devices)
-        self._recorded: list[tuple[Tensor, list[Tensor]]] = []
-        self._next = 0
-
-    def _state(self) -> tuple[Tensor, list[Tensor]]:
-        return torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._devices]
-
-    def _set(self, state: tuple[Tensor, list[Tensor]]) -> None:
-        torch.set_rng_state(state[0])
-        for device, its in zip(self._devices, state[1], strict=True):
-            torch.cuda.set_rng_state(its, device)
-
-    @contextmanager
-    def record(self) -> Iterator[None]:
-        """Remember where the generators are. Recording after playing starts a new sequence."""
-        if self._next:
-            self._recorded, self._next = [], 0
-        self._recorded.append(self._state())
-        yield
-
-    @contextmanager
-    def play(self) -> Iterator[None]:
-        """Go through the next of the recorded forwards; the generators are then where they were before.
-
-        Raises:
-            RuntimeError: there are no more.
-        """
-        if self._next >= len(self._recorded):
-            raise RuntimeError(f"play() a {self._next + 1}. time, and record() was called {len(self._recorded)} times")
-        before = self._state()
-        self._set(self._recorded[self._next])
-        self._next += 1
-        try:
-            yield
-        finally:
-            self._set(before)

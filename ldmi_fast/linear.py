@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from typing_extensions import Unpack
 
 from . import autograd, few_rows
 from .checks import FLOATS, check_dense, check_tensors
 from .engines import composite
 from .engines.choose import choose
-from .functional import check_values, conclude, evaluate, widen
-from .options import OPTION_NAMES, Options, as_int, explain_keywords, make_options
+from .evaluate import check_values, conclude, evaluate, widen
+from .options import OptionKeywords, Options, as_int, make_options, shows_options
 from .precision import accumulator, compute_dtype, full_precision
 from .presence import with_samples
 from .rows import counted_labels, used_rows
@@ -176,21 +177,22 @@ class _LinearSums(torch.autograd.Function):
         )
 
 
-def _gradients_with_graph(ctx: FunctionCtx, S_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> list[Tensor | None]:
+def _gradients_with_graph(ctx: FunctionCtx, S_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, themselves differentiable. Derivatives of a gradient need all logits at once."""
     hidden, weight, bias, target, sample_weight, _ = ctx.saved_tensors
     options, needed = ctx.options, ctx.needs_input_grad[:5]
-    wanted = [tensor for tensor, need in zip((hidden, weight, bias, target, sample_weight), needed, strict=True) if need]
     need_ce = options.cross_entropy_weight != 0
-    with torch.enable_grad(), full_precision(hidden.device):
-        logits = F.linear(_without_unused(hidden, target, sample_weight, options), weight, bias)
-        S, n, _, ce = composite.joint(logits, target, sample_weight, weight.shape[0], options.ignore_index, "logits", need_ce)
-        outputs, upstream = ([S, ce], [S_grad, ce_grad]) if need_ce else ([S], [S_grad])
-        if needed[4]:
-            outputs.append(differentiable_total(logits, target, sample_weight, n, options))
-            upstream.append(total_grad)
-        found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
-    return [next(found) if need else None for need in needed]
+
+    def outputs() -> list[Tensor]:
+        with full_precision(hidden.device):
+            logits = F.linear(_without_unused(hidden, target, sample_weight, options), weight, bias)
+            S, n, _, ce = composite.joint(logits, target, sample_weight, weight.shape[0], options.ignore_index, "logits", need_ce)
+            total = [differentiable_total(logits, target, sample_weight, n, options)] if needed[4] else []
+            return [S, *([ce] if need_ce else []), *total]
+
+    upstream = [S_grad, *([ce_grad] if need_ce else []), *([total_grad] if needed[4] else [])]
+    with full_precision(hidden.device):
+        return autograd.gradients_with_graph(outputs, (hidden, weight, bias, target, sample_weight), needed, upstream)
 
 
 def _check(hidden: Any, weight: Any, bias: Any, chunk_size: Any) -> None:
@@ -215,6 +217,7 @@ def _check(hidden: Any, weight: Any, bias: Any, chunk_size: Any) -> None:
         raise ValueError(f"chunk_size must be at least 1 row, got {chunk_size}")
 
 
+@shows_options("input")
 def linear_dmi_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -222,15 +225,8 @@ def linear_dmi_loss(
     bias: Tensor | None = None,
     *,
     sample_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    absent: str = "present",
-    eps: float = 0.0,
-    normalize: bool = True,
-    cross_entropy_weight: float = 0.0,
-    group: Any = None,
-    engine: str | None = None,
     chunk_size: int | None = None,
-    **unknown: Any,
+    **options: Unpack[OptionKeywords],
 ) -> Tensor:
     """``dmi_loss(F.linear(hidden, weight, bias), target)`` without the logits: for many classes and rows.
 
@@ -242,9 +238,9 @@ def linear_dmi_loss(
         weight: (C, D), bias: (C,) or None: of that layer, as in ``torch.nn.Linear``.
         target: class indices (N, ...), or distributions (N, ..., C); the classes come last, as in the logits of a linear layer.
         sample_weight: (N, ...).
-        ignore_index, absent, eps, normalize, cross_entropy_weight, group, engine: as for :func:`ldmi_fast.dmi_loss`.
         chunk_size: rows at a time; None: about 4 million logits. Where it is smaller than C, the joint is added up by plain
             PyTorch operations, whichever the engine.
+        options: the options of :func:`ldmi_fast.dmi_loss`, without ``input``.
 
     Returns:
         A scalar, fp32 (fp64 if the layer computes in fp64), differentiable with respect to hidden, weight, bias and soft targets.
@@ -258,10 +254,7 @@ def linear_dmi_loss(
     Example:
         >>> loss = linear_dmi_loss(features, model.head.weight, noisy_labels, model.head.bias)
     """
-    if unknown:
-        names = [name for name in OPTION_NAMES if name != "input"]
-        explain_keywords("linear_dmi_loss", unknown, ("bias", "sample_weight", *names, "chunk_size"))
-    options = make_options(ignore_index, absent, eps, normalize, cross_entropy_weight, "logits", engine, group)
+    checked = make_options("linear_dmi_loss", options, without=("input",), others=("bias", "sample_weight", "chunk_size"))
     _check(hidden, weight, bias, chunk_size)
     chunk_size = None if chunk_size is None else int(chunk_size)
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
@@ -286,20 +279,20 @@ def linear_dmi_loss(
     hidden = hidden.reshape(-1, hidden.shape[-1])
     # nothing is stored for it: one number, seen from everywhere
     logits_like = hidden.new_empty(1).expand(len(hidden), classes)
-    check_tensors(logits_like, target, sample_weight, options)
+    check_tensors(logits_like, target, sample_weight, checked)
     # With so few rows the logits are smaller than their joint.
-    few = options.group is None and few_rows.applies(logits_like, target)
+    few = checked.group is None and few_rows.applies(len(hidden), classes, target.is_floating_point())
     if few or transformed() or (torch.compiler.is_exporting() and torch.is_grad_enabled()):
         with full_precision(hidden.device):
-            logits = F.linear(_without_unused(hidden, target, sample_weight, options), weight, bias)
-        return evaluate(logits, target, sample_weight, options)
-    chosen = choose(hidden, options)
+            logits = F.linear(_without_unused(hidden, target, sample_weight, checked), weight, bias)
+        return evaluate(logits, target, sample_weight, checked)
+    chosen = choose(hidden, checked)
     chunk = _rows(len(hidden), classes, chunk_size)
-    S, n, total, ce = _LinearSums.apply(hidden, weight, bias, target, sample_weight, options, chosen, chunk)
+    S, n, total, ce = _LinearSums.apply(hidden, weight, bias, target, sample_weight, checked, chosen, chunk)
     n = n.detach()
     sums = Sums(S, with_samples(n, target, sample_weight), total, ce)
     del S  # the determinant's backward needs V alone
-    loss = conclude(sums, options, chosen, hidden.dtype)
+    loss = conclude(sums, checked, chosen, hidden.dtype)
     if not torch.compiler.is_compiling():
-        check_values(loss, target, sample_weight, classes, options.ignore_index)
+        check_values(loss, target, sample_weight, classes, checked.ignore_index)
     return loss

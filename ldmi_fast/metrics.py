@@ -13,7 +13,7 @@ from . import stages
 from .checks import SUM_ROUNDING, probability_rows, raise_for_values
 from .engines import composite
 from .engines.choose import choose
-from .functional import prepare
+from .evaluate import prepare
 from .options import check_num_classes, make_options
 from .precision import accumulator, compute_dtype
 from .rows import used_rows
@@ -76,7 +76,7 @@ class DMI(Metric):
     ) -> None:
         super().__init__(**kwargs)
         self.num_classes = check_num_classes(num_classes)
-        self.options = make_options(ignore_index, absent, 0.0, True, 0.0, input, None)
+        self.options = make_options("DMI", {"ignore_index": ignore_index, "absent": absent, "input": input})
         acc = accumulator(torch.empty(0).device)
         classes = self.num_classes
         self.add_state("joint", torch.zeros(classes, classes, dtype=acc), dist_reduce_fx="sum")

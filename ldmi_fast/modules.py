@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .average import MovingAverage, new_state, takes_part
 from .checks import check_place, check_tensors
 from .diagnostics import JointReport, report_on
-from .functional import evaluate, evaluate_in_stages
+from .evaluate import evaluate
 from .joint_state import JointState
-from .options import OPTION_NAMES, Options, as_float, as_int, check_num_classes, explain_keywords
+from .options import OptionKeywords, as_float, as_int, check_num_classes, make_options, raise_unexpected_keyword, shows_options
 from .precision import accumulator
 from .tracing import may_look, transformed
 
@@ -54,7 +54,7 @@ class DMILoss(nn.Module):
     Args:
         num_classes: C, if it is to be checked against the logits; None takes any. ``momentum`` needs it.
         momentum: m, 0 <= m < 1; None: each batch by itself. About 1 / (1 - m) batches are averaged.
-        ignore_index, absent, eps, normalize, cross_entropy_weight, input, group, engine: as for :func:`ldmi_fast.dmi_loss`.
+        options: those of :func:`ldmi_fast.dmi_loss`.
 
     Raises:
         TypeError, ValueError: an option that cannot work.
@@ -67,27 +67,18 @@ class DMILoss(nn.Module):
     # 2: with momentum there are buffers
     _version = 2
 
+    @shows_options()
     def __init__(
         self,
         num_classes: int | None = None,
         *,
         momentum: float | None = None,
-        ignore_index: int = -100,
-        absent: str = "present",
-        eps: float = 0.0,
-        normalize: bool = True,
-        cross_entropy_weight: float = 0.0,
-        input: str = "logits",
-        group: Any = None,
-        engine: str | None = None,
-        **unknown: Any,
+        **options: Unpack[OptionKeywords],
     ) -> None:
         super().__init__()
-        if unknown:
-            explain_keywords("DMILoss", unknown, ("momentum", *OPTION_NAMES))
         self.num_classes = None if num_classes is None else check_num_classes(num_classes)
         self.momentum = _check_momentum(momentum)
-        self.options = Options(ignore_index, absent, eps, normalize, cross_entropy_weight, input, engine, group)
+        self.options = make_options("DMILoss", options, others=("num_classes", "momentum"))
         if momentum is not None:
             if num_classes is None:
                 raise ValueError("momentum needs num_classes: the average is a num_classes x num_classes buffer")
@@ -96,7 +87,7 @@ class DMILoss(nn.Module):
             self._remember()
 
     @classmethod
-    def recommended(cls, num_classes: int, batch_size: int, **options: Any) -> DMILoss:
+    def recommended(cls, num_classes: int, batch_size: int, **options: Unpack[OptionKeywords]) -> DMILoss:
         """The loss with the momentum that suits these classes and batches, for noisy labels. Call :meth:`calibrate` after the cross
         entropy stage: with more classes than samples in a batch it matters as much as the momentum.
 
@@ -149,7 +140,7 @@ class DMILoss(nn.Module):
             RuntimeError: an average would have to be updated inside a ``torch.func`` transform.
         """
         if unknown:
-            explain_keywords("DMILoss.forward", unknown, ("sample_weight",))
+            raise_unexpected_keyword("DMILoss.forward", next(iter(unknown)), ("sample_weight",))
         self._check_classes(logits)
         if self.momentum is None or not self.training:
             return evaluate(logits, target, sample_weight, self.options)
@@ -163,7 +154,7 @@ class DMILoss(nn.Module):
             )
         if isinstance(logits, Tensor):
             check_place(self.average_joint.device, logits)
-        return evaluate_in_stages(logits, target, sample_weight, self.options, self.average)
+        return evaluate(logits, target, sample_weight, self.options, self.average)
 
     def activation(self, logits: Tensor) -> Tensor:
         """Probabilities, the softmax over dimension 1 (the logits themselves with ``input="probs"``). fastai calls it for predictions.
@@ -204,8 +195,7 @@ class DMILoss(nn.Module):
             TypeError, ValueError: a batch or an output of another form.
         """
         average = self._with_momentum("calibrate")
-        names = [name for name in OPTION_NAMES if name != "group"]
-        state = JointState(self.num_classes, **{name: getattr(self.options, name) for name in names})
+        state = JointState(self.num_classes, **self.options.saved(), engine=self.options.engine)
         state.device = self.average_joint.device
         state.update_from(loader, model)
         if self.options.group is not None:
@@ -319,15 +309,10 @@ class DMILoss(nn.Module):
             warnings.warn(_ROUNDED, stacklevel=3)
 
     def extra_repr(self) -> str:
-        defaults = Options()
         parts = [] if self.num_classes is None else [str(self.num_classes)]
         if self.momentum is not None:
             parts.append(f"momentum={self.momentum!r}")
-        for field in fields(Options):
-            value = getattr(self.options, field.name)
-            if value != getattr(defaults, field.name):
-                parts.append(f"{field.name}={value!r}")
-        return ", ".join(parts)
+        return ", ".join(parts + self.options.changed())
 
 
 def _check_momentum(momentum: Any) -> float | None:

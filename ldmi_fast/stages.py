@@ -63,16 +63,18 @@ class _JointSums(torch.autograd.Function):
         logits, target, sample_weight, lse = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            wanted = [tensor for tensor, need in zip((logits, target, sample_weight), needed, strict=True) if need]
-            with torch.enable_grad():
-                S, _, total, ce = _differentiable(logits, target, sample_weight, len(S_grad), options)
-            outputs, upstream = [S], [S_grad]
+            upstream = [S_grad]
             if options.cross_entropy_weight != 0:
-                outputs, upstream = [*outputs, ce], [*upstream, ce_grad]
+                upstream.append(ce_grad)
             if needed[2]:
-                outputs, upstream = [*outputs, total], [*upstream, total_grad]
-            found = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
-            return *(next(found) if need else None for need in needed), None, None, None
+                upstream.append(total_grad)
+
+            def outputs() -> list[Tensor]:
+                S, _, total, ce = _differentiable(logits, target, sample_weight, len(S_grad), options)
+                return [S, *([ce] if options.cross_entropy_weight != 0 else []), *([total] if needed[2] else [])]
+
+            found = autograd.gradients_with_graph(outputs, (logits, target, sample_weight), needed, upstream)
+            return *found, None, None, None
         S_grad = S_grad.contiguous()
         minus = S_grad.new_full((), -1.0)
         d_logits = d_target = d_weight = None
@@ -98,6 +100,17 @@ def joint_sums(
         S, n, total, ce = _JointSums.apply(logits, target, sample_weight, num_labels, options, engine)
     n = n.detach()
     return Sums(S, with_samples(n, target, sample_weight), total, ce)
+
+
+def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
+    """U = S / W [C, C] (S itself with ``normalize=False``; zeros when nothing has weight) of flattened arguments, differentiable."""
+    if engine is composite or transformed():
+        return composite.joint_matrix(logits, target, sample_weight, options)
+    sums = joint_sums(logits, target, sample_weight, options, engine)
+    joint = sums.S
+    if options.normalize:
+        joint = joint * (1 / torch.where(sums.total == 0, 1, sums.total))
+    return autograd.as_result(joint, logits)
 
 
 class _LogAbsDet(torch.autograd.Function):

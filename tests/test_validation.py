@@ -547,7 +547,7 @@ INTEGERS = [np.int8, np.uint8, np.int16, np.int64, np.uint64]
 def test_integers_of_numpy(kind: Any) -> None:
     batch = problem(40, 5)
     assert dmi_loss(batch.logits, batch.target, ignore_index=kind(3)) == dmi_loss(batch.logits, batch.target, ignore_index=3)
-    options = make_options(kind(3), "present", kind(1), True, 0.0, "logits", None)
+    options = make_options("dmi_loss", {"ignore_index": kind(3), "eps": kind(1)})
     assert (options.ignore_index, options.eps) == (3, 1.0)
     assert (type(options.ignore_index), type(options.eps)) == (int, float)
     found = check_num_classes(kind(5))
