@@ -10,6 +10,7 @@ ARGS      ?=
 PY := $(VENV)/bin/python
 # What the installed package is made from: a change in any of these installs it again.
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
+SHELL_FILES := .ci/run $(shell find bench -name '*.sh')
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Threads that sleep while they wait instead of spinning: on a machine that does other work too, PyTorch's
@@ -52,9 +53,13 @@ bench-check: install ## time it again and fail where it became slower than the c
 gpu: ## on a machine with an NVIDIA GPU: build in place, test, sanitize, measure; ARGS names parts
 	PYTHON=$(PYTHON) bench/gpu/run.sh $(ARGS)
 
-lint: install ## ruff and clang-format, changing nothing
+lint: install ## linters, types, layers, spelling; changing nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/codespell .
+	$(VENV)/bin/shellcheck $(SHELL_FILES)
 	$(if $(CXX_FILES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES))
 
 format: install ## ruff and clang-format, rewriting the files

@@ -140,6 +140,7 @@ def _paths(
 
 
 def main() -> int:
+    """Print the report."""
     print(f"ldmi_fast {__version__}   torch {torch.__version__}   Python {platform.python_version()}   {platform.platform()}")
     if ops.compiled is None:
         print(f"compiled kernels: none; {ops.why_not_compiled}")

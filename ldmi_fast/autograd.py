@@ -8,15 +8,15 @@ Under functorch transforms (grad, vmap, ...) the composite engine does everythin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import FunctionCtx
 
 from .engines import composite
 from .engines.combine import combine
+from .engines.contract import Engine
 from .options import Options
 from .precision import compute_dtype
 from .presence import classes_with_samples
@@ -128,7 +128,7 @@ def as_result(value: Tensor, logits: Tensor) -> Tensor:
 
 
 def _loss_gradients_with_graph(
-    ctx: FunctionCtx, logits: Tensor, target: Tensor, sample_weight: Tensor | None, grad: Tensor
+    ctx: Any, logits: Tensor, target: Tensor, sample_weight: Tensor | None, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     found = gradients_with_graph(
         lambda: [composite.loss(logits, target, sample_weight, ctx.options)], (logits, target), ctx.needs_input_grad[:2], [grad]
@@ -141,20 +141,20 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         logits: Tensor,
         target: Tensor,
         sample_weight: Tensor | None,
         options: Options,
-        engine: ModuleType,
+        engine: Engine,
     ) -> Tensor:
-        loss, grad = engine.fused(logits, target, sample_weight, *options.of_loss)
+        loss, grad = engine.fused(logits, target, sample_weight, *options.for_ops)
         ctx.options = options
         ctx.save_for_backward(logits, target, sample_weight, grad)
         return loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, sample_weight, saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _loss_gradients_with_graph(ctx, logits, target, sample_weight, grad)
@@ -162,14 +162,14 @@ class _Fused(torch.autograd.Function):
 
 
 def _loss_forward(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType, gradient: bool
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: Engine, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``loss_forward`` of an engine. Soft targets that say nothing about some class stand between its joint and its determinant."""
     if not target.is_floating_point():
-        return engine.loss_forward(logits, target, sample_weight, *options.of_loss, gradient)
+        return engine.loss_forward(logits, target, sample_weight, *options.for_ops, gradient)
     told = classes_with_samples(target, sample_weight)
     if told is None:
-        return engine.loss_forward(logits, target, sample_weight, *options.of_loss, gradient)
+        return engine.loss_forward(logits, target, sample_weight, *options.for_ops, gradient)
     S, n, lse, ce = engine.joint(logits, target, sample_weight, logits.shape[1], options.ignore_index, options.input)
     log_abs_det, _, kept, V = engine.logdet_inverse(S, torch.where(told, n, 0), options.absent)
     total = total_weight(target, sample_weight, n)
@@ -182,12 +182,12 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         logits: Tensor,
         target: Tensor,
         sample_weight: Tensor | None,
         options: Options,
-        engine: ModuleType,
+        engine: Engine,
     ) -> Tensor:
         loss, lse, V, scale, ce_scale = _loss_forward(logits, target, sample_weight, options, engine, True)
         ctx.options = options
@@ -196,7 +196,7 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         options = ctx.options
         logits, target, sample_weight, lse, V, scale, ce_scale = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -220,13 +220,19 @@ def _needs_gradient(logits: Tensor, target: Tensor) -> bool:
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad))
 
 
-def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType, *, fused: bool) -> Tensor:
+def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: Engine, *, fused: bool) -> Tensor:
     """The loss [] of flattened arguments, by ``engine``, differentiable by logits and targets.
 
     Args:
+        logits: [N, C].
+        target: [N] integer or [N, C] floating.
+        sample_weight: [N] or None.
+        options: of the loss.
+        engine: the module with its ops.
         fused: whether the gradient comes from the same call as the loss.
     """
     if not _needs_gradient(logits, target):
         return _loss_forward(logits, target, sample_weight, options, engine, False)[0]
     function = _Fused if fused else _Loss
-    return function.apply(logits, target, sample_weight, options, engine)
+    found: Tensor = function.apply(logits, target, sample_weight, options, engine)
+    return found

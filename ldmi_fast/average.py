@@ -9,6 +9,7 @@ be if the joint of the batch were B. The class counts are averaged as well, and 
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def _in_backward() -> bool:
 def _in_function_forward() -> bool:
     """Whether the forward of a custom autograd Function is running, which turns gradients off and yet is part of training: reentrant
     activation checkpointing, of PyTorch or of others, is such a Function, and its backward calls the model again."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and code.co_argcount:

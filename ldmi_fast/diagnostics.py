@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from . import stages
 from .average import MovingAverage
 from .checks import NEGATIVE_SHARE, SUM_ROUNDING, TWO_CLASSES, check_place, check_tensors, probability_rows
 from .engines.choose import choose, choose_name
+from .engines.contract import Engine
 from .evaluate import evaluate, prepare
 from .options import OptionKeywords, Options, make_options, shows_options
 from .precision import EPSILON, compute_dtype
@@ -328,7 +328,7 @@ def _permutation(R: Tensor, present: Tensor) -> list[int] | None:
     return found.tolist()
 
 
-def _compare(U: Tensor, average: MovingAverage, spread: float, heights: float, weights: float, engine: ModuleType) -> AverageReport:
+def _compare(U: Tensor, average: MovingAverage, spread: float, heights: float, weights: float, engine: Engine) -> AverageReport:
     """``heights``: sum (w_i |p_i| / W)^2; ``weights``: sum (w_i / W)^2. So E|U - E U|^2 is about heights - weights |E U|^2."""
     B, counts = average.mean()
     log_abs_det, sign, kept, _ = engine.logdet_inverse(B, counts, "present")  # as the loss

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .options import LOSS_OPTION_NAMES, Options, describe_number
 from .process_groups import resolve
@@ -48,17 +48,16 @@ class _AllReduce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, tensor: Tensor, group: dist.ProcessGroup, world_size: int, alike: bool) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup, world_size: int, alike: bool) -> Tensor:
         ctx.group = group
         ctx.world_size = world_size
         ctx.alike = alike
-        if torch.compiler.is_compiling():
-            return functional_collectives.wait_tensor(functional_collectives.all_reduce(tensor, "sum", group))
-        with _explained(group):
-            return functional_collectives.wait_tensor(functional_collectives.all_reduce(tensor, "sum", group))
+        with nullcontext() if torch.compiler.is_compiling() else _explained(group):
+            total: Tensor = functional_collectives.wait_tensor(functional_collectives.all_reduce(tensor, "sum", group))
+        return total
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             ctx.alike = False
         if ctx.alike:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from types import ModuleType
 from typing import Literal
 
 import torch
@@ -18,6 +17,7 @@ from .average import MovingAverage
 from .checks import check_tensors, flatten, raise_for_values
 from .engines import composite, native
 from .engines.choose import choose
+from .engines.contract import Engine
 from .options import CHECK_VARIABLE, ENGINE_VARIABLE, Options
 from .precision import accumulator, compute_dtype
 from .sums import Sums
@@ -30,7 +30,7 @@ def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, option
     return flatten(logits, target, widen(sample_weight))
 
 
-def engine_for(logits: Tensor, options: Options) -> ModuleType:
+def engine_for(logits: Tensor, options: Options) -> Engine:
     """The engine for these logits. A program that torch.export makes has no autograd Functions, so one that may be trained takes the
     engine that PyTorch differentiates itself."""
     if torch.compiler.is_exporting() and torch.is_grad_enabled():
@@ -70,7 +70,7 @@ def path_of(
     soft: bool,
     sample_weight: Tensor | None,
     options: Options,
-    engine: ModuleType,
+    engine: Engine,
     averaged: bool = False,
 ) -> Path:
     """How the loss of [N, C] logits is computed by ``engine``. This is decided here alone; :func:`ldmi_fast.explain` asks, too.
@@ -151,7 +151,7 @@ def evaluate(
     return loss
 
 
-def conclude(sums: Sums, options: Options, engine: ModuleType, dtype: torch.dtype, average: MovingAverage | None = None) -> Tensor:
+def conclude(sums: Sums, options: Options, engine: Engine, dtype: torch.dtype, average: MovingAverage | None = None) -> Tensor:
     """From the sums of a batch to its loss: over the ranks, through the average, then the determinant. ``dtype``: of the logits."""
     if options.group is not None:
         from . import distributed  # imports torch.distributed, which most programs do without

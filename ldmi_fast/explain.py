@@ -57,8 +57,11 @@ def explain(
     """Which engine and kernels :func:`ldmi_fast.dmi_loss` would run for these arguments, and why. Runs nothing.
 
     Args:
-        logits, target and the options: as for :func:`ldmi_fast.dmi_loss`. With ``group`` no rank has to call, and the plan is that for
-            the samples of this one.
+        logits: as for :func:`ldmi_fast.dmi_loss`. Its values are not read.
+        target: as for :func:`ldmi_fast.dmi_loss`. Its values are not read.
+        sample_weight: as for :func:`ldmi_fast.dmi_loss`.
+        options: those of :func:`ldmi_fast.dmi_loss`. With ``group`` no rank has to call, and the plan is that for the samples of this
+            one.
 
     Returns:
         A :class:`Plan`; print it.
@@ -126,7 +129,8 @@ def _in_stages(alone: Plan, name: str, logits: Tensor, rows: int, soft: bool, op
     """The plan where something stands between joint and logdet_inverse: the sums of all ranks, or the gradient of sample weights. No
     engine then does it in one call."""
     classes = logits.shape[1]
-    how, rest = alone.kernels, ()
+    how: tuple[str, ...] = alone.kernels
+    rest: tuple[str, ...] = ()
     if name == "composite":
         how, rest = alone.kernels[:2], alone.kernels[2:]
     elif len(how) == 1:

@@ -8,13 +8,13 @@ data and no device has to be waited for. The joint is then [N, C] instead of [C,
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import stages
 from .engines.combine import combine
+from .engines.contract import Engine
 from .options import Options
 from .precision import compute_dtype
 from .rows import counted_labels, rows_with_derivatives
@@ -58,13 +58,16 @@ def cross_entropy(logits: Tensor, target: Tensor, sample_weight: Tensor | None, 
     classes = logits.shape[1]
     x = logits.to(compute_dtype(logits.dtype))
     used, label, weight, nan = rows_with_derivatives(x, target, sample_weight, classes, options.ignore_index, options.input)
+    assert used is not None  # hard labels have all of these
+    assert weight is not None
+    assert nan is not None
     x = torch.where(used.unsqueeze(-1), x, 1.0 / classes)
     logp = torch.log_softmax(x, -1) if options.input == "logits" else x.log()
     own = logp.gather(1, label.unsqueeze(-1)).squeeze(-1).to(weight.dtype)
     return -(weight * own).sum() + nan
 
 
-def finish(sums: Sums, class_of_slot: Tensor, classes: int, options: Options, engine: ModuleType, dtype: torch.dtype) -> Tensor:
+def finish(sums: Sums, class_of_slot: Tensor, classes: int, options: Options, engine: Engine, dtype: torch.dtype) -> Tensor:
     """The loss [] of sums whose S is [N, C] and n [N] by slots. ``dtype``: of the logits."""
     level, _, kept, _ = stages.log_abs_det(sums.S.index_select(1, class_of_slot), sums.n, "present", engine)
     if options.absent == "strict":  # fewer samples than classes: some class is absent
@@ -74,7 +77,7 @@ def finish(sums: Sums, class_of_slot: Tensor, classes: int, options: Options, en
     return value.to(compute_dtype(dtype))
 
 
-def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
+def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: Engine) -> Tensor:
     """The loss [] of flattened, checked arguments, as :func:`ldmi_fast.autograd.loss`."""
     dtype = logits.dtype
     slot, class_of_slot = slots(target, sample_weight, logits.shape[1], options.ignore_index)

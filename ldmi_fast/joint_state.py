@@ -143,7 +143,9 @@ class JointState:
         """Add a micro-batch: the first pass. No gradient is kept.
 
         Args:
-            logits, target, sample_weight: as for :func:`ldmi_fast.dmi_loss`.
+            logits: as for :func:`ldmi_fast.dmi_loss`.
+            target: as for :func:`ldmi_fast.dmi_loss`.
+            sample_weight: as for :func:`ldmi_fast.dmi_loss`.
 
         Raises:
             TypeError, ValueError, IndexError: as :func:`ldmi_fast.dmi_loss`; nothing is added then. RuntimeError: after
@@ -251,7 +253,9 @@ class JointState:
         """The part of one micro-batch: the second pass. Linear in the probabilities; its gradient is that of the loss of everything.
 
         Args:
-            logits, target, sample_weight: as in the first pass.
+            logits: as in the first pass.
+            target: as in the first pass.
+            sample_weight: as in the first pass.
 
         Returns:
             A scalar, fp32 (fp64 for fp64 logits). Over all micro-batches of all ranks it adds up to -k (times world_size after
@@ -308,7 +312,7 @@ class JointState:
         """Read what :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file. ValueError: one of a later version, or a damaged one, or another one.
+            FileNotFoundError: the file does not exist. ValueError: :meth:`save` did not write it, or it is damaged, or of a newer format.
         """
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -343,7 +347,8 @@ def dmi_score(
     clean labels plus a constant, log|det T|, so it ranks models as clean labels would, up to a permutation of the classes.
 
     Args:
-        model, loader: as for :meth:`JointState.update_from`; a module runs in eval mode.
+        model: as for :meth:`JointState.update_from`; a module runs in eval mode.
+        loader: as for :meth:`JointState.update_from`.
         num_classes: C.
         group: a torch.distributed group whose ranks each have a part of the data, none of it twice.
         options: as for :class:`JointState`.

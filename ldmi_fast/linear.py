@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from typing_extensions import Unpack
 
 from . import autograd, few_rows
 from .checks import FLOATS, check_dense, check_tensors
 from .engines import composite
 from .engines.choose import choose
+from .engines.contract import Engine
 from .evaluate import check_values, conclude, evaluate, widen
 from .options import OptionKeywords, Options, as_int, make_options, shows_options
 from .precision import accumulator, compute_dtype, full_precision
@@ -70,14 +69,12 @@ def _without_unused(hidden: Tensor, target: Tensor, sample_weight: Tensor | None
     soft = target.is_floating_point()
     if soft and sample_weight is None:
         return hidden
-    used = None
-    if sample_weight is not None:
-        used = sample_weight != 0
-        if may_need_gradient(sample_weight):  # a weight of 0 has a derivative
-            used = used | hidden.isfinite().all(-1)
+    used = torch.ones((), dtype=torch.bool, device=hidden.device) if sample_weight is None else sample_weight != 0
+    if sample_weight is not None and may_need_gradient(sample_weight):  # a weight of 0 has a derivative
+        used = used | hidden.isfinite().all(-1)
     if not soft:
         counted = counted_labels(target, 0, options.ignore_index)[1]
-        used = counted if used is None else used & counted
+        used = used & counted
     if used.is_cpu and may_look(used) and used.all():
         return hidden
     return torch.where(used.unsqueeze(-1), hidden, 0)
@@ -86,19 +83,21 @@ def _without_unused(hidden: Tensor, target: Tensor, sample_weight: Tensor | None
 class _LinearSums(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
         sample_weight: Tensor | None,
         options: Options,
-        engine: ModuleType,
+        engine: Engine,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         classes = weight.shape[0]
         acc = accumulator(hidden.device)
-        S = n = ce = None
+        S: Tensor | None = None
+        n = torch.zeros(classes, dtype=acc, device=hidden.device)
+        ce = torch.zeros((), dtype=acc, device=hidden.device)
         lses = []
         with full_precision(hidden.device):
             for start in range(0, max(len(hidden), 1), chunk):
@@ -107,15 +106,16 @@ class _LinearSums(torch.autograd.Function):
                 y, w = target[rows], None if sample_weight is None else sample_weight[rows]
                 if chunk >= classes:
                     added = engine.joint(logits, y, w, classes, options.ignore_index, "logits")
-                    S, n = (added[0], added[1]) if S is None else (S.add_(added[0]), n.add_(added[1]))
+                    S = added[0] if S is None else S.add_(added[0])
+                    n.add_(added[1])
                     lse, part = added[2], added[3]
                 else:
                     if S is None:
                         S = torch.zeros(classes, classes, dtype=acc, device=hidden.device)
-                        n = torch.zeros(classes, dtype=acc, device=hidden.device)
                     lse, part = _add_joint(S, n, logits, y, w, options)
                 lses.append(lse)
-                ce = part if ce is None else ce + part
+                ce = ce + part
+        assert S is not None  # there is a chunk, if an empty one
         if torch.compiler.is_compiling():  # under torch 2.11 no gradient reaches an output that was written in place
             S, n = S.clone(), n.clone()
         ctx.options, ctx.engine, ctx.chunk = options, engine, chunk
@@ -125,7 +125,7 @@ class _LinearSums(torch.autograd.Function):
         return S, n, total, ce
 
     @staticmethod
-    def backward(ctx: FunctionCtx, S_grad: Tensor, n_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, S_grad: Tensor, n_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, sample_weight, lse = ctx.saved_tensors
         options, needed = ctx.options, ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
@@ -146,7 +146,7 @@ class _LinearSums(torch.autograd.Function):
                 logits = F.linear(x, weight, bias)
                 if d_target is not None:
                     d_target[rows] = autograd.target_grad(logits, y, w, S_grad, minus, ce_grad, options)
-                if d_sample_weight is not None:
+                if d_sample_weight is not None and w is not None:
                     d_sample_weight[rows] = autograd.sample_weight_grad(logits, y, w, S_grad, total_grad, ce_grad, options)
                 if d_hidden is None and d_weight is None and d_bias is None:
                     continue
@@ -177,7 +177,7 @@ class _LinearSums(torch.autograd.Function):
         )
 
 
-def _gradients_with_graph(ctx: FunctionCtx, S_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients_with_graph(ctx: Any, S_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients, themselves differentiable. Derivatives of a gradient need all logits at once."""
     hidden, weight, bias, target, sample_weight, _ = ctx.saved_tensors
     options, needed = ctx.options, ctx.needs_input_grad[:5]

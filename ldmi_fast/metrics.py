@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -170,15 +170,15 @@ class DMI(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> DMI:
         # .half() and .to(dtype) must not touch the state: rounded to half precision its determinant is noise. Only devices change.
         # torchmetrics would also convert what it has in store.
-        stored, self._computed, self._forward_cache = (self._computed, self._forward_cache), None, None
+        stored: tuple[Any, ...] = (self._computed, self._forward_cache)
+        self._computed = self._forward_cache = None
         super()._apply(fn, exclude_state=(*_STATES, *exclude_state))
         for name in _STATES:
             if name not in exclude_state:
-                self._defaults[name] = _applied(fn, self._defaults[name])
+                self._defaults[name] = _applied(fn, cast(Tensor, self._defaults[name]))
                 setattr(self, name, _applied(fn, getattr(self, name)))
-        self._computed, self._forward_cache, self._sign = (
-            None if value is None else _applied(fn, value) for value in (*stored, self._sign)
-        )
+        moved = [None if value is None else _applied(fn, value) for value in (*stored, self._sign)]
+        self._computed, self._forward_cache, self._sign = cast("Any", moved)
         return self
 
 

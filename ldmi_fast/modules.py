@@ -67,6 +67,11 @@ class DMILoss(nn.Module):
     # 2: with momentum there are buffers
     _version = 2
 
+    average_joint: Tensor
+    average_counts: Tensor
+    average_weight: Tensor
+    average_steps: Tensor
+
     @shows_options()
     def __init__(
         self,
@@ -80,7 +85,7 @@ class DMILoss(nn.Module):
         self.momentum = _check_momentum(momentum)
         self.options = make_options("DMILoss", options, others=("num_classes", "momentum"))
         if momentum is not None:
-            if num_classes is None:
+            if self.num_classes is None:
                 raise ValueError("momentum needs num_classes: the average is a num_classes x num_classes buffer")
             for name, tensor in new_state(self.num_classes).items():
                 self.register_buffer(name, tensor)
@@ -126,7 +131,7 @@ class DMILoss(nn.Module):
             return None
         if not torch.compiler.is_compiling() and self.average_joint.is_inference() and not torch.is_inference_mode_enabled():
             for name in (*AVERAGES, "average_steps"):  # made or loaded in inference mode, such tensors cannot be changed outside
-                self._buffers[name] = self._buffers[name].clone()
+                self._buffers[name] = self._tensor(name).clone()
             self._remember()
         self._restore_precision()
         return MovingAverage(self.average_joint, self.average_counts, self.average_weight, self.average_steps, self.momentum)
@@ -187,14 +192,15 @@ class DMILoss(nn.Module):
         each rank passes over its own part.
 
         Args:
-            loader, model: as for :meth:`JointState.update_from`; a few hundred samples a class do. A module runs in eval mode,
-                without gradients; modes are put back.
+            loader: as for :meth:`JointState.update_from`; a few hundred samples per class are enough.
+            model: as for :meth:`JointState.update_from`. A module runs in eval mode, without gradients; modes are put back.
 
         Raises:
             RuntimeError: there is no momentum. ValueError: nothing in the data counts, or the model's outputs are not finite.
             TypeError, ValueError: a batch or an output of another form.
         """
         average = self._with_momentum("calibrate")
+        assert self.num_classes is not None  # momentum needs it
         state = JointState(self.num_classes, **self.options.saved(), engine=self.options.engine)
         state.device = self.average_joint.device
         state.update_from(loader, model)
@@ -212,22 +218,29 @@ class DMILoss(nn.Module):
         to the average (``report.average``), which it does not enter.
 
         Args:
-            logits, target, sample_weight: as for the loss.
+            logits: as for the loss.
+            target: as for the loss.
+            sample_weight: as for the loss.
         """
         check_tensors(logits, target, sample_weight, self.options)
         self._check_classes(logits)
         return report_on(logits, target, sample_weight, self.options, self.average)
 
+    def _tensor(self, name: str) -> Tensor:
+        buffer = self._buffers[name]
+        assert buffer is not None
+        return buffer
+
     def _remember(self) -> None:
         """Keep a second tensor over the memory of each buffer of the average. It costs nothing, and still has fp64 numbers after
         something has replaced the data of the buffer by a rounded copy."""
-        self._exact = {name: self._buffers[name].detach() for name in AVERAGES}
+        self._exact = {name: self._tensor(name).detach() for name in AVERAGES}
 
     def _restore_precision(self) -> None:
         """Bring the average back to fp64 if something has cast the buffers without asking the module: FSDP and DDP with
         ``MixedPrecision(buffer_dtype=...)`` replace the data of buffers, ``load_state_dict(assign=True)`` the buffers themselves."""
         wide = accumulator(self.average_joint.device)
-        if all(self._buffers[name].dtype == wide for name in AVERAGES):
+        if all(self._tensor(name).dtype == wide for name in AVERAGES):
             return
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -237,7 +250,7 @@ class DMILoss(nn.Module):
             )
         rounded = False
         for name in AVERAGES:
-            buffer, exact = self._buffers[name], self.__dict__.get("_exact", {}).get(name)
+            buffer, exact = self._tensor(name), self.__dict__.get("_exact", {}).get(name)
             restored = buffer.detach().to(wide)
             if not may_look(buffer):
                 continue
@@ -256,7 +269,7 @@ class DMILoss(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.momentum is not None:
             self._remember()
 
@@ -276,11 +289,11 @@ class DMILoss(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DMILoss:
         # .half() and .to(dtype) must not touch the average: rounded to half precision its determinant is noise. Only devices change.
-        kept = dict(self._buffers)
+        kept = dict(self.named_buffers(recurse=False))
         for name in kept:
             self._buffers[name] = None
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self._buffers.update(kept)
         for name, buffer in kept.items():
@@ -309,6 +322,7 @@ class DMILoss(nn.Module):
             warnings.warn(_ROUNDED, stacklevel=3)
 
     def extra_repr(self) -> str:
+        """The arguments that are not at their defaults, as ``print`` shows them."""
         parts = [] if self.num_classes is None else [str(self.num_classes)]
         if self.momentum is not None:
             parts.append(f"momentum={self.momentum!r}")
@@ -318,7 +332,7 @@ class DMILoss(nn.Module):
 def _check_momentum(momentum: Any) -> float | None:
     if momentum is None:
         return None
-    momentum = as_float("momentum", momentum, "0 <= momentum < 1, or None")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be >= 0 and < 1 (0.9 averages about 10 batches, 0.99 about 100), got {momentum!r}")
-    return momentum
+    found = as_float("momentum", momentum, "0 <= momentum < 1, or None")
+    if not 0 <= found < 1:
+        raise ValueError(f"momentum must be >= 0 and < 1 (0.9 averages about 10 batches, 0.99 about 100), got {found!r}")
+    return found

@@ -15,16 +15,18 @@ no autograd formula: a gradient saved by a forward would give a silently wrong s
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .engines import composite
 from .precision import accumulator, compute_dtype
 
 _LIBRARY = torch.library.Library("ldmi_fast", "DEF")
@@ -41,9 +43,12 @@ _SCHEMAS = (
     " bool normalize, float cross_entropy_weight, str input) -> (Tensor loss, Tensor grad)",
 )
 for _schema in _SCHEMAS:
-    _name = _schema.partition("(")[0]
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, getattr(composite, _name), "CompositeExplicitAutograd")
+
+
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Let ``function`` compute an op on every device that has no kernel of its own."""
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("ldmi_fast::joint", lib=_LIBRARY)
@@ -133,7 +138,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if importlib.util.find_spec("ldmi_fast._C") is None:
         return None, f"this installation is pure Python ({_why_pure()})"
     try:
-        from . import _C
+        _C = importlib.import_module("ldmi_fast._C")
     except ImportError as error:
         reason = f"the compiled kernels of ldmi_fast do not load with torch {torch.__version__}: {error}"
         warnings.warn(f"{reason}; falling back to the composite engine. Reinstall ldmi_fast.", stacklevel=2)
@@ -141,6 +146,8 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
+#: The module with the plan; None without compiled kernels. Its functions have no types of their own.
+compiled: Any
 compiled, why_not_compiled = _load()
 
 # Whether it has been said that there are none: where they do not load, importing says so.

@@ -1,7 +1,7 @@
 """The options of the loss, declared once: their types, defaults, checks, and what else in the package has to know of each.
 
 :class:`Options` is the declaration. Everything else follows from it: the keywords of the public functions and their signatures
-(:func:`shows_options`, :func:`make_options`), the arguments of the ops (``Options.of_loss``), what the ranks of a group have to agree
+(:func:`shows_options`, :func:`make_options`), the arguments of the ops (``Options.for_ops``), what the ranks of a group have to agree
 on (``Options.as_numbers``), and what a saved state holds (``Options.saved``). CONTRIBUTING.md says how to add one.
 """
 
@@ -145,17 +145,20 @@ def _check_group(name: str, value: Any) -> Any:
     return value
 
 
-def _about(check: Callable[[str, Any], Any], *, words: tuple[Any, ...] = (), of_loss: bool = True) -> dict[str, Any]:
+def _about(
+    check: Callable[[str, Any], Any], *, words: tuple[Any, ...] = (), of_loss: bool = True, of_ops: bool = True
+) -> dict[str, Any]:
     """The metadata of a field of :class:`Options`.
 
     Args:
         check: (name, value) -> the value as a plain Python one, for the ops, graphs and files take no others. It raises TypeError or
             ValueError for what cannot work.
         words: its values, if it has a fixed list of them.
-        of_loss: whether it decides what the loss is. Such an option is an argument of the ops, the same on all ranks of a group, and
-            part of a saved state. The others say where and by what the loss is computed.
+        of_loss: whether it decides what the loss is. Such an option has to be the same on all ranks of a group, and is part of a
+            saved state. The others say where and by what the loss is computed.
+        of_ops: whether it is an argument of the ops ``loss_forward`` and ``fused``, too.
     """
-    return {"check": check, "words": words, "of_loss": of_loss}
+    return {"check": check, "words": words, "of_loss": of_loss, "of_ops": of_loss and of_ops}
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,8 @@ class Options:
         input: ``"logits"`` or ``"probs"``.
         engine: the name of an engine, or None for the best one that can run.
         group: a torch.distributed group over whose ranks the batch is spread, or None.
-        of_loss: the options that decide what the loss is, in this order: what the ops ``loss_forward`` and ``fused`` take after their
-            tensors. It follows from the others.
+        for_ops: the options that the ops ``loss_forward`` and ``fused`` take after their tensors, in this order. It follows from the
+            others.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -192,22 +195,19 @@ class Options:
     input: str = field(default="logits", metadata=_about(partial(_check_word, allowed=INPUT), words=INPUT))
     engine: str | None = field(default=None, metadata=_about(_check_engine, of_loss=False))
     group: Any = field(default=None, metadata=_about(_check_group, of_loss=False))
-    of_loss: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+    for_ops: tuple[Any, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS:
             object.__setattr__(self, name, check(name, getattr(self, name)))
-        object.__setattr__(self, "of_loss", tuple([getattr(self, name) for name in LOSS_OPTION_NAMES]))
+        object.__setattr__(self, "for_ops", tuple([getattr(self, name) for name in _OP_OPTION_NAMES]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         return self  # nothing in it changes, and a process group cannot be copied
 
     def as_numbers(self) -> tuple[float, ...]:
         """The options that decide what the loss is as numbers, a word as its place among the words: for ranks to compare."""
-        return tuple(
-            float(_WORDS[name].index(value) if _WORDS[name] else value)
-            for name, value in zip(LOSS_OPTION_NAMES, self.of_loss, strict=True)
-        )
+        return tuple(float(_WORDS[name].index(value) if _WORDS[name] else value) for name, value in self.saved().items())
 
     def changed(self) -> list[str]:
         """The options that do not have their defaults, each as ``name=value``."""
@@ -215,7 +215,7 @@ class Options:
 
     def saved(self) -> dict[str, Any]:
         """The options that decide what the loss is, by name: what a file holds."""
-        return dict(zip(LOSS_OPTION_NAMES, self.of_loss, strict=True))
+        return {name: getattr(self, name) for name in LOSS_OPTION_NAMES}
 
 
 _DECLARED = tuple(item for item in fields(Options) if item.init)
@@ -223,6 +223,7 @@ _CHECKS: tuple[tuple[str, Callable[[str, Any], Any]], ...] = tuple((item.name, i
 _WORDS: dict[str, tuple[Any, ...]] = {item.name: item.metadata["words"] for item in _DECLARED}
 OPTION_NAMES = tuple(item.name for item in _DECLARED)
 LOSS_OPTION_NAMES = tuple(item.name for item in _DECLARED if item.metadata["of_loss"])
+_OP_OPTION_NAMES = tuple(item.name for item in _DECLARED if item.metadata["of_ops"])
 
 
 def describe_number(name: str, number: float) -> str:

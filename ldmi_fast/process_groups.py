@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,8 +41,8 @@ def resolve(group: Any) -> dist.ProcessGroup:
     """
     if isinstance(group, DeviceMesh):
         return group.get_group()
-    if group == WORLD:
+    if isinstance(group, str):
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(f"group={WORLD!r} needs a process group: call torch.distributed.init_process_group first")
-        return dist.group.WORLD
-    return group
+        group = dist.group.WORLD
+    return cast("dist.ProcessGroup", group)

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .precision import accumulator
 from .tracing import may_need_gradient
+
+
+class CountedRows(NamedTuple):
+    """Which rows of a batch count, and with what.
+
+    Attributes:
+        used: [N] bool; None: all rows.
+        label: [N] int64, or [N, K] floating: the labels or targets, 0 in rows that do not count.
+        weight: [N], 0 in rows that do not count; None: all are 1.
+        nan: [], NaN if a label or a weight is out of range, else 0; None: there is nothing that could be.
+    """
+
+    used: Tensor | None
+    label: Tensor
+    weight: Tensor | None
+    nan: Tensor | None
 
 
 def counted_labels(target: Tensor, num_labels: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -17,11 +35,8 @@ def counted_labels(target: Tensor, num_labels: int, ignore_index: int) -> tuple[
     return target, target != ignore_index
 
 
-def used_rows(
-    target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, acc: torch.dtype
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Which rows count [N] bool (None: all), their labels (0 elsewhere), weights (0 elsewhere; None: 1), and a NaN when a
-    label or a weight is out of range, else 0."""
+def used_rows(target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, acc: torch.dtype) -> CountedRows:
+    """Which rows count, their labels and their weights in the dtype ``acc``. Hard labels always have all four."""
     soft = target.is_floating_point()
     used: Tensor | None = None
     poison: Tensor | None = None
@@ -43,18 +58,18 @@ def used_rows(
     if used is not None:
         weight = used.to(acc) if weight is None else torch.where(used, weight, 0)
     nan = None if poison is None else torch.where(poison, torch.nan, 0.0).to(acc)
-    return used, target, weight, nan
+    return CountedRows(used, target, weight, nan)
 
 
 def rows_with_derivatives(
     x: Tensor, target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, input: str
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+) -> CountedRows:
     """As ``used_rows``; but where the weights may need a gradient, a row of weight 0 counts too if its label does and its values are
     finite: it adds nothing, and the loss has a derivative by its weight."""
     acc = accumulator(x.device)
     used, label, weight, nan = used_rows(target, sample_weight, num_labels, ignore_index, acc)
     if sample_weight is None or not may_need_gradient(sample_weight):
-        return used, label, weight, nan
+        return CountedRows(used, label, weight, nan)
     logp = torch.log_softmax(x.detach(), -1) if input == "logits" else x.detach().log()
     finite = ~logp.isnan().any(-1)
     if target.is_floating_point():
@@ -67,4 +82,4 @@ def rows_with_derivatives(
         label = torch.where(counted, label, 0)
         own = logp.gather(-1, (label % x.shape[-1]).unsqueeze(-1)).squeeze(-1)
         used = counted & ((sample_weight != 0) | (finite & own.isfinite()))
-    return used, label, torch.where(used, sample_weight.to(acc), 0), nan
+    return CountedRows(used, label, torch.where(used, sample_weight.to(acc), 0), nan)

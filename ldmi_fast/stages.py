@@ -12,15 +12,15 @@ without keeping S. The one-call path of :mod:`ldmi_fast.autograd` is faster for 
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from . import autograd
 from .engines import composite
 from .engines.combine import combine
+from .engines.contract import Engine
 from .options import Options
 from .precision import full_precision
 from .presence import with_samples
@@ -41,13 +41,13 @@ def _differentiable(
 class _JointSums(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         logits: Tensor,
         target: Tensor,
         sample_weight: Tensor | None,
         num_labels: int,
         options: Options,
-        engine: ModuleType,
+        engine: Engine,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         S, n, lse, ce = engine.joint(logits, target, sample_weight, num_labels, options.ignore_index, options.input)
         total = total_weight(target, sample_weight, n)
@@ -58,7 +58,7 @@ class _JointSums(torch.autograd.Function):
         return S, n, total, ce
 
     @staticmethod
-    def backward(ctx: FunctionCtx, S_grad: Tensor, n_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, S_grad: Tensor, n_grad: Tensor, total_grad: Tensor, ce_grad: Tensor) -> tuple[Tensor | None, ...]:
         options = ctx.options
         logits, target, sample_weight, lse = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
@@ -90,7 +90,7 @@ class _JointSums(torch.autograd.Function):
 
 
 def joint_sums(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType, num_labels: int | None = None
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: Engine, num_labels: int | None = None
 ) -> Sums:
     """The sums of flattened, checked arguments, by ``engine``. ``num_labels``: K, if it is not C."""
     num_labels = logits.shape[1] if num_labels is None else num_labels
@@ -102,7 +102,7 @@ def joint_sums(
     return Sums(S, with_samples(n, target, sample_weight), total, ce)
 
 
-def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: ModuleType) -> Tensor:
+def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: Engine) -> Tensor:
     """U = S / W [C, C] (S itself with ``normalize=False``; zeros when nothing has weight) of flattened arguments, differentiable."""
     if engine is composite or transformed():
         return composite.joint_matrix(logits, target, sample_weight, options)
@@ -115,7 +115,7 @@ def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, o
 
 class _LogAbsDet(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, S: Tensor, n: Tensor, absent: str, engine: ModuleType) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, S: Tensor, n: Tensor, absent: str, engine: Engine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_abs_det, sign, kept, V = engine.logdet_inverse(S, n, absent)
         ctx.save_for_backward(V)
         ctx.mark_non_differentiable(sign, kept)
@@ -123,9 +123,7 @@ class _LogAbsDet(torch.autograd.Function):
         return log_abs_det, sign, kept, V
 
     @staticmethod
-    def backward(
-        ctx: FunctionCtx, grad: Tensor | None, sign_grad: None, kept_grad: None, V_grad: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, sign_grad: None, kept_grad: None, V_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         (V,) = ctx.saved_tensors
         d_S = None if grad is None else V * grad
         if V_grad is not None:
@@ -134,15 +132,16 @@ class _LogAbsDet(torch.autograd.Function):
         return d_S, None, None, None
 
 
-def log_abs_det(S: Tensor, n: Tensor, absent: str, engine: ModuleType) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def log_abs_det(S: Tensor, n: Tensor, absent: str, engine: Engine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log|det S| [], its sign, the number of classes kept and V = S^-T [C, C], as ``logdet_inverse`` gives them, differentiable."""
     if engine is composite or transformed():
         with full_precision(S.device):
             return composite.logdet_inverse(S, n, absent)
-    return _LogAbsDet.apply(S, n, absent, engine)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _LogAbsDet.apply(S, n, absent, engine)
+    return found
 
 
-def finish(sums: Sums, options: Options, engine: ModuleType) -> Tensor:
+def finish(sums: Sums, options: Options, engine: Engine) -> Tensor:
     """The loss [] of the sums, in their dtype."""
     level, _, kept, _ = log_abs_det(sums.S, sums.n, options.absent, engine)
     value, _, _ = combine(level, kept, sums.total, sums.ce, options.eps, options.normalize, options.cross_entropy_weight)

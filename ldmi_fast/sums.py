@@ -45,4 +45,5 @@ def differentiable_total(logits: Tensor, target: Tensor, sample_weight: Tensor |
     rows = rows_with_derivatives(
         logits.detach().to(compute_dtype(logits.dtype)), target, sample_weight, len(n), options.ignore_index, options.input
     )
-    return rows[2].sum(dtype=n.dtype)
+    assert rows.weight is not None  # there are sample weights
+    return rows.weight.sum(dtype=n.dtype)

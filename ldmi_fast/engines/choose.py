@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,10 +10,11 @@ from torch import Tensor
 from .. import ops
 from ..options import ENGINE_VARIABLE, ENGINES, Options, forced_engine
 from . import composite, guard, native
+from .contract import Engine
 from .triton import engine as triton
 
 # The module that holds the ops of each engine.
-_MODULES: dict[str, ModuleType] = {"cpu": native, "cuda": native, "triton": triton, "composite": composite}
+_MODULES: dict[str, Engine] = {"cpu": native, "cuda": native, "triton": triton, "composite": composite}
 
 # Which engines to try for a kind of device, the fastest first; composite, which runs everywhere, after them.
 PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -30,7 +30,7 @@ def why_not(name: str, device: torch.device) -> str:
     return _MODULES[name].can_run(device)
 
 
-def engine_module(name: str) -> ModuleType:
+def engine_module(name: str) -> Engine:
     """The module that has the ops of an engine, as they are: no :mod:`.guard` checks them."""
     return _MODULES[name]
 
@@ -40,7 +40,7 @@ def available(device: torch.device | str = "cpu") -> dict[str, str]:
     return {name: why_not(name, torch.device(device)) for name in ENGINES}
 
 
-def choose(logits: Tensor, options: Options) -> ModuleType:
+def choose(logits: Tensor, options: Options) -> Engine:
     """The engine for these logits; one for GPUs checks each kernel at its first use (see :mod:`.guard`).
 
     Raises:

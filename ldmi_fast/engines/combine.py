@@ -27,7 +27,13 @@ def combine(
     and cross_entropy_weight / W times the summed cross entropy on top. Nothing has weight (W = 0): the loss is 0.
 
     Args:
-        log_abs_det, kept, total, ce: [...] each.
+        log_abs_det: [...], log|det S|; -inf if S is singular.
+        kept: [...] int64, k, the number of classes that the determinant is of.
+        total: [...], W.
+        ce: [...], the summed cross entropy.
+        eps: added to the determinant before the logarithm; 0: nothing.
+        normalize: whether the determinant is that of S / W.
+        cross_entropy_weight: the weight of the mean cross entropy.
 
     Returns:
         loss, scale, ce_scale: [...] each, in the dtype of log_abs_det.

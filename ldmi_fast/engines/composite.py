@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..options import Options
 from ..precision import accumulator, compute_dtype, full_precision, singular_threshold
 from ..presence import present_classes, with_samples
@@ -27,6 +28,11 @@ from .combine import combine
 def can_run(device: torch.device) -> str:
     """Why this engine cannot run on ``device``: it can on all."""
     return ""
+
+
+def is_fused(logits: Tensor, target: Tensor) -> bool:
+    """Whether the loss and its gradient come from one call: no, PyTorch differentiates."""
+    return False
 
 
 def joint(
@@ -46,6 +52,8 @@ def joint(
         sample_weight: [N] floating or None.
         num_labels: K; C, or a multiple of C when several problems are stacked (label y of problem b is y + b C). Any other K, such as
             the slots of ``few_rows``, where ce is not asked for: it takes label % C for the class.
+        ignore_index: the label of rows that contribute nothing.
+        input: ``"logits"`` or ``"probs"``, what the first argument holds.
         need_ce: whether to compute the cross entropy (else its output is 0).
 
     Returns:
@@ -95,7 +103,8 @@ def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, T
     """log|det S|, its sign, the number of classes kept, and V = S^{-T}, of the classes that have weight.
 
     Args:
-        S: [..., C, C] fp64 (or fp32), n: [..., C].
+        S: [..., C, C] fp64 (or fp32).
+        n: [..., C], the weight of each class.
         absent: ``"present"`` or ``"strict"``.
 
     Returns:
@@ -286,3 +295,7 @@ def joint_matrix(logits: Tensor, target: Tensor, sample_weight: Tensor | None, o
             total = differentiable_total(logits, target, sample_weight, n, options)
             S = S / torch.where(total == 0, 1, total)
         return S.to(compute_dtype(logits.dtype))
+
+
+for _op in (joint, logdet_inverse, logits_grad, loss_forward, fused):
+    ops.implement(_op.__name__, _op)

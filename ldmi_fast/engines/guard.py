@@ -39,7 +39,9 @@ from ..precision import compute_dtype, full_precision
 from ..sums import total_weight
 from . import composite, verify
 from .combine import combine
+from .contract import OPS, Engine
 from .triton import engine as triton
+from .triton import plan as triton_plan
 from .verify import Finding
 
 VARIABLE = "LDMI_FAST_VERIFY"
@@ -48,13 +50,14 @@ _REPORT_TO = "the maintainers of ldmi_fast"
 #: The engines that are guarded.
 GUARDED = frozenset({"cuda", "triton"})
 
-OPS = ("joint", "logdet_inverse", "logits_grad", "loss_forward", "fused")
-
 # Shapes whose path is known. A program that has more of them, with a new batch size at every step, finds them out anew.
 _KNOWN_SHAPES = 4096
 
 # After so many checks that showed nothing, only at calls whose number is a power of two.
 _EVERY_TIME = 8
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
@@ -108,7 +111,7 @@ def _staged_rows(rows: int, classes: int) -> int:
     fused = 8192
     if ops.compiled is not None:
         fused = max(ops.compiled.fused_limits()[0], ops.compiled.cuda_fused_limits()[0], ops.compiled.fused_limits()[1] * classes**2)
-    return max(rows, fused // classes + 1, triton.plan.FUSED_ELEMENTS // classes + 1)
+    return max(rows, int(fused) // classes + 1, triton_plan.FUSED_ELEMENTS // classes + 1)
 
 
 def staged_kernels(
@@ -201,7 +204,7 @@ class Guarded(ModuleType):
         engine: the module that has its ops.
     """
 
-    def __init__(self, name: str, engine: ModuleType) -> None:
+    def __init__(self, name: str, engine: Engine) -> None:
         super().__init__(f"{__name__}.{name}", f"The {name} engine, checked at the first use of each kernel.")
         self.engine_name = name
         self.engine = engine
@@ -211,23 +214,23 @@ class Guarded(ModuleType):
 
     def can_run(self, device: torch.device) -> str:
         """Why the engine cannot run on ``device``; empty if it can."""
-        return cast(str, self.engine.can_run(device))
+        return self.engine.can_run(device)
 
     def is_fused(self, logits: Tensor, target: Tensor) -> bool:
         """Whether the loss and its gradient come from one call."""
-        return cast(bool, self.engine.is_fused(logits, target))
+        return self.engine.is_fused(logits, target)
 
-    def joint(self, *args: Any) -> tuple[Tensor, ...]:
+    def joint(self, *args: Any) -> Four:
         """``composite.joint``."""
         logits, target, weight = args[:3]
         key = ("joint", logits.shape, logits.dtype, logits.device, target.dtype, weight is None, args[3], args[5])
-        return cast("tuple[Tensor, ...]", self._run("joint", key, args, composite.joint, verify.joint))
+        return cast(Four, self._run("joint", key, args, composite.joint, verify.joint))
 
-    def logdet_inverse(self, *args: Any) -> tuple[Tensor, ...]:
+    def logdet_inverse(self, *args: Any) -> Four:
         """``composite.logdet_inverse``."""
         S = args[0]
         key = ("logdet_inverse", S.shape, S.device)
-        return cast("tuple[Tensor, ...]", self._run("logdet_inverse", key, args, composite.logdet_inverse, verify.logdet_inverse))
+        return cast(Four, self._run("logdet_inverse", key, args, composite.logdet_inverse, verify.logdet_inverse))
 
     def logits_grad(self, *args: Any) -> Tensor:
         """``composite.logits_grad``."""
@@ -235,17 +238,17 @@ class Guarded(ModuleType):
         key = ("logits_grad", logits.shape, logits.dtype, logits.device, target.dtype, weight is None, V.shape, args[8])
         return cast(Tensor, self._run("logits_grad", key, args, composite.logits_grad, verify.logits_grad))
 
-    def loss_forward(self, *args: Any) -> tuple[Tensor, ...]:
+    def loss_forward(self, *args: Any) -> Five:
         """``composite.loss_forward``."""
         logits, target, weight = args[:3]
         key = ("loss_forward", logits.shape, logits.dtype, logits.device, target.dtype, weight is None, args[8], args[9])
-        return cast("tuple[Tensor, ...]", self._run("loss_forward", key, args, self._in_steps, self._verify_forward))
+        return cast(Five, self._run("loss_forward", key, args, self._in_steps, self._verify_forward))
 
-    def fused(self, *args: Any) -> tuple[Tensor, ...]:
+    def fused(self, *args: Any) -> tuple[Tensor, Tensor]:
         """``composite.fused``."""
         logits, target, weight = args[:3]
         key = ("fused", logits.shape, logits.dtype, logits.device, target.dtype, weight is None, args[8])
-        return cast("tuple[Tensor, ...]", self._run("fused", key, args, self._staged, self._verify_fused))
+        return cast("tuple[Tensor, Tensor]", self._run("fused", key, args, self._staged, self._verify_fused))
 
     def _run(
         self,
@@ -380,10 +383,10 @@ def _versions() -> str:
 #: Engines, each with a kind of device, of which some path is refused: torch.compile traces composite in their place.
 refused: set[tuple[str, str]] = set()
 
-_guards: dict[tuple[str, ModuleType], Guarded] = {}
+_guards: dict[tuple[str, Engine], Guarded] = {}
 
 
-def guarded(name: str, engine: ModuleType) -> Guarded:
+def guarded(name: str, engine: Engine) -> Guarded:
     """The guarded form of an engine; what it has learned lasts as long as the process."""
     found = _guards.get((name, engine))
     if found is None:

@@ -51,6 +51,7 @@ class Finding(NamedTuple):
 
     @property
     def right(self) -> bool:
+        """Whether rounding explains the result."""
         return self.error <= 1
 
 
@@ -241,6 +242,8 @@ def logits_grad(
     """Check the op ``logits_grad``.
 
     Args:
+        args: the op's arguments.
+        out: its result.
         V_bound: [K], how much entries in a row of V may be off by themselves.
         scale_bound: how much ``scale`` may be off by itself.
     """

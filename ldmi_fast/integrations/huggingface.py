@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def hf(criterion: nn.Module) -> HFLoss:
 class HFLoss:
     """What :func:`hf` returns."""
 
-    def __init__(self, criterion: nn.Module) -> None:
+    def __init__(self, criterion: Callable[..., Any]) -> None:
         if not callable(criterion) or isinstance(criterion, type):
             raise TypeError(f"hf() takes a criterion such as DMILoss(num_classes), got {criterion!r}")
         self.criterion = criterion
@@ -82,13 +83,13 @@ class HFLoss:
             held = next(iter(self.criterion.buffers()), None)
             if held is not None and held.device != logits.device:
                 self.criterion.to(logits.device)
-        loss = self.criterion(logits, labels)
+        loss: Tensor = self.criterion(logits, labels)
         return loss / _factor(num_items_in_batch)
 
 
 def _callers() -> Iterator[Any]:
     """The frames of the functions that are running, the innermost first."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -203,7 +204,7 @@ class HFCallback(TrainerCallback):
 
     def _some_of(self, loader: Any, args: Any) -> Iterator[Any] | DataLoader[Any]:
         """Batches of random training samples, by a loader of their own: the Trainer's must not be begun twice."""
-        wanted = SAMPLES_PER_CLASS * self.criterion.num_classes if self.samples is None else self.samples
+        wanted = SAMPLES_PER_CLASS * (self.criterion.num_classes or 0) if self.samples is None else self.samples
         data = loader.dataset
         size = args.per_device_train_batch_size
         ranks, rank = (args.world_size, args.process_index) if self.criterion.options.group is not None else (1, 0)
@@ -241,7 +242,8 @@ def _without_wrapper(model: Any) -> Callable[..., Any]:
     """The model inside DDP and the like: with uneven data a rank may call it more often than another."""
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    return model
+    found: Callable[..., Any] = model
+    return found
 
 
 def _resumed_from() -> str | None:

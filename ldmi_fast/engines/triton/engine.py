@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,36 +86,16 @@ def logits_grad(
 
 
 def loss_forward(
-    logits: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    absent: str,
-    eps: float,
-    normalize: bool,
-    cross_entropy_weight: float,
-    input: str,
-    gradient: bool,
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, *options_and_gradient: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``composite.loss_forward``."""
     from . import ops
 
-    options = (ignore_index, absent, eps, normalize, cross_entropy_weight, input)
-    return ops.loss_forward(logits, target, sample_weight, *options, gradient)
+    return ops.loss_forward(logits, target, sample_weight, *options_and_gradient)
 
 
-def fused(
-    logits: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    absent: str,
-    eps: float,
-    normalize: bool,
-    cross_entropy_weight: float,
-    input: str,
-) -> tuple[Tensor, Tensor]:
+def fused(logits: Tensor, target: Tensor, sample_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """``composite.fused``."""
     from . import ops
 
-    return ops.fused(logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input)
+    return ops.fused(logits, target, sample_weight, *options)

@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def choose(regime: str, logits: Tensor, run: Callable[[Config], Any]) -> Config:
         if name is None:
             if not _may_measure(logits):
                 return default(regime)
-            times = {name: measure(lambda config=config: run(config)) for name, config in TABLE[regime].items()}
+            times = {name: measure(partial(run, config)) for name, config in TABLE[regime].items()}
             name = min(times, key=times.__getitem__)
             save(key, name, times)
         _remembered[where] = name
