@@ -36,7 +36,7 @@
 
 #include "../cpu/kernels.h"
 #include "../plan/presence.h"
-#include "simt.cuh"
+#include "../simt/simt.cuh"
 
 namespace ldmi::cuda {
 

@@ -6,8 +6,8 @@
 
 #include <type_traits>
 
+#include "../simt/simt.cuh"
 #include "kernels.h"
-#include "simt.cuh"
 
 namespace ldmi::cuda {
 

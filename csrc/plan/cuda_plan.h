@@ -4,23 +4,10 @@
 
 #include <cstdint>
 
+#include "device_limits.h"
 #include "plan.h"
 
 namespace ldmi::plan {
-
-// Blocks of a cluster, where one is used; of so many every device with clusters takes one.
-inline constexpr int kClusterBlocks = 8;
-
-// What the plans ask of a device.
-struct DeviceLimits {
-  int sms = 0;              // multiprocessors
-  int64_t smem_block = 0;   // dynamic shared memory that one block can have, in bytes
-  int64_t smem_sm = 0;      // shared memory of a multiprocessor, in bytes
-  int64_t l2 = 0;           // bytes of level 2 cache
-  int capability = 0;       // 80, 90, ...
-  bool cooperative = true;  // whether the blocks of a grid may wait for each other: one launch for a whole forward
-  int clusters = 0;         // clusters of kClusterBlocks blocks that run at once, where a block has a multiprocessor for itself
-};
 
 // ---------------------------------------------------------------------------------------------------- joint, logits_grad
 

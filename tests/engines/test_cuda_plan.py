@@ -14,15 +14,23 @@ from ldmi_fast.options import Options
 
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
-#: Multiprocessors, bytes of shared memory of a block and of a multiprocessor, bytes of L2 cache, compute capability times 10,
-#: cooperative grids, clusters of 8 blocks at once.
+SM_90 = {
+    "sms": 132,
+    "smem_block": 227 * 1024,
+    "smem_sm": 228 * 1024,
+    "l2": 50 << 20,
+    "capability": 90,
+    "cooperative": True,
+    "clusters": 16,
+}
+#: The limits of devices, as ``cuda_plan`` takes them.
 DEVICES = {
-    "sm_80": (108, 163 * 1024, 164 * 1024, 40 << 20, 80, True, 0),
-    "sm_89": (142, 99 * 1024, 100 * 1024, 96 << 20, 89, True, 0),
-    "sm_90": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, True, 16),
-    "no clusters": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, True, 0),
-    "sm_120": (188, 99 * 1024, 100 * 1024, 128 << 20, 120, True, 20),
-    "staged": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, False, 16),
+    "sm_80": SM_90 | {"sms": 108, "smem_block": 163 * 1024, "smem_sm": 164 * 1024, "l2": 40 << 20, "capability": 80, "clusters": 0},
+    "sm_89": SM_90 | {"sms": 142, "smem_block": 99 * 1024, "smem_sm": 100 * 1024, "l2": 96 << 20, "capability": 89, "clusters": 0},
+    "sm_90": SM_90,
+    "no clusters": SM_90 | {"clusters": 0},
+    "sm_120": SM_90 | {"sms": 188, "smem_block": 99 * 1024, "smem_sm": 100 * 1024, "l2": 128 << 20, "capability": 120, "clusters": 20},
+    "staged": SM_90 | {"cooperative": False},
 }
 #: The most classes that one block factors, and a grid: with 99 KB a block has no room for 8 columns of 2048 rows, a cluster has.
 ONE_BLOCK = {"sm_80": 144, "sm_89": 112, "sm_90": 170, "no clusters": 170, "sm_120": 112, "staged": 170}
@@ -30,7 +38,19 @@ GRID = {"sm_80": 2048, "sm_89": 1548, "sm_90": 4096, "no clusters": 2048, "sm_12
 
 
 def plan(rows: int, classes: int, device: str = "sm_90", *, soft: bool = False, value_bytes: int = 4) -> dict[str, Any]:
-    return ops.compiled.cuda_plan(rows, classes, classes, soft, value_bytes, False, *DEVICES[device])
+    return ops.compiled.cuda_plan(rows, classes, classes, soft, value_bytes, False, DEVICES[device])
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({name: value for name, value in SM_90.items() if name != "l2"}, "limits must have l2"),
+        (SM_90 | {"l3": 0}, "unknown entries"),
+    ],
+)
+def test_limits_are_named(limits: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.compiled.cuda_plan(10, 2, 2, False, 4, False, limits)
 
 
 def last_before(changes: Callable[[int], bool], low: int, high: int) -> int:
@@ -121,9 +141,9 @@ def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
     ],
 )
 def test_small_shared_memory_takes_the_library(classes: int, least: int, columns: str) -> None:
-    sms, _, _, *rest = DEVICES["sm_90"]
     below, enough = (
-        ops.compiled.cuda_plan(10**6, classes, classes, False, 4, False, sms, room, room, *rest) for room in (least - 1, least)
+        ops.compiled.cuda_plan(10**6, classes, classes, False, 4, False, SM_90 | {"smem_block": smem, "smem_sm": smem})
+        for smem in (least - 1, least)
     )
     assert "torch" in below["kernels"][1]
     assert f"and not even {columns.split()[-2]} columns of this one" in below["reason"]
@@ -157,8 +177,7 @@ def test_a_cluster_shares_a_panel(device: str, classes: int, panel: int) -> None
 
 def test_one_cluster_is_none() -> None:
     """It would be all of the grid."""
-    *limits, _ = DEVICES["sm_90"]
-    one, two = (ops.compiled.cuda_plan(10**6, 2048, 2048, False, 4, False, *limits, clusters) for clusters in (1, 2))
+    one, two = (ops.compiled.cuda_plan(10**6, 2048, 2048, False, 4, False, SM_90 | {"clusters": clusters}) for clusters in (1, 2))
     assert "cluster" not in one["reason"]
     assert "a cluster of 8 blocks" in two["reason"]
 
