@@ -19,6 +19,7 @@
 
 #include "../plan/plan.h"
 #include "../plan/presence.h"
+#include "../plan/singular.h"
 #include "isa.h"
 #include "rows.h"
 
@@ -444,7 +445,7 @@ Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool str
     seen.norm = screenings[b].norm > seen.norm ? screenings[b].norm : seen.norm;
   }
   if (!seen.finite) return without_inverse(kNaN, kNaN, kNaN);
-  Elimination found{static_cast<double>(C) * 0x1p-52 * seen.norm, 1, {}};
+  Elimination found{plan::singular_threshold(C, seen.norm), 1, {}};
   for (int64_t i = 0; i < k; ++i) found.determinant.multiply(present.weights[i]);
   if (!eliminate(M, k, inverse, exchanged.get(), found, threads)) return without_inverse(-__builtin_inf(), 0, 0);
   if (inverse) {

@@ -36,6 +36,7 @@
 
 #include "../cpu/kernels.h"
 #include "../plan/presence.h"
+#include "../plan/singular.h"
 #include "../simt/simt.cuh"
 
 namespace ldmi::cuda {
@@ -95,7 +96,7 @@ inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // The largest magnitude that is no pivot
-LDMI_HOST_DEVICE double threshold(int64_t C, double norm) { return static_cast<double>(C) * 0x1p-52 * norm; }
+LDMI_HOST_DEVICE double threshold(int64_t C, double norm) { return plan::singular_threshold(C, norm); }
 
 // The least weight of a class that is present. Each warp adds up all C by itself, in the same order: all have the same bits.
 template <class Weight>

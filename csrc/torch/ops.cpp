@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, T
   STD_TORCH_CHECK(logits.dim() == 2, "ldmi_fast: logits must be a matrix");
   const int64_t C = logits.size(1), kept = gradient ? C : 0;
   const cpu::Batch batch = batch_of(logits, target, sample_weight, C, ignore_index, input);
-  const cpu::LossOptions options{strict_of(absent), eps, normalize, cross_entropy_weight};
+  const cpu::LossOptions options = options_of(absent, eps, normalize, cross_entropy_weight);
   Tensor S = empty({C, C}, ScalarType::Double, kHere), n = empty({C}, ScalarType::Double, kHere),
          V = empty({kept, kept}, ScalarType::Double, kHere);
   Tensor lse = empty({batch.logits.rows}, compute_type(logits), kHere);
@@ -100,8 +100,7 @@ std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Ten
   STD_TORCH_CHECK(target.dim() == 1 && logits.dim() == 2, "ldmi_fast: fused takes logits [N, C] and class indices [N]");
   const cpu::Batch batch = batch_of(logits, target, sample_weight, logits.size(1), ignore_index, input);
   Tensor grad = empty({logits.size(0), logits.size(1)}, logits.scalar_type(), kHere);
-  const double loss =
-      cpu::kernels().fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, grad.data_ptr(), kThreads);
+  const double loss = cpu::kernels().fused(batch, options_of(absent, eps, normalize, cross_entropy_weight), grad.data_ptr(), kThreads);
   return {scalar(loss, compute_type(logits)), grad};
 }
 

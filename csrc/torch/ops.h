@@ -136,6 +136,10 @@ inline bool strict_of(const std::string& absent) {
   return absent == "strict";
 }
 
+inline cpu::LossOptions options_of(const std::string& absent, double eps, bool normalize, double cross_entropy_weight) {
+  return {strict_of(absent), eps, normalize, cross_entropy_weight};
+}
+
 inline ScalarType compute_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

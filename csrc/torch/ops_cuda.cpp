@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, T
   STD_TORCH_CHECK(logits.dim() == 2, "ldmi_fast: logits must be a matrix");
   const int64_t C = logits.size(1), kept = gradient ? C : 0;
   const cpu::Batch batch = batch_on(call, logits, target, sample_weight, C, ignore_index, input);
-  const cpu::LossOptions options{strict_of(absent), eps, normalize, cross_entropy_weight};
+  const cpu::LossOptions options = options_of(absent, eps, normalize, cross_entropy_weight);
   Tensor loss = call.allocate({}, compute_type(logits)), lse = call.allocate({batch.logits.rows}, compute_type(logits));
   Tensor scale = call.allocate({}, ScalarType::Double), ce_scale = call.allocate({}, ScalarType::Double);
   const bool soft = batch.soft.data != nullptr, weighted = sample_weight.has_value();
@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Ten
     return {loss, logits_grad(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)};
   }
   Tensor loss = call.allocate({}, compute_type(logits)), grad = call.allocate({logits.size(0), logits.size(1)}, logits.scalar_type());
-  check(cuda::fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, loss.data_ptr(), grad.data_ptr(), call.limits,
+  check(cuda::fused(batch, options_of(absent, eps, normalize, cross_entropy_weight), loss.data_ptr(), grad.data_ptr(), call.limits,
                     call.stream),
         "fused");
   return {loss, grad};
