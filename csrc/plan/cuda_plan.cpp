@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <string>
 
+#include "layout.h"
+#include "pieces.h"
+
 namespace ldmi::plan {
 
 // ---------------------------------------------------------------------------------------------------- joint, logits_grad
@@ -11,11 +14,12 @@ namespace {
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::max(low, std::min(value, high)); }
 int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
-int64_t piece(int64_t bytes) { return up(bytes, 256) * 256; }  // of a workspace
+int64_t piece(int64_t bytes) { return round_up(bytes, kWorkspaceAlignment); }  // of a workspace
 
 int64_t sort_bytes(const CudaSort& sort, int64_t rows, int64_t labels) {
-  const int64_t counters = sort.shared ? 0 : piece(sort.pieces * sort.warps * (labels + 1) * 4);
-  return piece(rows * 8) + piece((labels + 2) * 8) + piece(sort.pieces * (labels + 1) * 8) + counters + piece(sort.pieces * 4);
+  Workspace size;
+  take_order(size, sort, rows, labels);
+  return size.bytes();
 }
 
 }  // namespace
@@ -104,6 +108,12 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
 
 // ---------------------------------------------------------------------------------------------------------- logdet_inverse
 
+int64_t factor_smem(int64_t classes, int64_t stride) {
+  SharedSize size;
+  take_factor_space(size, static_cast<int>(classes), static_cast<int>(stride));
+  return size.bytes();
+}
+
 int64_t factor_stride(int64_t classes, int64_t smem_bytes) {
   const int64_t best = (classes + 3) / 8 * 8 + 4, even = (classes + 1) / 2 * 2;
   for (const int64_t stride : {best, even}) {
@@ -116,6 +126,29 @@ int64_t factor_classes(const DeviceLimits& limits) {
   int64_t classes = 32;
   while (factor_stride(classes + 1, limits.smem_block) > 0) ++classes;
   return classes;
+}
+
+// The pieces of GridShared, in csrc/cuda; a test compares the sizes.
+int64_t grid_smem(int64_t classes, int64_t panel, int64_t blocks) {
+  constexpr int64_t kStrip = 8, kTransposeTile = 32;  // columns of a strip; rows and columns of a tile of V
+  constexpr int64_t kCandidates = 256 / kLanes + 1;   // for a pivot: one per warp, and the diagonal
+  const int64_t stride = (slice_rows(classes, blocks) + 3) / 8 * 8 + 4;
+  SharedSize size;
+  for (const int64_t candidates : {kCandidates, blocks > 1 ? blocks + 1 : int64_t{0}}) {
+    size.take<double>(2 * candidates * kStrip);  // rows of the strip
+    size.take<uint32_t>(2 * candidates);         // their keys
+    size.take<int32_t>(2 * candidates);          // their indices
+  }
+  size.take<int32_t>(panel);                                                               // pivot rows
+  size.take<double>(panel * (panel + 4));                                                  // the panel's columns of those rows
+  size.take<double>(std::max(panel * stride, 2 * kTransposeTile * (kTransposeTile + 1)));  // the panel, or two tiles of V
+  return size.bytes();
+}
+
+int64_t grid_panel(int64_t classes, int64_t smem_bytes, int64_t blocks) {
+  int64_t panel = grid_most_panel(classes, blocks);
+  while (panel > 0 && grid_smem(classes, panel, blocks) > smem_bytes) panel -= 8;
+  return blocks > 1 && panel < 16 ? 0 : panel;
 }
 
 // Blocks that eliminate a grid's panels; 0: no grid does it.
@@ -159,26 +192,38 @@ CudaCombine cuda_combine(int64_t rows, bool weighted_soft, const DeviceLimits& l
 
 // ------------------------------------------------------------------------------------------------------------------- fused
 
+namespace {
+
+template <class F>
+int64_t fused_smem(int64_t width, int64_t rows, int64_t classes, bool weighted, const FusedTiles& tiles) {
+  const int N = static_cast<int>(rows), C = static_cast<int>(classes);
+  SharedSize size;
+  if (width == 16) {
+    FusedSpace<F, 16>(size, N, C, weighted, tiles);
+  } else if (width == 32) {
+    FusedSpace<F, 32>(size, N, C, weighted, tiles);
+  } else {
+    FusedSpace<F, 64>(size, N, C, weighted, tiles);
+  }
+  return size.bytes();
+}
+
+}  // namespace
+
 CudaFused cuda_fused(int64_t rows, int64_t classes, int64_t value_bytes, bool weighted, const DeviceLimits& limits) {
   CudaFused out{};
   if (classes > kCudaFusedClasses || rows * classes > kCudaFusedElements) return out;
-  value_bytes = std::max<int64_t>(value_bytes, 4);  // the tile is in the precision of the softmax
   out.width = tile_width(classes, classes);
-  const int64_t wide = classes <= 8 ? 8 : out.width, splits = std::max<int64_t>(fused_threads(out.width) / (wide * wide), 1);
-  out.wide = wide;
-  out.splits = splits;
-  const auto taken = [](int64_t bytes) { return up(bytes, 16) * 16; };
-  out.smem_bytes = taken(rows * classes * value_bytes) + (weighted ? taken(rows * 8) : 0) + taken(rows) +
-                   taken(up(rows, 32) * wide * 4) + 2 * taken(wide * 8) + taken(splits * wide * 8) +
-                   taken(std::max(splits * wide * (wide + 1), classes * fused_pitch(out.width) * value_bytes / 8) * 8) +
-                   taken(fused_threads(out.width) / 32 * 8) + 16;
-  if (classes <= 32) {
-    out.smem_bytes += factor_smem(classes, 0);
-  } else {
-    out.stride = factor_stride(classes, limits.smem_block - out.smem_bytes);
-    out.smem_bytes += factor_smem(classes, out.stride);
-  }
-  out.runs = (classes <= 32 || out.stride > 0) && out.smem_bytes <= limits.smem_block;
+  out.wide = classes <= 8 ? 8 : out.width;
+  out.splits = std::max<int64_t>(fused_threads(out.width) / (out.wide * out.wide), 1);
+  const FusedTiles tiles{static_cast<int>(out.wide), static_cast<int>(out.splits), 0};
+  // the tile is in the precision of the softmax
+  const int64_t all = value_bytes == 8 ? fused_smem<double>(out.width, rows, classes, weighted, tiles)
+                                       : fused_smem<float>(out.width, rows, classes, weighted, tiles);
+  const int64_t without_factor = all - factor_smem(classes, 0);
+  if (classes > kFactorWarp) out.stride = factor_stride(classes, limits.smem_block - without_factor);
+  out.smem_bytes = without_factor + factor_smem(classes, out.stride);
+  out.runs = (classes <= kFactorWarp || out.stride > 0) && out.smem_bytes <= limits.smem_block;
   return out;
 }
 

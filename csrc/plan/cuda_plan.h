@@ -78,8 +78,8 @@ enum class CudaFactor {
   kLibrary,  // a library's LU, and the kernels around it
 };
 
-// Shared memory of a block's elimination, in bytes; for a warp's what the block needs to share the result.
-constexpr int64_t factor_smem(int64_t classes, int64_t stride) { return classes <= 32 ? 32 : classes * stride * 8 + 592; }
+// Shared memory of the elimination by one block (or one warp, which shares only the result), in bytes; see FactorSpace.
+int64_t factor_smem(int64_t classes, int64_t stride);
 // From column to column, in `smem_bytes`: 4 more than a multiple of 8, so that tiles are read without bank conflicts, or else even,
 // so that they are read 16 bytes at a time; 0: the matrix does not fit.
 int64_t factor_stride(int64_t classes, int64_t smem_bytes);
@@ -97,16 +97,11 @@ constexpr int64_t slice_rows(int64_t classes, int64_t blocks) {
 // The most columns that are eliminated by themselves: a quarter of that many multipliers, for each of two or three rows, are on their
 // way to a thread at a time.
 constexpr int64_t grid_most_panel(int64_t classes, int64_t blocks) { return blocks > 1 || classes <= kGridClasses / 2 ? 32 : 24; }
-constexpr int64_t grid_smem(int64_t classes, int64_t panel, int64_t blocks) {
-  const int64_t matrix = panel * ((slice_rows(classes, blocks) + 3) / 8 * 8 + 4), turning = 2 * 32 * 33;
-  return (matrix > turning ? matrix : turning) * 8 + panel * (panel + 4) * 8 + (blocks > 1 ? 2624 : 1312) + panel * 4;
-}
-// As many as fit, a multiple of 8; 0: not even 8 do, or not 16, of which the other blocks of a grid with clusters take as many.
-constexpr int64_t grid_panel(int64_t classes, int64_t smem_bytes, int64_t blocks) {
-  int64_t panel = grid_most_panel(classes, blocks);
-  while (panel > 0 && grid_smem(classes, panel, blocks) > smem_bytes) panel -= 8;
-  return blocks > 1 && panel < 16 ? 0 : panel;
-}
+// Shared memory of one block, in bytes.
+int64_t grid_smem(int64_t classes, int64_t panel, int64_t blocks);
+// The largest panel width that fits, a multiple of 8. Returns 0 if fewer than 8 columns fit, or, with clusters, fewer than 16: the
+// update blocks process 16 columns at a time.
+int64_t grid_panel(int64_t classes, int64_t smem_bytes, int64_t blocks);
 
 struct CudaLogdetInverse {
   CudaFactor factor;

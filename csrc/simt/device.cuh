@@ -30,13 +30,15 @@
 #define LDMI_UNROLL_BY(count)
 #endif
 
+#include "../plan/pieces.h"
+
 namespace ldmi::simt {
 
 // ---------------------------------------------------------------------------------------------------------------- types
 
 inline constexpr int kWarp = 32;                // lanes of a warp
 inline constexpr unsigned kFull = 0xffffffffu;  // the mask of a whole warp
-inline constexpr size_t kSharedAlignment = 16;  // of every piece of shared memory, in bytes
+inline constexpr size_t kSharedAlignment = plan::kSharedAlignment;
 
 // The 16-bit formats as bits, the same on both sides; widen() and narrow<>() convert.
 struct BFloat16 {

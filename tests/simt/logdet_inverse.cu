@@ -385,10 +385,8 @@ Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>
     constexpr int kBlocks = decltype(team)::value;
     test::require(slice_rows<kBlocks>(static_cast<int>(C)) == plan::slice_rows(C, kBlocks), "the plan's rows are not the kernel's");
     take_grid_shared<kBlocks>(carve, static_cast<int>(C), shape.panel);
-    if (kBlocks == 1 || kBlocks == plan::kClusterBlocks) {
-      test::require(static_cast<int64_t>(carve.bytes()) == plan::grid_smem(C, shape.panel, kBlocks),
-                    "the plan's shared memory is not the kernel's");
-    }
+    test::require(static_cast<int64_t>(carve.bytes()) == plan::grid_smem(C, shape.panel, kBlocks),
+                  "the plan's shared memory is not the kernel's");
     const simt::Grid grid{shape.blocks, shape.threads, carve.bytes(), kBlocks, true};
     return simt::launch(kernel, grid, simt::Stream{}, matrices, space, shape.panel);
   };
