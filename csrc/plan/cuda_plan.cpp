@@ -26,10 +26,11 @@ int64_t sort_bytes(const CudaSort& sort, int64_t rows, int64_t labels) {
 
 CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
   CudaSort out{};
-  const int64_t room = std::min<int64_t>(limits.smem_block, 96 << 10) - 1024, buckets = labels + 1;
-  out.shared = buckets * 12 <= room;  // a counter a warp, and 8 bytes
-  out.warps = static_cast<int>(out.shared ? clamp((room / buckets - 8) / 4, 1, 8) : 1);
-  // Each piece moves a counter a label a few times: two rows or more for each. 128 pieces are what a block adds up in some 3 us.
+  const int64_t smem = std::min<int64_t>(limits.smem_block, 96 << 10) - 1024, buckets = labels + 1;
+  out.shared = buckets * 12 <= smem;  // per bucket 8 bytes, and one counter per warp
+  out.warps = static_cast<int>(out.shared ? clamp((smem / buckets - 8) / 4, 1, 8) : 1);
+  // Each piece moves one counter per label a few times, so it has at least two rows per label. A block adds up 128 pieces in about 3
+  // us.
   out.pieces = clamp(rows / std::max<int64_t>(2 * labels, 64 * out.warps), 1, out.shared ? 128 : 8);
   return out;
 }
@@ -37,13 +38,13 @@ CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
 CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, const DeviceLimits& limits) {
   CudaJoint out{};
   const int64_t compute_bytes = value_bytes == 8 ? 8 : 4;
-  // how many partial sums S fit into 3.5 MiB, and 5 % of the gradient and 16 bytes a row more
-  const int64_t room = (int64_t{7} << 19) + rows * classes * value_bytes / 20 + 8 * rows;
-  const int64_t sums = std::max<int64_t>(room / ((labels * classes + labels) * 8), 1);
+  // the number of partial sums S that fit into 3.5 MiB plus 5 % of the gradient plus 8 bytes per row
+  const int64_t budget = (int64_t{7} << 19) + rows * classes * value_bytes / 20 + 8 * rows;
+  const int64_t sums = std::max<int64_t>(budget / ((labels * classes + labels) * 8), 1);
   if (soft) {
     out.order = CudaOrder::kSoft;
     out.blocks = clamp(up(rows, classes <= kWarpSums ? 8 : 1), 1, 4 * limits.sms);
-    // splits of the rows: enough to fill the device, 256 rows or more each
+    // splits of the rows: enough to fill the device, with at least 256 rows each
     const int64_t tiles = up(classes, 64) * up(labels, 64);
     out.segments = clamp(std::min(up(2 * limits.sms, tiles), rows / 256), 1, std::min<int64_t>(1024, sums));
     out.workspace_bytes = 2 * piece(rows * compute_bytes) + piece(out.blocks * 8) + piece(out.blocks * 4) +
@@ -60,7 +61,7 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
   }
   out.order = CudaOrder::kByLabel;
   out.sort = cuda_sort(rows, labels, limits);
-  // groups of a block, and blocks of a multiprocessor
+  // groups per block, and blocks per multiprocessor
   const bool warps = classes <= std::min(warp_classes(value_bytes), kLanes * 16);
   const int64_t groups = warps ? walk_threads(classes) / kLanes : 1;
   const int64_t resident = warps ? walk_blocks(classes) : classes <= kBlockClasses / 4 ? 3 : 2;
@@ -85,7 +86,7 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
     return out;
   }
   const int64_t width = tile_width(classes, classes);
-  // two tiles, the table, and some 48 bytes a row
+  // two stages of rows (with about 48 bytes per row besides the values), the table, and 2 KB to spare
   const int64_t tile =
       tile_rows(width, value_bytes) * (2 * classes * value_bytes + 64) + labels * (classes * compute_bytes + 8) + 2048;
   if (classes <= kTileClasses && tile <= std::min<int64_t>(limits.smem_block, 100 << 10)) {
@@ -94,7 +95,7 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
     out.blocks = clamp(up(rows, tile_rows(width, value_bytes)), 1, limits.sms * clamp(limits.smem_sm / (tile + 1024), 1, 4));
     return out;
   }
-  // The table is read row by row at random: from level 2 as long as it takes at most half of it, else in the order of the labels.
+  // The rows of the table are read at random as long as it takes at most half of the L2 cache, else in the order of the labels.
   out.order = table <= limits.l2 / 2 ? CudaOrder::kByRow : CudaOrder::kByLabel;
   const bool warps = classes <= warp_classes(value_bytes);
   const int64_t groups = warps ? 8 : 1, resident = 2;
@@ -128,7 +129,7 @@ int64_t factor_classes(const DeviceLimits& limits) {
   return classes;
 }
 
-// The pieces of GridShared, in csrc/cuda; a test compares the sizes.
+// Counts the pieces of GridShared (csrc/cuda); tests/simt/logdet_inverse.cu compares the sizes.
 int64_t grid_smem(int64_t classes, int64_t panel, int64_t blocks) {
   constexpr int64_t kStrip = 8, kTransposeTile = 32;  // columns of a strip; rows and columns of a tile of V
   constexpr int64_t kCandidates = 256 / kLanes + 1;   // for a pivot: one per warp, and the diagonal
@@ -151,10 +152,10 @@ int64_t grid_panel(int64_t classes, int64_t smem_bytes, int64_t blocks) {
   return blocks > 1 && panel < 16 ? 0 : panel;
 }
 
-// Blocks that eliminate a grid's panels; 0: no grid does it.
+// The number of panel blocks of the grid's elimination; 0: the grid cannot do it.
 static int64_t grid_team(int64_t classes, const DeviceLimits& limits) {
   if (!limits.cooperative) return 0;
-  // with one cluster alone, of a part of a device, nobody would be left to take panels in meanwhile
+  // a device (or a part of one) with only one cluster would have no update blocks
   const bool shared = classes > kGridClasses / 2 && classes <= kClusterClasses && limits.clusters > 1;
   if (shared && grid_panel(classes, limits.smem_block, kClusterBlocks) > 0) return kClusterBlocks;
   return classes <= kGridClasses && grid_panel(classes, limits.smem_block, 1) > 0 ? 1 : 0;
@@ -171,7 +172,7 @@ CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const Devi
     out.factor = CudaFactor::kGrid;
     out.panel = grid_panel(classes, limits.smem_block, out.team);
     out.smem_bytes = grid_smem(classes, out.panel, out.team);
-    // norms, pivots, their rows, a count a block, a flag, and the matrix
+    // norms, pivots, their rows, one count per block, a flag, and the matrix
     out.workspace_bytes =
         2 * piece(classes * 8) + piece(classes * 4) + piece(limits.sms * 4) + piece(4) + (inverse ? 0 : piece(classes * classes * 8));
   } else {
@@ -185,7 +186,7 @@ CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const Devi
 CudaCombine cuda_combine(int64_t rows, bool weighted_soft, const DeviceLimits& limits) {
   CudaCombine out{1, 0};
   if (weighted_soft) out.blocks = std::clamp<int64_t>((rows + kWeightRows - 1) / kWeightRows, 1, limits.sms);
-  // a sum a block, and the counter of the blocks that are done
+  // one sum per block, and the counter of finished blocks
   if (out.blocks > 1) out.workspace_bytes = (out.blocks + 1) * 8;
   return out;
 }
@@ -283,7 +284,7 @@ const char* name_of(CudaFactor factor) {
     case CudaFactor::kGrid:
       return "all multiprocessors, in one launch";
     case CudaFactor::kLibrary:
-      return "LU of torch's libraries";
+      return "LU of torch";
   }
   return "";
 }
@@ -294,10 +295,10 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
   Plan out{};
   if (!soft && labels == classes && value_bytes >= 4 && cuda_fused(rows, classes, value_bytes, false, limits).runs) {
     out.kernels = {"fused (joint, logdet_inverse, logits_grad: one launch)"};
-    out.regime = "small: one block leaves the loss and its gradient";
+    out.regime = "small: one block computes the loss and its gradient";
     out.workspace_bytes = 0;
     out.reason = "N * C <= " + std::to_string(kCudaFusedElements) + " and C <= " + std::to_string(kCudaFusedClasses) +
-                 ": launches would cost more than the other multiprocessors gain";
+                 ": more launches would cost more time than the other multiprocessors save";
     return out;
   }
   const CudaJoint joint = cuda_joint(rows, classes, labels, soft, value_bytes, limits);
@@ -311,7 +312,7 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
   const bool whole = labels == classes && (forward.how == CudaLoss::kWhole || forward.how == CudaLoss::kOneBlock);
   out.regime = std::string(whole ? "forward in one launch, " : "staged, ") + std::to_string(joint.blocks) + " + " +
                std::to_string(grad.blocks) + " blocks on " + std::to_string(limits.sms) + " multiprocessors";
-  // a library's factors and then V stand where S was, the solutions beside
+  // the LU path: the factors and then V are in the memory of S, and the solutions need another matrix
   const int64_t library = elimination.factor == CudaFactor::kLibrary ? classes * classes * 8 : 0;
   out.workspace_bytes = std::max({joint.workspace_bytes, library + elimination.workspace_bytes, grad.workspace_bytes,
                                   cuda_loss_forward(rows, classes, soft, value_bytes, soft, limits).workspace_bytes});
@@ -321,20 +322,21 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
           ? "the joint is a matrix product of targets and predictions"
           : "more than " + std::to_string(kTileLabels) + " classes: rows are visited by label, so that a row of S stays on chip";
   if (elimination.factor == CudaFactor::kGrid || elimination.factor == CudaFactor::kLibrary) {
-    out.reason += "; a block's shared memory holds a matrix of " + std::to_string(factor_classes(limits)) + " classes at most";
+    out.reason += "; a block's shared memory holds a matrix of at most " + std::to_string(factor_classes(limits)) + " classes";
   }
   if (elimination.factor == CudaFactor::kGrid) {
-    const std::string who = elimination.team > 1 ? "a cluster of " + std::to_string(elimination.team) + " blocks " : std::string();
-    out.reason += ", " + who + std::to_string(elimination.panel) + " columns of this one, eliminated before the others take them in";
+    const std::string who = elimination.team > 1 ? "a cluster of " + std::to_string(elimination.team) + " blocks" : "one block";
+    out.reason +=
+        ", so " + who + " eliminates panels of " + std::to_string(elimination.panel) + " columns and the others update the rest";
   }
   if (elimination.factor == CudaFactor::kLibrary && limits.cooperative) {
     const bool clusters = limits.clusters > 1;
     const int64_t most = clusters ? kClusterClasses : kGridClasses;
     const char* const least = clusters && classes > kGridClasses ? "16" : "8";
-    out.reason += classes > most ? ", a grid takes up to " + std::to_string(most) + " classes"
-                                 : std::string(", and not even ") + least + " columns of this one";
+    out.reason += classes > most ? ", a cooperative grid takes at most " + std::to_string(most) + " classes"
+                                 : std::string(", and not even a panel of ") + least + " columns fits";
   }
-  if (!limits.cooperative) out.reason += "; step by step: no cooperative grids on this device, or LDMI_FAST_CUDA_STAGED is set";
+  if (!limits.cooperative) out.reason += "; no cooperative launch: this device has none, or LDMI_FAST_CUDA_STAGED is set";
   if (probs) out.reason += "; probabilities are taken as they are";
   return out;
 }

@@ -1,4 +1,4 @@
-// ldmi_fast._C: what Python asks of the compiled code besides the ops, which register themselves when this module is loaded.
+// ldmi_fast._C: what Python calls in the compiled code besides the ops, which register themselves when this module is loaded.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -24,14 +24,14 @@ bool cuda_torch();  // csrc/torch/ops_cuda.cpp
 
 namespace {
 
-// A dict with one entry per limit, by name.
+// Returns a dict with one entry per limit.
 [[maybe_unused]] py::dict shown(const ldmi::plan::DeviceLimits& limits) {
   py::dict out;
   ldmi::plan::for_each_limit(limits, [&](const char* name, auto value) { out[name] = value; });
   return out;
 }
 
-// The limits in a dict that has each of them, and nothing else.
+// Reads the limits from a dict that must have each of them and nothing else.
 ldmi::plan::DeviceLimits limits_from(const py::dict& given) {
   ldmi::plan::DeviceLimits limits;
   std::size_t known = 0;
@@ -55,7 +55,7 @@ py::dict shown(const ldmi::plan::Plan& plan) {
 
 }  // namespace
 
-// What the functions keep is made once, behind std::call_once and the initialisation of statics: free-threaded Python needs no lock.
+// All state is initialised once, by std::call_once or as a static variable: free-threaded Python needs no lock.
 #if PYBIND11_VERSION_HEX >= 0x020D0000
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
@@ -81,7 +81,7 @@ PYBIND11_MODULE(_C, m) {
       "cooperative (whether the device has cooperative grids), clusters (the number of clusters of 8 blocks that run at once, one "
       "block per multiprocessor).");
 #ifdef LDMI_CUDA_BUILD
-  m.def("cuda_torch", &ldmi::cuda_torch, "Whether the torch that is loaded has CUDA, so that its current stream can be asked for.");
+  m.def("cuda_torch", &ldmi::cuda_torch, "Whether the loaded torch has CUDA, so that its current stream can be queried.");
   m.def(
       "cuda_limits", [](int device) { return shown(ldmi::cuda::limits_of(device)); }, py::arg("device"),
       "The limits of a CUDA device, a dict as cuda_plan takes it.");

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logdet_inverse(Tensor S, Tensor n, st
     g[i] = found.sign;
     k[i] = found.kept;
   };
-  // a thread for each of many small matrices, or all threads for each larger one
+  // small matrices take one thread each; larger ones all threads, one after another
   if (!plan::cpu_logdet_inverse(C).parallel) {
     cpu::for_each_task(kThreads, f.count, one);
   } else {
@@ -53,7 +53,7 @@ Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_we
   check_gradient(logits, lse, V, scale, ce_scale);
   const cpu::Batch batch = batch_of(logits, target, sample_weight, V.size(0), ignore_index, input);
   STD_TORCH_CHECK(target.dim() == 1 || V.size(0) == V.size(1) || *static_cast<const double*>(ce_scale.data_ptr()) == 0,
-                  "ldmi_fast: the cross entropy of soft targets needs a column for each of ", V.size(1), " classes, target has ",
+                  "ldmi_fast: the cross entropy of soft targets needs one column for each of ", V.size(1), " classes, target has ",
                   V.size(0));
   V = dense(V);
   lse = dense(lse);

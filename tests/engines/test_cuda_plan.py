@@ -113,7 +113,7 @@ def test_factor() -> None:
         assert last_before(lambda c, f=factor: "one block" not in f(c), 33, 1000) == most
         assert last_before(lambda c, f=factor: "torch" in f(c), 33, 10000) == GRID[device]
         assert ("all multiprocessors" in factor(most + 1)) is (device != "staged")
-        assert f"{most} classes at most" in plan(10**6, most + 1, device)["reason"]
+        assert f"at most {most} classes" in plan(10**6, most + 1, device)["reason"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -125,7 +125,7 @@ def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
 
     if device == "staged":
         assert not any(one_launch(classes) for classes in (1, 14, 16, 17))
-        assert "no cooperative grids" in plan(10**6, 14, device)["reason"]
+        assert "no cooperative launch" in plan(10**6, 14, device)["reason"]
     else:
         assert last_before(lambda classes: not one_launch(classes), 1, 1000) == 16
         assert "cooperative" not in plan(10**6, 14, device)["reason"]
@@ -135,9 +135,16 @@ def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
 @pytest.mark.parametrize(
     ("classes", "least", "columns"),
     [
-        pytest.param(1000, 8 * 1004 * 8 + 8 * 12 * 8 + 1312 + 8 * 4, ", 8 columns", id="one block, 8 columns"),
-        # the other blocks take 16 columns at a time, of which they copy what stands in the rows of the pivots
-        pytest.param(4096, 16 * 516 * 8 + 16 * 20 * 8 + 2624 + 16 * 4, ", a cluster of 8 blocks 16 columns", id="a cluster, 16"),
+        pytest.param(
+            1000, 8 * 1004 * 8 + 8 * 12 * 8 + 1312 + 8 * 4, "one block eliminates panels of 8 columns", id="one block, 8 columns"
+        ),
+        # the update blocks process 16 columns at a time, and copy the entries of these columns in the pivot rows
+        pytest.param(
+            4096,
+            16 * 516 * 8 + 16 * 20 * 8 + 2624 + 16 * 4,
+            "a cluster of 8 blocks eliminates panels of 16 columns",
+            id="a cluster, 16",
+        ),
     ],
 )
 def test_small_shared_memory_takes_the_library(classes: int, least: int, columns: str) -> None:
@@ -146,9 +153,9 @@ def test_small_shared_memory_takes_the_library(classes: int, least: int, columns
         for smem in (least - 1, least)
     )
     assert "torch" in below["kernels"][1]
-    assert f"and not even {columns.split()[-2]} columns of this one" in below["reason"]
+    assert f"and not even a panel of {columns.split()[-2]} columns fits" in below["reason"]
     assert "all multiprocessors" in enough["kernels"][1]
-    assert f"{columns} of this one" in enough["reason"]
+    assert columns in enough["reason"]
 
 
 @pytest.mark.parametrize(
@@ -164,14 +171,14 @@ def test_small_shared_memory_takes_the_library(classes: int, least: int, columns
     ],
 )
 def test_a_panel_is_what_shared_memory_holds(device: str, classes: int, panel: int) -> None:
-    assert f", {panel} columns of this one" in plan(10**6, classes, device)["reason"]
+    assert f"one block eliminates panels of {panel} columns" in plan(10**6, classes, device)["reason"]
 
 
 @pytest.mark.parametrize(
     ("device", "classes", "panel"), [("sm_90", 1025, 32), ("sm_90", 4096, 32), ("sm_120", 1025, 32), ("sm_120", 4096, 16)]
 )
 def test_a_cluster_shares_a_panel(device: str, classes: int, panel: int) -> None:
-    assert f", a cluster of 8 blocks {panel} columns of this one" in plan(10**6, classes, device)["reason"]
+    assert f"a cluster of 8 blocks eliminates panels of {panel} columns" in plan(10**6, classes, device)["reason"]
     assert "cluster" not in plan(10**6, 1024, device)["reason"]
 
 
