@@ -25,8 +25,7 @@ struct Block {
   alignas(64) double scale[kBlockRows];  // weight / sum
 };
 
-// Writes the predictions (before the division by their sum) of the rows of a block into `tile`, and lse and the cross entropy on the
-// way.
+// Writes the predictions (before the division by their sum) of the rows of a block into `tile`; also lse and the cross entropy.
 template <class T>
 LDMI_INLINE void predict(const Batch& batch, Block<T>& block, T* tile, T* scratch, T* lse, double& ce) {
   const int64_t classes = batch.logits.columns, width = padded<T>(classes);

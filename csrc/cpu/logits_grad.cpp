@@ -88,8 +88,7 @@ LDMI_INLINE void narrow_row(const T* from, int64_t count, Type type, void* grad,
   }
 }
 
-// Stores consecutive rows as whole vectors: the next row overwrites what they write past the end of a row. The last row is stored
-// exactly.
+// Stores consecutive rows as whole vectors: what they write past the end of a row, the next row overwrites. The last row is exact.
 template <class T>
 LDMI_INLINE void write_rows(const T* tile, int64_t width, int64_t first, int count, int64_t classes, Type type, void* grad) {
   if (type != Type::kFloat32 && type != Type::kFloat64) {

@@ -142,8 +142,7 @@ LDMI_INLINE T reduce_add(Vec<T> value) {
   return out;
 }
 
-// exp(x) of each of U vectors, for x <= about 1, to about one unit in the last place; 0 below the smallest normal number; NaN stays
-// NaN.
+// exp(x) of each of U vectors, for x <= about 1, to about one unit in the last place; 0 below the smallest normal number; NaN is kept.
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n exp(r). Adding 1.5 * 2^mantissa rounds x / ln 2 to the integer n and leaves n in
 // the low bits of the sum. Shifted to the position of the exponent they make 2^n.

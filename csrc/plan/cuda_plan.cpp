@@ -29,8 +29,7 @@ CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
   const int64_t smem = std::min<int64_t>(limits.smem_block, 96 << 10) - 1024, buckets = labels + 1;
   out.shared = buckets * 12 <= smem;  // per bucket 8 bytes, and one counter per warp
   out.warps = static_cast<int>(out.shared ? clamp((smem / buckets - 8) / 4, 1, 8) : 1);
-  // Each piece moves one counter per label a few times, so it has at least two rows per label. A block adds up 128 pieces in about 3
-  // us.
+  // Each piece moves one counter per label a few times, so it has at least two rows per label. A block sums 128 pieces in about 3 us.
   out.pieces = clamp(rows / std::max<int64_t>(2 * labels, 64 * out.warps), 1, out.shared ? 128 : 8);
   return out;
 }

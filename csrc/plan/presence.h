@@ -1,5 +1,4 @@
-// Which classes the determinant includes: the same rule in every engine. composite.ABSENT_SHARE and present_classes state it in
-// Python.
+// Which classes the determinant includes: the same rule in every engine. ldmi_fast/presence.py states it in Python.
 #pragma once
 
 #include "everywhere.h"

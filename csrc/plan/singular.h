@@ -1,4 +1,4 @@
-// When a matrix counts as singular: the same rule in every compiled engine. ldmi_fast states it in Python too.
+// When a matrix counts as singular: the same rule in every compiled engine. ldmi_fast/precision.py states it in Python.
 #pragma once
 
 #include <cstdint>

@@ -143,8 +143,7 @@ LDMI_DEVICE T* map_shared(T* p, int) {
 }
 #endif
 
-// ----------------------------------------------------------------------- warp collectives: called by all lanes of mask and no other
-// lane
+// ------------------------------------------------------------------- warp collectives: called by the lanes of mask only
 
 template <class T>
 LDMI_DEVICE T shfl(T value, int source, unsigned mask = kFull) {  // the value of lane `source`

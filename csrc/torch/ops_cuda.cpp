@@ -7,8 +7,7 @@
 #include "../cuda/kernels.h"
 #include "ops.h"
 
-// A function of libtorch_cuda. It is weak, so that this module also loads with a torch without CUDA, where no tensor is on a CUDA
-// device.
+// A function of libtorch_cuda. It is weak, so that this module also loads with a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace ldmi {

@@ -7,8 +7,7 @@ namespace {
 
 enum class Scope { kBlock, kCluster, kGrid };
 
-// Waits until all threads of the scope have come to the barrier, then makes their stores visible to each other. Returns the sum of the
-// votes.
+// Waits for all threads of the scope, then makes their stores visible to each other. Returns the sum of the votes.
 int arrive(Scope scope, const char* what, int vote, Site site) {
   Machine& m = machine();
   Fiber& me = *m.current;

@@ -35,7 +35,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-// x86-64 has a switch of its own in fibers.cpp; other processors, or with LDMI_SIMT_UCONTEXT, use the C library's.
+// fibers.cpp has its own switch for x86-64. Other processors use that of the C library, and so does x86-64 with LDMI_SIMT_UCONTEXT.
 #if !defined(__x86_64__) && !defined(LDMI_SIMT_UCONTEXT)
 #define LDMI_SIMT_UCONTEXT
 #endif
@@ -261,8 +261,7 @@ struct Machine {
     fiber->state = State::kReady;
     (fiber->late ? ready_late : ready).push_back(fiber);
   }
-  // Draws which threads lag behind from here on: none, some warps, the first thread (which often does work for the whole block), or
-  // all.
+  // Draws which threads lag behind from here on: none, some warps, all, or the first thread (which often works for the whole block).
   void draw_late(const std::vector<Fiber*>& fibers) {
     const bool everyone = late != 0 && random.one_in(8);
     bool now = false;

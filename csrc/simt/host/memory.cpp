@@ -100,7 +100,7 @@ void Machine::supersede(const Word& word, const Block& block) {
   }
 }
 
-// What the current thread sees of a word besides memory: what itself, its block and its cluster have stored, the nearest first.
+// The bytes of a word that the current thread sees before they are in memory: its own stores, then those of its block and its cluster.
 uint64_t Machine::visible(uintptr_t at, unsigned wanted, unsigned* set, bool* delayed) {
   uint64_t bytes = 0;
   *set = 0;

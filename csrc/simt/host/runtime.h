@@ -1,5 +1,4 @@
-// The runtime of the emulator, as the device vocabulary (device.h) calls it and the tests set it up. The state behind it is in
-// machine.h.
+// The runtime of the emulator, as the device vocabulary (device.h) calls it and the tests set it up. Its state is in machine.h.
 #pragma once
 
 #include <cstddef>

@@ -107,7 +107,7 @@ void* take_shared(int carve, int piece, size_t offset, size_t bytes, Site site) 
     }
     const size_t end = pieces.empty() ? 0 : pieces.back().at + pieces.back().bytes;
     const size_t at = (end + kGap + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
-    if (at + bytes + kGap > block.shared_size()) fail("too many pieces of shared memory for the shim's redzones");
+    if (at + bytes + kGap > block.shared_size()) fail("too many pieces of shared memory for the emulator's redzones");
     pieces.push_back({at, bytes});
     unpoison(base + at, bytes);
     std::memset(base + at, kPoison, bytes);
