@@ -245,14 +245,17 @@ CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int6
   const bool grid = elimination.factor == CudaFactor::kGrid;
   out.how = grid || (soft && weighted) ? CudaLoss::kScalars : CudaLoss::kEnd;
   const int64_t joint = cuda_joint(rows, classes, classes, soft, value_bytes, limits).workspace_bytes;
+  Workspace size;
+  take_loss_sums(size, classes);
+  const int64_t with_joint = size.bytes() + joint;
   if (limits.cooperative && !soft && classes <= kWholeClasses) {
     out.how = CudaLoss::kWhole;
-    out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) + joint;
+    out.workspace_bytes = with_joint;
     return out;
   }
-  out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) +
-                        std::max(joint, 3 * piece(8) + std::max(elimination.workspace_bytes,
-                                                                cuda_combine(rows, soft && weighted, limits).workspace_bytes));
+  take_loss_determinant(size);
+  const int64_t combine = cuda_combine(rows, soft && weighted, limits).workspace_bytes;
+  out.workspace_bytes = std::max(with_joint, size.bytes() + std::max(elimination.workspace_bytes, combine));
   return out;
 }
 

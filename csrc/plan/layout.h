@@ -86,6 +86,36 @@ struct FusedSpace {
   }
 };
 
+// ------------------------------------------------------------------------------------------------------------ loss_forward
+
+// The sums of the batch, which every launch of loss_forward reads or writes; first in its workspace.
+struct LossSums {
+  double* S;   // [C, C]
+  double* n;   // [C]
+  double* ce;  // [1]
+};
+inline LossSums take_loss_sums(Workspace& work, int64_t classes) {
+  LossSums sums{};
+  sums.S = work.take<double>(classes * classes);
+  sums.n = work.take<double>(classes);
+  sums.ce = work.take<double>(1);
+  return sums;
+}
+
+// What logdet_inverse returns to combine, if they are separate launches.
+struct LossDeterminant {
+  double* log_abs_det;  // [1]
+  double* sign;         // [1]
+  int64_t* kept;        // [1]
+};
+inline LossDeterminant take_loss_determinant(Workspace& work) {
+  LossDeterminant out{};
+  out.log_abs_det = work.take<double>(1);
+  out.sign = work.take<double>(1);
+  out.kept = work.take<int64_t>(1);
+  return out;
+}
+
 // -------------------------------------------------------------------------------------------------------------------- sort
 
 // What the launches of the counting sort share.
