@@ -104,7 +104,7 @@ def _plan(name: str, logits: Tensor, rows: int, soft: bool, options: Options) ->
     if name == "cpu":
         plan = ops.compiled.plan(*shape)
     else:
-        plan = ops.compiled.cuda_plan(*shape, *ops.compiled.cuda_limits(logits.device.index))
+        plan = ops.compiled.cuda_plan(*shape, ops.compiled.cuda_limits(logits.device.index))
     return Plan(name, tuple(plan["kernels"]), plan["regime"], plan["workspace_bytes"], plan["reason"])
 
 

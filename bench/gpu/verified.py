@@ -22,7 +22,7 @@ from ldmi_fast.engines.choose import available
 VERIFIED_JSON = RESULTS_DIR / "gpu-verified.json"
 
 SOURCES: dict[str, tuple[str, ...]] = {
-    "cuda": ("csrc/cuda/*", "csrc/plan/cuda_plan.*", "csrc/torch/ops_cuda.cpp"),
+    "cuda": ("csrc/cuda/**/*", "csrc/simt/*.cuh", "csrc/plan/cuda_plan.*", "csrc/plan/device_limits.h", "csrc/torch/ops_cuda.cpp"),
     "triton": ("ldmi_fast/engines/triton/*.py",),
 }
 """The files that make up each engine on a GPU."""

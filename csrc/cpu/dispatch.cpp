@@ -1,4 +1,4 @@
-// Which instruction set this machine runs, decided once; and what needs no vectors: the scalars between the kernels.
+// Chooses the instruction set for this machine, once. Also the scalar operations between the kernels, which need no vectors.
 
 #include <algorithm>
 #include <cmath>

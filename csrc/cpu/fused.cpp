@@ -1,4 +1,4 @@
-// The whole loss and its gradient in one call, for small problems.
+// The loss and its gradient in one call, for small problems.
 
 #include "isa.h"
 #include "rows.h"

@@ -1,5 +1,5 @@
-// fp16 and bf16 as bit patterns: exact widening, and narrowing that rounds to nearest even. Portable: no instruction beyond integer
-// and fp32 arithmetic, so that it is the same on every machine; loops over these vectorise.
+// fp16 and bf16 as bit patterns: exact widening, and narrowing that rounds to nearest even. It uses only integer and fp32 arithmetic,
+// so that it is the same on every machine; loops over these functions vectorise.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // S = sum_i w_i e_{y_i} p_i^T, n, the row logsumexp and the summed cross entropy, in one pass over the logits.
 //
 // A block of rows goes through three short phases: exponentials and their sums (in a tile that stays in L1), the scalars of each row
-// (1 / sum, log sum), and the accumulation of w / sum * tile into row y of S, in double. Rows of one label that stand together share
-// one pass over the row of S.
+// (1 / sum, log sum), and the accumulation of w / sum * tile into row y of S, in double. Consecutive rows of one label share one pass
+// over the row of S.
 
 #include "../plan/plan.h"
 #include "isa.h"
@@ -18,14 +18,14 @@ struct Block {
   int64_t row[kBlockRows];
   int64_t label[kBlockRows];
   double weight[kBlockRows];
-  // of the softmax; vectors are read from them, so they end on a whole one
+  // of the softmax; vectors are read from them, so their length is a whole number of vectors
   alignas(64) T maximum[kBlockRows];
   alignas(64) T sum[kBlockRows];
   alignas(64) T own[kBlockRows];         // the logit (or probability) of the row's own label
   alignas(64) double scale[kBlockRows];  // weight / sum
 };
 
-// Predictions (before the division by their sum) of the rows of a block into `tile`; lse and the cross entropy on the way.
+// Writes the predictions (before the division by their sum) of the rows of a block into `tile`; also lse and the cross entropy.
 template <class T>
 LDMI_INLINE void predict(const Batch& batch, Block<T>& block, T* tile, T* scratch, T* lse, double& ce) {
   const int64_t classes = batch.logits.columns, width = padded<T>(classes);
@@ -51,12 +51,12 @@ LDMI_INLINE void predict(const Batch& batch, Block<T>& block, T* tile, T* scratc
   for (int r = 0; r < block.count; ++r) block.scale[r] = block.weight[r] / static_cast<double>(block.sum[r]);
   for (int r = 0; r < block.count; ++r) {
     lse[block.row[r]] = block.maximum[r] + log_sum[r];
-    // in this order nothing is lost when all logits are far from 0
+    // this order loses no precision if all logits are far from 0
     ce += block.weight[r] * static_cast<double>(log_sum[r] + (block.maximum[r] - block.own[r]));
   }
 }
 
-// sums[0 .. width) += the sum over rows first..last of their scale * tile row.
+// Adds the sum of scale * tile row over the rows first..last to sums[0 .. width).
 template <class T>
 LDMI_INLINE void accumulate(const Block<T>& block, int first, int last, const T* tile, int64_t width, double* sums) {
   const double* scale = block.scale;
@@ -89,7 +89,7 @@ void poison(int64_t labels, int64_t classes, double* S, double* n, double* ce) {
   *ce = kNaN;
 }
 
-// sums[label[r]] += scale[r] * tile[r] for `count` rows of `width`, of a known number of vectors where that is small.
+// Adds scale[r] * tile[r] to sums[label[r]] for `count` rows of `width`; small widths have loops with a constant number of vectors.
 template <int kVectors>
 LDMI_INLINE void add_rows_of(const float* tile, int count, const int64_t* label, const double* scale, int64_t vectors, double* sums) {
   constexpr int lanes = kLanes<float>;
@@ -116,8 +116,8 @@ LDMI_INLINE void add_rows(const float* tile, int count, const int64_t* label, co
   }
 }
 
-// The rows begin..end of one task into `sums` [K, width], `weights` [K] and `ce`; few classes, in transposed groups of rows. A row
-// that does not count is summed with weight 0.
+// Sums the rows begin..end of one task into `sums` [K, width], `weights` [K] and `ce`; for few classes, in transposed groups of rows.
+// A row that does not count is summed with weight 0.
 LDMI_INLINE void sum_transposed(const Batch& batch, int64_t begin, int64_t end, double* sums, double* weights, double& ce, float* lse,
                                 bool& wrong) {
   constexpr int lanes = kLanes<float>;
@@ -164,7 +164,7 @@ LDMI_INLINE void sum_transposed(const Batch& batch, int64_t begin, int64_t end, 
       const Vec<float> log_sum = log(load(sum + r)), m = load(maximum + r);
       store(row_lse + r, m + log_sum);
       Vec<double> low, high;
-      // in this order nothing is lost when all logits are far from 0
+      // this order loses no precision if all logits are far from 0
       const Vec<float> row_ce = log_sum + (m - load(own + r));
       store(minus_log + r, row_ce);
       widen(row_ce, low, high);
@@ -188,7 +188,7 @@ LDMI_INLINE void sum_transposed(const Batch& batch, int64_t begin, int64_t end, 
   }
 }
 
-// The same row by row: more classes, probabilities, fp64.
+// The same row by row: for more classes, probabilities and fp64.
 template <class T>
 void sum_rows(const Batch& batch, int64_t begin, int64_t end, double* sums, double* weights, double& ce, T* lse, bool& wrong) {
   const int64_t width = padded<T>(batch.logits.columns);
@@ -218,7 +218,7 @@ void sum_rows(const Batch& batch, int64_t begin, int64_t end, double* sums, doub
   }
 }
 
-// Every task sums the rows of its range, in their order, into sums of its own.
+// Every task sums the rows of its range, in their order, into its own sums.
 template <class T>
 void joint_natural(const Batch& batch, const plan::CpuJoint& plan, double* S, double* n, T* lse, double* ce, const Threads& threads) {
   const int64_t rows = batch.logits.rows, classes = batch.logits.columns, labels = batch.num_labels;
@@ -265,8 +265,8 @@ void joint_natural(const Batch& batch, const plan::CpuJoint& plan, double* S, do
   if (wrong) poison(labels, classes, S, n, ce);
 }
 
-// Rows in the order of their labels: the row of S that is summed into stays in L1. A task whose first label began in an earlier task
-// leaves that part in a side row, added afterwards in the order of the tasks.
+// Rows in the order of their labels: the row of S that is being summed stays in L1. A task whose first label began in an earlier task
+// writes that part to a separate row; these rows are added afterwards, in the order of the tasks.
 template <class T>
 void joint_by_label(const Batch& batch, const plan::CpuJoint& plan, double* S, double* n, T* lse, double* ce, const Threads& threads) {
   const int64_t rows = batch.logits.rows, classes = batch.logits.columns, labels = batch.num_labels;
@@ -289,7 +289,7 @@ void joint_by_label(const Batch& batch, const plan::CpuJoint& plan, double* S, d
     bool ignored = false;
     double weight, run_weight = 0;
     int64_t current = kUnused;
-    int64_t before = kUnused;  // the label that the task before this one ends with
+    int64_t before = kUnused;  // the last label of the task before this one
     if (begin > 0) before = used_label(batch, order.rows()[begin - 1], weight, ignored);
     const auto finish_run = [&] {
       if (current == kUnused) return;
@@ -348,7 +348,7 @@ LDMI_INLINE void load_pair(const double* from, Vec<double>& low, Vec<double>& hi
   high = load(from + kLanes<double>);
 }
 
-// S = T^T diag(w) P in two phases a block of rows: predictions and weighted targets, by rows; their product, by labels.
+// S = T^T diag(w) P in two phases per block of rows: predictions and weighted targets, by rows; then their product, by labels.
 template <class T>
 void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, const Threads& threads) {
   constexpr int lanes = kLanes<T>;
@@ -360,7 +360,7 @@ void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, co
   const int64_t target_width = label_width > padded<T>(labels) ? label_width : padded<T>(labels);
   const plan::CpuSoft plan = plan::cpu_soft(rows, classes, labels, sizeof(T));
   Buffer<T> predictions(plan.block_rows * width);
-  // A weight times a target, in double: rounded to fp32, a singular joint of weighted targets would not be singular any more.
+  // Weights times targets are in double: rounded to fp32, a singular joint of weighted targets would no longer be singular.
   Buffer<double> targets(plan.block_rows * target_width);
   const int64_t steps = plan.block_rows / kStep;
   Buffer<double> step_ce(steps);
@@ -405,7 +405,7 @@ void joint_soft(const Batch& batch, double* S, double* n, T* lse, double* ce, co
         for (int64_t c = padded<T>(classes); c < width; ++c) p[c] = 0;
         for (int64_t k = 0; k < labels; ++k) {
           t[k] = weight * static_cast<double>(target[k]);
-          // a zero in the target contributes nothing, also where the prediction is 0
+          // a zero in the target contributes nothing, even if the prediction is 0
           if (target[k] == 0 || labels != classes) continue;
           const double minus_log = batch.probs ? -__builtin_log(static_cast<double>(x[k]))
                                                : log_sum + (static_cast<double>(maximum) - static_cast<double>(x[k]));

@@ -60,8 +60,8 @@ void for_each_task(const Threads& threads, int64_t tasks, const Body& body) {
   threads.run(tasks, const_cast<Body*>(&body), [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); });
 }
 
-// S [K, C], n [K] and ce [1] in double; lse [N] in float (double for fp64 logits). All contiguous, all overwritten. Rows that do
-// not count (ignored, weight 0) are not looked at. A label or weight out of range makes S, n and ce NaN.
+// S [K, C], n [K] and ce [1] in double; lse [N] in float (double for fp64 logits). All are contiguous and overwritten. Rows that do
+// not count (ignored, or of weight 0) are not read. A label or weight out of range makes S, n and ce NaN.
 using JointFn = void (*)(const Batch&, double* S, double* n, void* lse, double* ce, const Threads&);
 
 // `grad` [N, C] contiguous, of the type of the logits:
@@ -73,11 +73,11 @@ using LogitsGradFn = void (*)(const Batch&, const void* lse, const double* V, do
 struct Determinant {
   double log_abs_det;  // -inf when singular
   double sign;         // 0 when singular
-  int64_t kept;        // number of classes that the determinant is of
+  int64_t kept;        // number of classes that the determinant includes
 };
 
-// log|det S| and V = S^{-T} (row-major, contiguous) of one matrix by Gauss-Jordan elimination with partial pivoting. V may be null:
-// the determinant alone, with the same bits.
+// log|det S| and V = S^{-T} (row-major, contiguous) of one matrix by Gauss-Jordan elimination with partial pivoting. With V = null
+// only the determinant is computed, with the same bits.
 using LogdetInverseFn = Determinant (*)(const double* S, const double* n, int64_t C, bool strict, double* V, const Threads&);
 
 struct LossOptions {
@@ -85,7 +85,7 @@ struct LossOptions {
   double eps;
   bool normalize;
   double cross_entropy_weight;
-  double log_eps = std::log(eps);  // -inf: without eps
+  double log_eps = std::log(eps);  // -inf without eps
 };
 
 // The loss (returned) and its gradient `grad` [N, C], for hard labels.
@@ -100,12 +100,13 @@ struct Kernels {
   FusedFn fused;
 };
 
-// The kernels for this machine: the widest instruction set that it has, or the one that the environment variable LDMI_FAST_ISA
-// names (baseline, avx2, avx512). Throws std::runtime_error if that one is unknown or cannot run here.
+// Returns the kernels for this machine: of the widest instruction set that it has, or of the one in the environment variable
+// LDMI_FAST_ISA (baseline, avx2, avx512). Throws std::runtime_error if that one is unknown or cannot run here.
 const Kernels& kernels();
 
-// The loss, and the two factors of its gradient, from l = log|det S| - k log W (without k log W when not normalised): -l, or with eps
-// -logaddexp(l, log eps), whose derivative is sigmoid(l - log eps), plus the mean cross entropy. Nothing has weight: 0.
+// Computes the loss and the two factors of its gradient from l = log|det S| - k log W (without k log W when not normalised): -l, or
+// with eps -logaddexp(l, log eps), whose derivative is sigmoid(l - log eps), plus the mean cross entropy. If the total weight is 0,
+// the loss is 0.
 struct Loss {
   double loss, scale, ce_scale;
 };

@@ -1,8 +1,8 @@
 // log|det| and inverse of a matrix by Gauss-Jordan elimination in place, with partial pivoting: 2 C^3 operations for both.
 //
-// Step k divides row k by its pivot and takes it out of every other row; the column that it clears holds column k of the inverse
-// from then on. Row exchanges of the matrix are undone as column exchanges of the inverse, in the reverse order. The product of the
-// pivots is the determinant. Without the inverse the same steps on the rows and columns that are still to come are an LU
+// Step k divides row k by its pivot and subtracts multiples of it from every other row; the column that it clears contains column k of
+// the inverse from then on. Row exchanges of the matrix are undone as column exchanges of the inverse, in reverse order. The product
+// of the pivots is the determinant. Without the inverse the same steps are done only on the remaining rows and columns, which is an LU
 // factorisation: every entry that both compute goes through the same operations, so the determinant has the same bits.
 //
 // The steps are taken in panels of columns J, whose effect on the rest is one matrix product,
@@ -10,23 +10,25 @@
 //     D = M[J, J] after the exchanges      G[J] = D^{-1}      G[i] = -M[i, J] D^{-1} for the other rows i
 //     M[:, c] <- (M[:, c] with zeros in the rows J) + G M[J, c]       for every column c outside the panel
 //
-// where eliminating the panel by itself leaves G in its place. The next panel is eliminated while the other columns are still being
-// updated. Whoever does a block of columns, its operations are the same, so the bits do not depend on the number of threads.
+// and eliminating the panel alone leaves G in its place. The next panel is eliminated while the other columns are still being updated.
+// The operations on a block of columns do not depend on the thread that does them, so the bits do not depend on the number of threads.
 //
-// What is eliminated is M = R^T, the transpose of R = diag(1/n) S. D^{-1} is an explicit inverse, whose condition may be that of the
-// whole matrix: where all rows are nearly alike, as a classifier's are that has hardly learned, M M^{-1} - I bears that (1e5 C eps of
-// the norms), M^{-1} M - I does not. The contract is S V^T = I, and S V^T - I is (M^{-1} M - I)^T, up to the scales.
+// The matrix that is eliminated is M = R^T, the transpose of R = diag(1/n) S. D^{-1} is an explicit inverse, and its condition number
+// may be that of the whole matrix. If all rows are nearly equal, as those of a classifier that has hardly learned, M M^{-1} - I has
+// that error (1e5 C * 2^-52 of the norms), and M^{-1} M - I does not. The contract is S V^T = I, and S V^T - I is (M^{-1} M - I)^T, up
+// to the scales.
 
 #include "../plan/plan.h"
 #include "../plan/presence.h"
+#include "../plan/singular.h"
 #include "isa.h"
 #include "rows.h"
 
 namespace ldmi::cpu::LDMI_ISA {
 namespace {
 
-// The logarithm of a product of positive numbers, by one logarithm: the factors are multiplied in the range of one exponent, and the
-// exponents added as integers.
+// The logarithm of a product of positive numbers, with one call of log: fractions in [1, 2) are multiplied, and the exponents are
+// added as integers.
 class LogProduct {
  public:
   void multiply(double factor) {
@@ -59,7 +61,7 @@ class LogProduct {
   int64_t exponents_ = 0;
 };
 
-// What the elimination finds out besides the inverse, and when it has to stop.
+// What the elimination computes besides the inverse, and the limit at which it stops.
 struct Elimination {
   double threshold;  // the largest magnitude that is no pivot
   double sign = 1;
@@ -73,7 +75,7 @@ struct Elimination {
   }
 };
 
-// The first of the entries begin..end-1 that no other exceeds in magnitude.
+// Returns the index of the entry of largest magnitude among begin..end-1; of equal ones the first.
 LDMI_INLINE int64_t pivot_row(const double* column, int64_t begin, int64_t end) {
   constexpr int lanes = kLanes<double>;
   Vec<double> most = splat(-1.0);
@@ -90,7 +92,7 @@ LDMI_INLINE int64_t pivot_row(const double* column, int64_t begin, int64_t end) 
   for (i = begin; i < end; ++i) {
     if (__builtin_fabs(column[i]) == largest) return i;
   }
-  return begin;  // NaN throughout
+  return begin;  // all are NaN
 }
 
 // The block of the matrix that stays in registers during a product.
@@ -103,25 +105,25 @@ constexpr int64_t kTileColumns = 4;
 #endif
 // Columns that are updated together: their rows J stay in L1.
 constexpr int64_t kChunk = 32;
-// Columns that are eliminated one by one; wider panels are eliminated by halves.
+// Panels up to this width are eliminated column by column; wider ones half by half.
 constexpr int64_t kNarrow = 8;
 constexpr int64_t kWidest = 64;
 
-// A column-major matrix [C, C], column c at data + c * C, and what happens to it.
+// A column-major matrix [C, C], column c at data + c * C, and the state of its elimination.
 struct Panels {
   double* data;
   int64_t C;
   bool inverse;
   int64_t* exchanged;
   Elimination& found;
-  double* scratch;  // kPanelDoubles(C, kWidest / 2)
+  double* scratch;  // [panel_doubles(C, kWidest / 2)]
 
   double* column(int64_t c) const { return data + c * C; }
 };
 
 constexpr int64_t panel_doubles(int64_t C, int64_t width) { return (C + kTileRows - 1) / kTileRows * kTileRows * width; }
 
-// Rows from first_row on of the columns k..k+width-1, tile by tile, for the products with them.
+// Packs the rows from first_row on of the columns k..k+width-1 tile by tile, for the products with them.
 void pack(const Panels& p, int64_t first_row, int64_t k, int64_t width, double* to) {
   constexpr int lanes = kLanes<double>;
   for (int64_t i = first_row; i < p.C; i += kTileRows, to += kTileRows * width) {
@@ -138,7 +140,7 @@ void pack(const Panels& p, int64_t first_row, int64_t k, int64_t width, double* 
   }
 }
 
-// One tile of the matrix += G's tile [width, kTileRows] times X [width, kTileColumns].
+// Adds the product of G's tile [width, kTileRows] and X [width, kTileColumns] to one tile of the matrix.
 LDMI_INLINE void multiply_tile(const double* G, const double* X, int64_t width, double* to, int64_t stride, int64_t rows,
                                int64_t columns) {
   constexpr int lanes = kLanes<double>;
@@ -181,7 +183,7 @@ LDMI_INLINE void multiply_tile(const double* G, const double* X, int64_t width, 
   }
 }
 
-// The effect of an eliminated panel (columns k..k+width-1; G: its rows from first_row on, packed) on the columns begin..end-1 outside.
+// Applies an eliminated panel (columns k..k+width-1; G: its rows from first_row on, packed) to the columns begin..end-1 outside it.
 void update(const Panels& p, const double* G, int64_t first_row, int64_t k, int64_t width, int64_t begin, int64_t end) {
   alignas(64) double X[kChunk * kWidest];
   for (int64_t c0 = begin; c0 < end; c0 += kChunk) {
@@ -215,7 +217,7 @@ void update(const Panels& p, const double* G, int64_t first_row, int64_t k, int6
   }
 }
 
-// Eliminates columns k..k+width-1, width <= kNarrow, by themselves: G is in their place afterwards.
+// Eliminates only the columns k..k+width-1, width <= kNarrow; afterwards they contain G.
 bool eliminate_narrow(const Panels& p, int64_t first_row, int64_t k, int64_t width) {
   constexpr int lanes = kLanes<double>;
   for (int64_t j = 0; j < width; ++j) {
@@ -268,7 +270,7 @@ bool eliminate(double* data, int64_t C, bool inverse, int64_t* exchanged, Elimin
   const int64_t width = plan.panel;
   Buffer<double> packed(2 * panel_doubles(C, width)), scratch(panel_doubles(C, width / 2));
   const Panels p{data, C, inverse, exchanged, found, scratch.get()};
-  // the rows that still matter: all of them, or those from the panel on
+  // the first row that is still needed: with the inverse all rows are, else those from the panel on
   const auto first_row = [&](int64_t k) { return inverse ? 0 : k; };
   const auto panel = [&](int64_t k, double* G) {
     const int64_t columns = C - k < width ? C - k : width;
@@ -281,7 +283,7 @@ bool eliminate(double* data, int64_t C, bool inverse, int64_t* exchanged, Elimin
   for (int64_t k = 0; regular && k < C; k += width) {
     const int64_t columns = C - k < width ? C - k : width, next = k + columns;
     const int64_t next_end = C - next < width ? C : next + width;
-    // piece 0 is the next panel, which the step after this one waits for; then the columns after it, then those before
+    // piece 0 is the next panel, which the next step waits for; then follow the columns after it, and those before it
     const int64_t after = (C - next_end + kChunk - 1) / kChunk, before = inverse ? k / kChunk : 0;
     const int64_t pieces = 1 + after + before;
     int64_t taken = 0;
@@ -307,7 +309,7 @@ bool eliminate(double* data, int64_t C, bool inverse, int64_t* exchanged, Elimin
   return regular;
 }
 
-// What is seen of S and n on the way to R = diag(1/n) S of the classes that are present.
+// What equilibrate finds in S and n while it computes R = diag(1/n) S of the present classes.
 struct Screening {
   double norm = 0;  // ||R||_inf
   bool finite = true;
@@ -323,7 +325,7 @@ void exchange(double* a, double* b, int64_t count) {
   }
 }
 
-// The k classes that are present, in order, and their weights.
+// The k present classes, in order, and their weights.
 struct Present {
   int64_t k = 0;
   Buffer<int64_t> classes;
@@ -346,7 +348,7 @@ bool all_finite(const double* values, int64_t count) {
   return all == 0;
 }
 
-// The rows begin..end-1 of R, which are columns of M [k, k]
+// Computes the rows begin..end-1 of R, which are columns of M [k, k].
 Screening equilibrate(const double* S, const Present& present, int64_t C, int64_t begin, int64_t end, double* M) {
   Screening out;
   for (int64_t i = begin; i < end; ++i) {
@@ -373,8 +375,8 @@ Screening equilibrate(const double* S, const Present& present, int64_t C, int64_
   return out;
 }
 
-// V = diag(1/n) R^{-T} in the place of M^{-1} = R^{-T} (column-major): the blocks of kBlock rows from `begin` on change places with
-// those of kBlock columns, from the diagonal on.
+// Replaces M^{-1} = R^{-T} (column-major) by V = diag(1/n) R^{-T} (row-major): exchanges blocks of kBlock rows from `begin` on with
+// blocks of kBlock columns, from the diagonal on.
 void transpose(const double* n, int64_t k, int64_t begin, int64_t end, double* V) {
   for (int64_t j0 = begin; j0 < k; j0 += kBlock) {
     const int64_t j1 = k - j0 < kBlock ? k : j0 + kBlock;
@@ -388,8 +390,8 @@ void transpose(const double* n, int64_t k, int64_t begin, int64_t end, double* V
   }
 }
 
-// From [k, k], the classes that are present, to [C, C] with zeros in the rows and columns of the others, in place. No entry moves
-// towards the beginning, so going from the last to the first overwrites none that has still to move.
+// Spreads V in place from the present classes [k, k] to all classes [C, C], with zeros in the rows and columns of the others. No entry
+// moves towards the beginning, so going from the last to the first overwrites no entry that has not moved yet.
 void spread(const Present& present, int64_t C, double* V) {
   const int64_t k = present.k;
   for (int64_t i = C - 1, r = k - 1; i >= 0; --i) {
@@ -425,7 +427,7 @@ Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool str
     return Determinant{log_abs_det, sign, kept};
   };
   bool finite = all_finite(n, C);
-  if (k != C) {  // else the entries are looked at on the way to R
+  if (k != C) {  // else equilibrate checks the entries
     Buffer<uint8_t> fine((C + kBlock - 1) / kBlock);
     for_each_block(C, [&](int64_t b, int64_t begin, int64_t end) { fine[b] = all_finite(S + begin * C, (end - begin) * C); });
     for (int64_t b = 0; b * kBlock < C; ++b) finite &= fine[b] != 0;
@@ -444,11 +446,11 @@ Determinant logdet_inverse(const double* S, const double* n, int64_t C, bool str
     seen.norm = screenings[b].norm > seen.norm ? screenings[b].norm : seen.norm;
   }
   if (!seen.finite) return without_inverse(kNaN, kNaN, kNaN);
-  Elimination found{static_cast<double>(C) * 0x1p-52 * seen.norm, 1, {}};
+  Elimination found{plan::singular_threshold(C, seen.norm), 1, {}};
   for (int64_t i = 0; i < k; ++i) found.determinant.multiply(present.weights[i]);
   if (!eliminate(M, k, inverse, exchanged.get(), found, threads)) return without_inverse(-__builtin_inf(), 0, 0);
   if (inverse) {
-    // columns of the inverse change places as the rows of M did, last exchange first
+    // the columns of the inverse are exchanged as the rows of M were, the last exchange first
     for (int64_t i = k - 1; i >= 0; --i) {
       if (exchanged[i] != i) exchange(V + i * k, V + exchanged[i] * k, k);
     }

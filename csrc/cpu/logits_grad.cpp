@@ -1,8 +1,8 @@
-// dloss/dz_i = w_i p_i * (scale * (<p_i, V[y_i]> - V[y_i]) + ce_scale) - w_i ce_scale e_{y_i}, one pass: a row is read, turned into
+// dloss/dz_i = w_i p_i * (scale * (<p_i, V[y_i]> - V[y_i]) + ce_scale) - w_i ce_scale e_{y_i}, in one pass: a row is read, turned into
 // exponentials in a tile, and written.
 //
-// The saved lse only keeps the exponentials in range; they are divided by their own sum, so the rounding of an lse far from 0 does
-// not reach the result. V enters as a table in the precision of the logits, each row scaled to magnitude 1 so that tiny sample weights
+// The saved lse only keeps the exponentials in range. They are divided by their own sum, so the rounding of an lse far from 0 does not
+// affect the result. V enters as a table in the precision of the logits, each row scaled to magnitude 1 so that tiny sample weights
 // (V grows as 1/n) cannot overflow it.
 
 #include "../plan/plan.h"
@@ -12,7 +12,7 @@
 namespace ldmi::cpu::LDMI_ISA {
 namespace {
 
-// to[0 .. width) = V / max |V|, zeros in the padding. Returns that maximum (1 for a row of zeros); NaN passes through.
+// Writes V / max |V| to to[0 .. width), with zeros in the padding. Returns that maximum (1 for a row of zeros); NaN passes through.
 template <class T>
 LDMI_INLINE double scaled_row(const double* V, int64_t count, int64_t width, T* to) {
   double largest = 0;
@@ -27,8 +27,8 @@ LDMI_INLINE double scaled_row(const double* V, int64_t count, int64_t width, T* 
   return largest;
 }
 
-// One row of the gradient: its exponentials become, in place, the gradient of its logits (zeros stay in the padding).
-//   x: the logits; V: the (scaled) row that belongs to it; alpha = -w scale max|V|, gamma = w ce_scale.
+// Replaces the exponentials of one row by the gradient of its logits; the padding stays 0.
+//   x: the logits; V: the (scaled) row of V for its label; alpha = -w scale max|V|, gamma = w ce_scale.
 template <class T>
 LDMI_INLINE void logits_row(const T* x, const T* V, int64_t count, double lse, double alpha, double gamma, T* tile) {
   constexpr int lanes = kLanes<T>;
@@ -88,8 +88,7 @@ LDMI_INLINE void narrow_row(const T* from, int64_t count, Type type, void* grad,
   }
 }
 
-// Rows that follow each other in memory: whole vectors are stored, and what they write past a row the next row overwrites; the last
-// row is stored exactly.
+// Stores consecutive rows as whole vectors: what they write past the end of a row, the next row overwrites. The last row is exact.
 template <class T>
 LDMI_INLINE void write_rows(const T* tile, int64_t width, int64_t first, int count, int64_t classes, Type type, void* grad) {
   if (type != Type::kFloat32 && type != Type::kFloat64) {
@@ -99,7 +98,7 @@ LDMI_INLINE void write_rows(const T* tile, int64_t width, int64_t first, int cou
   T* to = static_cast<T*>(grad) + first * classes;
   for (int r = 0; r + 1 < count; ++r) {
     for (int64_t j = 0; j < classes; j += kLanes<T>) {
-      // a vector may reach past the last row only from the row before it, when rows are shorter than a vector
+      // if rows are shorter than a vector, a vector of the last but one row may reach past the last row
       if (r * classes + j + kLanes<T> <= count * classes) {
         store(to + r * classes + j, load(tile + r * width + j));
       } else {
@@ -114,7 +113,7 @@ struct Scales {
   double scale, ce_scale;
 };
 
-// The gradient of one used row into `tile`; V_scale is -scale * max |V| of the row.
+// Writes the gradient of one row that counts into `tile`; V_scale is -scale * max |V| of the row.
 template <class T>
 LDMI_INLINE void hard_row(const Batch& batch, const T* x, const T* V, double V_scale, double lse, double weight, int64_t column,
                           double ce_scale, T* tile) {
@@ -131,8 +130,8 @@ LDMI_INLINE void hard_row(const Batch& batch, const T* x, const T* V, double V_s
   if (ce_scale != 0) tile[column] -= static_cast<T>(gamma);
 }
 
-// The gradients of the rows begin..end, in transposed groups; few classes. `grad` of another type than fp32 goes through a tile, as do
-// the last rows, past which nothing may be written.
+// Writes the gradients of the rows begin..end, in transposed groups; for few classes. If `grad` is not fp32, it goes through a tile;
+// so do the last rows, after which nothing may be written.
 LDMI_INLINE void grad_transposed(const Batch& batch, int64_t begin, int64_t end, const float* lse, const float* table,
                                  const double* table_scale, Scales s, void* grad) {
   constexpr int lanes = kLanes<float>;
@@ -183,7 +182,7 @@ LDMI_INLINE void grad_transposed(const Batch& batch, int64_t begin, int64_t end,
           if (label[first + l] != kUnused) x[column_of(label[first + l], classes) * lanes + l] -= gamma[l];
         }
       }
-      // what is written past the last row must fall on rows that this task has still to write
+      // the values written past the last row must be in rows that this task writes later
       if (same_type && all_used && here == lanes && (end - base - lanes) * classes >= kSide) {
         scatter_tile(x, classes, static_cast<float*>(grad) + base * classes, classes);
         continue;
@@ -241,7 +240,7 @@ void grad_natural(const Batch& batch, const plan::CpuLogitsGrad& plan, const T* 
   });
 }
 
-// In the order of the labels: one row of V serves a run of rows from L1.
+// In the order of the labels: a run of rows reads one row of V from L1.
 template <class T>
 void grad_by_label(const Batch& batch, const plan::CpuLogitsGrad& plan, const T* lse, const double* V, Scales s, void* grad,
                    const Threads& threads) {
@@ -249,7 +248,7 @@ void grad_by_label(const Batch& batch, const plan::CpuLogitsGrad& plan, const T*
   LabelOrder order(batch, plan::sort_tasks(rows, batch.num_labels), threads);
   for_each_task(threads, plan.tasks, [&](int64_t task) {
     Buffer<T> tile(width), scratch(width), V_row(width);
-    // rows of whole vectors are written where they belong
+    // rows of whole vectors are written directly to the gradient
     const bool direct = width == classes && (batch.logits.type == Type::kFloat32 || batch.logits.type == Type::kFloat64);
     double V_scale = 1;
     int64_t current = kUnused;
@@ -276,7 +275,7 @@ void grad_by_label(const Batch& batch, const plan::CpuLogitsGrad& plan, const T*
   });
 }
 
-// Soft targets: T_i V takes the place of V[y_i]; a small matrix product for every few rows.
+// For soft targets T_i V replaces V[y_i]: one small matrix product for every few rows.
 template <class T>
 void grad_soft(const Batch& batch, const T* lse, const double* V, Scales s, void* grad, const Threads& threads) {
   constexpr int lanes = kLanes<T>;

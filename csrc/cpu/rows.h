@@ -35,8 +35,8 @@ class Buffer {
   T* data_;
 };
 
-// How many rows are worked on together: the phases of a row are short chains of dependent instructions, which hide behind those of
-// other rows, while the tile stays in the first-level cache.
+// The number of rows in a block. The phases of one row are short chains of dependent instructions, which overlap with those of the
+// other rows; the tile stays in the first-level cache.
 constexpr int kBlockRows = 32;
 constexpr int64_t kTileElements = 4096;
 
@@ -58,7 +58,7 @@ LDMI_INLINE void convert_row(const E* from, int64_t stride, int64_t count, T* to
   }
 }
 
-// Row i as `columns` values of type T with padded<T>(columns) readable ones: in place where that is possible, else in `scratch`.
+// Returns row i as `columns` values of type T, of which padded<T>(columns) are readable: in place if possible, else in `scratch`.
 template <class T>
 LDMI_INLINE const T* read_row(const Matrix& m, int64_t i, T* scratch) {
   constexpr Type native = sizeof(T) == 4 ? Type::kFloat32 : Type::kFloat64;
@@ -83,7 +83,7 @@ LDMI_INLINE const T* read_row(const Matrix& m, int64_t i, T* scratch) {
   return scratch;
 }
 
-// Rows in the order of labels are far from each other: ask for them some rows ahead.
+// Rows in the order of labels are far apart in memory: prefetch them this number of rows ahead.
 constexpr int64_t kAhead = 4;
 LDMI_INLINE void prefetch_row(const Matrix& m, int64_t i) {
   if (m.column_stride != 1) return;
@@ -108,7 +108,7 @@ LDMI_INLINE double weight_of(const Weights& w, int64_t i) {
   return 1;
 }
 
-// A label as a signed number; what does not fit is the largest one, which no class has.
+// Returns a label as a signed number; a value that does not fit becomes INT64_MAX, which no class has.
 LDMI_INLINE int64_t label_of(const Labels& y, int64_t i) {
   const int64_t at = i * y.stride;
   switch (y.bytes) {
@@ -125,13 +125,13 @@ LDMI_INLINE int64_t label_of(const Labels& y, int64_t i) {
   }
 }
 
-// Weights that are finite and not negative; a NaN fails both comparisons.
+// Whether a weight is finite and not negative; NaN fails both comparisons.
 LDMI_INLINE bool good_weight(double weight) { return weight >= 0 && weight <= 1.7976931348623157e308; }
 
 constexpr int64_t kUnused = -1;
 
-// The label of row i and its weight; kUnused for a row that does not count. A row whose label or weight is out of range does not
-// count either, and sets `bad`.
+// Returns the label of row i, and its weight in `weight`; kUnused for a row that does not count. A row whose label or weight is out of
+// range does not count either, and sets `bad`.
 LDMI_INLINE int64_t used_label(const Batch& batch, int64_t i, double& weight, bool& bad) {
   weight = weight_of(batch.weights, i);
   if (weight == 0) return kUnused;
@@ -144,8 +144,8 @@ LDMI_INLINE int64_t used_label(const Batch& batch, int64_t i, double& weight, bo
   return label;
 }
 
-// used_label of `count` rows from `first` on. The usual case, 64-bit labels without weights, is a loop of its own.
-// Returns whether all of them count.
+// Calls used_label for `count` rows from `first` on; the usual case, 64-bit labels without weights, has its own loop. Returns whether
+// all rows count.
 LDMI_INLINE bool used_labels(const Batch& batch, int64_t first, int count, int64_t* label, double* weight, bool& bad) {
   if (batch.weights.data == nullptr && batch.labels.bytes == 8 && batch.labels.stride == 1 && batch.labels.is_signed) {
     const int64_t* y = static_cast<const int64_t*>(batch.labels.data) + first;
@@ -170,11 +170,11 @@ LDMI_INLINE bool used_labels(const Batch& batch, int64_t first, int count, int64
   return all;
 }
 
-// The column of the row's own label: stacked problems have labels y + b C.
+// The column of a label: stacked problems have labels y + b C.
 LDMI_INLINE int64_t column_of(int64_t label, int64_t classes) { return label < classes ? label : label % classes; }
 
-// exp(x - max) of a row into `tile` (zeros in the padding), its maximum and its sum. A row with a NaN, with +inf, or with no
-// finite value gives NaN throughout.
+// Writes exp(x - max) of a row into `tile` (zeros in the padding), and returns its maximum and its sum. For a row with a NaN, with
+// +inf, or without a finite value all of them are NaN.
 template <class T>
 LDMI_INLINE void exponentials(const T* x, int64_t count, T* tile, T& maximum, T& sum) {
   constexpr int lanes = kLanes<T>;
@@ -215,7 +215,7 @@ LDMI_INLINE void exponentials(const T* x, int64_t count, T* tile, T& maximum, T&
   sum = reduce_add(total);
 }
 
-// A row of probabilities into `tile`; what is not finite becomes NaN.
+// Copies a row of probabilities into `tile`; values that are not finite become NaN.
 template <class T>
 LDMI_INLINE void probabilities(const T* x, int64_t count, T* tile) {
   const int64_t whole = count / kLanes<T> * kLanes<T>;
@@ -229,7 +229,7 @@ LDMI_INLINE void probabilities(const T* x, int64_t count, T* tile) {
   }
 }
 
-// Splits `count` things into `tasks` runs of nearly equal length: where run `task` begins.
+// Splits `count` items into `tasks` runs of nearly equal length; returns where run `task` begins.
 LDMI_INLINE int64_t cut(int64_t count, int64_t tasks, int64_t task) {
   return count / tasks * task + (count % tasks < task ? count % tasks : task);
 }
@@ -274,7 +274,7 @@ class LabelOrder {
   }
 
   const int64_t* rows() { return order_.get(); }
-  int64_t used() const { return used_; }  // how many rows count
+  int64_t used() const { return used_; }  // the number of rows that count
   bool bad() const { return bad_; }       // whether a label or a weight is out of range
 
  private:

@@ -1,8 +1,8 @@
 // Vectors of one width per instruction set, in the compiler's own vector extension: one source for SSE2, NEON, AVX2 and AVX-512.
 //
-// Every file that includes this is compiled once per instruction set, with LDMI_ISA (a namespace) and LDMI_VECTOR_BYTES given on
-// the command line. Everything here has internal linkage, so that no two instruction sets can share a function by accident, and
-// nothing from the C++ library that would be instantiated with the wrong flags is used in the kernels.
+// Every file that includes this header is compiled once per instruction set, with LDMI_ISA (a namespace) and LDMI_VECTOR_BYTES given
+// on the command line. Everything here has internal linkage, so that two instruction sets cannot share a function by accident. For the
+// same reason the kernels use nothing from the C++ library that would be instantiated with the wrong flags.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct Lane<double> {
 template <class T>
 constexpr int kLanes = LDMI_VECTOR_BYTES / sizeof(T);
 
-// A vector of kLanes<T> values. Wrapped, so that GCC's ABI notes about bare vector arguments do not apply.
+// A vector of kLanes<T> values, in a struct, so that GCC's ABI notes about bare vector arguments do not apply.
 template <class T>
 struct Vec {
   typedef T Raw __attribute__((vector_size(LDMI_VECTOR_BYTES)));
@@ -82,7 +82,7 @@ LDMI_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
   return {a.v / b.v};
 }
 
-// a * b + c; one rounding where the machine has a fused multiply-add (-ffp-contract=fast).
+// a * b + c, with one rounding if the machine has a fused multiply-add (-ffp-contract=fast).
 template <class T>
 LDMI_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.v * b.v + c.v};
@@ -93,7 +93,7 @@ LDMI_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return {a.v > b.v ? a.v : b.v};
 }
 
-// The first `count` lanes of `value`, `other` in the rest.
+// The first `count` lanes of `value`, and `other` in the rest.
 template <class T>
 LDMI_INLINE Vec<T> first_lanes(Vec<T> value, int count, T other) {
   typename Vec<T>::RawInt index;
@@ -142,13 +142,12 @@ LDMI_INLINE T reduce_add(Vec<T> value) {
   return out;
 }
 
-// exp(x) of each of U vectors, for x <= about 1, to about one unit in the last place; 0 below the smallest normal number; NaN stays
-// NaN.
+// exp(x) of each of U vectors, for x <= about 1, to about one unit in the last place; 0 below the smallest normal number; NaN is kept.
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n exp(r). Adding 1.5 * 2^mantissa rounds x / ln 2 to the integer n and leaves n in
-// the low bits of the sum, which shifted into the exponent's place make 2^n.
+// the low bits of the sum. Shifted to the position of the exponent they make 2^n.
 //
-// A single vector is one long chain of dependent instructions, more than a scheduler looks ahead; U of them go in lockstep.
+// A single vector is one long chain of dependent instructions, longer than a scheduler looks ahead; so U vectors go in lockstep.
 template <class T, int U>
 LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
   using Int = typename Vec<T>::Int;
@@ -158,7 +157,7 @@ LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
   constexpr T magic = static_cast<T>(1.5) * static_cast<T>(Int{1} << mantissa);
   constexpr bool single = sizeof(T) == 4;
   constexpr T lowest = single ? static_cast<T>(-87.3365) : static_cast<T>(-708.39);
-  // ln 2 in two parts, the first short enough for n times it to be exact
+  // ln 2 in two parts; the first is so short that its product with n is exact
   constexpr T ln2_high = static_cast<T>(single ? 0.693359375 : 6.93145751953125e-1);
   constexpr T ln2_low = static_cast<T>(single ? -2.12194440e-4 : 1.42860682030941723212e-6);
   // (exp(r) - 1 - r) / r^2: minimax (S. Moshier's Cephes) in single precision; Taylor, whose remainder is below 2^-57, in double
@@ -184,7 +183,7 @@ LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
   for (int u = 0; u < U; ++u) r[u] = fma(n[u], splat<T>(-ln2_high), x[u]);
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u) r[u] = fma(n[u], splat<T>(-ln2_low), r[u]);
-  // in pairs of terms, Horner's rule in r^2: as many operations as in r, and half as many one after the other
+  // Horner's rule in r^2 on pairs of terms: the same number of operations as in r, and a chain half as long
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u) square[u] = r[u] * r[u];
 #pragma GCC unroll 8
@@ -198,7 +197,7 @@ LDMI_INLINE void exp_each(Vec<T> (&x)[U]) {
   for (int u = 0; u < U; ++u) value[u] = fma(value[u], square[u], r[u]);
 #pragma GCC unroll 8
   for (int u = 0; u < U; ++u) {
-    // a cast between vector types keeps the bits; unsigned, since what is shifted out does not matter
+    // a cast between vector types keeps the bits; unsigned, because the bits that are shifted out do not matter
     const RawUInt bits = (reinterpret_cast<RawUInt>(shifted[u].v) << mantissa) + (static_cast<UInt>(Lane<T>::bias) << mantissa);
     const Vec<T> power{reinterpret_cast<typename Vec<T>::Raw>(bits)};
     const Vec<T> out = fma(value[u], power, power);
@@ -259,7 +258,7 @@ LDMI_INLINE void widen(Vec<float> value, Vec<double>& low, Vec<double>& high) {
 #endif
 }
 
-// to[0 .. lanes of T) += scale * value, in double.
+// Adds scale * value to to[0 .. lanes of T), in double.
 LDMI_INLINE void add_scaled(double* to, Vec<float> value, double scale) {
   Vec<double> low, high;
   widen(value, low, high);

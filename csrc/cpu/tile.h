@@ -1,6 +1,6 @@
-// Few classes: vectors across rows, not across classes. A tile holds a group of kLanes<float> rows transposed, element (row l, class
-// c) at tile[c * lanes + l], so that sums and maxima over the classes are plain vector operations, no lane is wasted on a row that is
-// shorter than a vector, and the exponentials of different classes are independent chains of instructions.
+// For few classes: vectors run across rows, not across classes. A tile is a group of kLanes<float> rows, transposed, with element (row
+// l, class c) at tile[c * lanes + l]. So sums and maxima over the classes are plain vector operations, a row that is shorter than a
+// vector wastes no lane, and the exponentials of different classes are independent chains of instructions.
 #pragma once
 
 #include "rows.h"
@@ -8,10 +8,10 @@
 namespace ldmi::cpu::LDMI_ISA {
 namespace {
 
-// Up to here rows are worked on transposed; longer rows fill vectors well enough as they are.
+// Up to this number of classes rows are transposed; longer rows fill vectors well enough as they are.
 constexpr int64_t kTileClasses = 64;
 
-// The side of the squares that are transposed in registers: 4 x 4, or 8 x 8 where registers are 32 bytes or more.
+// The side of the squares that are transposed in registers: 4 x 4, or 8 x 8 if registers have 32 bytes or more.
 constexpr int kSide = LDMI_VECTOR_BYTES >= 32 ? 8 : 4;
 typedef float Square __attribute__((vector_size(kSide * 4)));
 typedef float SquareInMemory __attribute__((vector_size(kSide * 4), aligned(4), may_alias));
@@ -46,7 +46,7 @@ LDMI_INLINE void transpose(Square (&m)[kSide]) {
 #endif
 }
 
-// The rows of a group: read in place or converted, zeros for a row that does not count (nothing of it may be looked at).
+// Sets the pointers to the rows of a group: in place, or converted, or zeros for a row that does not count, which must not be read.
 LDMI_INLINE void rows_of_group(const Matrix& m, int64_t first, int count, const int64_t* label, float* scratch, const float** rows) {
   constexpr int lanes = kLanes<float>;
   const int64_t width = padded<float>(m.columns);
@@ -61,13 +61,13 @@ LDMI_INLINE void rows_of_group(const Matrix& m, int64_t first, int count, const 
   }
 }
 
-// Whether `count` rows from `first` on can be read in place, with the padding of the last one.
+// Whether `count` rows from `first` on can be read in place, including the padding of the last one.
 LDMI_INLINE bool in_place(const Matrix& m, int64_t first, int64_t count) {
   return m.type == Type::kFloat32 && m.column_stride == 1 &&
          (first + count - 1) * m.row_stride + padded<float>(m.columns) <= (m.rows - 1) * m.row_stride + m.columns;
 }
 
-// Rows (each with padded<float>(classes) readable values) into a tile.
+// Transposes rows (each with padded<float>(classes) readable values) into a tile.
 LDMI_INLINE void gather_tile(const float* const* rows, int64_t classes, float* tile) {
   constexpr int lanes = kLanes<float>;
   for (int r = 0; r < lanes; r += kSide) {
@@ -82,9 +82,9 @@ LDMI_INLINE void gather_tile(const float* const* rows, int64_t classes, float* t
   }
 }
 
-// A tile into rows that are `width` >= classes apart. Whole squares are stored: what they write past the end of a row falls on the
-// beginning of the next ones, which are stored after it (columns from the last to the first, rows from the first to the last), and up
-// to kSide - 1 values behind the last row.
+// Transposes a tile into rows that are `width` >= classes apart. Whole squares are stored. The values that they write past the end of
+// a row are at the beginning of the next rows, which are stored later (columns from the last to the first, rows from the first to the
+// last), or at most kSide - 1 values after the last row.
 LDMI_INLINE void scatter_tile(const float* tile, int64_t classes, float* rows, int64_t width) {
   constexpr int lanes = kLanes<float>;
   for (int r = 0; r < lanes; r += kSide) {
@@ -99,7 +99,7 @@ LDMI_INLINE void scatter_tile(const float* tile, int64_t classes, float* rows, i
   }
 }
 
-// Calls body<U>(c) so that all classes are covered, four at a time where possible.
+// Calls body<U>(c) so that all classes are covered, four at a time if possible.
 template <class Body>
 LDMI_INLINE void by_fours(int64_t classes, Body&& body) {
   int64_t c = 0;
@@ -111,7 +111,7 @@ LDMI_INLINE void by_fours(int64_t classes, Body&& body) {
   if (c < classes) body.template operator()<1>(c);
 }
 
-// exp(x - max) of every row of the tile, in place; the maxima and the sums.
+// Replaces every row of the tile by exp(x - max), and returns the maxima and the sums.
 LDMI_INLINE void exponentials_of_tile(float* tile, int64_t classes, Vec<float>& maximum, Vec<float>& sum) {
   constexpr int lanes = kLanes<float>;
   Vec<float> m = load(tile);
@@ -132,7 +132,7 @@ LDMI_INLINE void exponentials_of_tile(float* tile, int64_t classes, Vec<float>& 
   sum = total;
 }
 
-// The gradient of every row, in place: x becomes e (alpha (V - <p, V>) + gamma) / sum e, with e = exp(x - lse).
+// Replaces every row by its gradient: x becomes e (alpha (V - <p, V>) + gamma) / sum e, with e = exp(x - lse).
 LDMI_INLINE void gradient_of_tile(float* tile, const float* V, int64_t classes, Vec<float> lse, Vec<float> alpha, Vec<float> gamma) {
   constexpr int lanes = kLanes<float>;
   Vec<float> total = splat(0.0f), product = splat(0.0f);

@@ -4,17 +4,17 @@
 #include <mutex>
 #include <string_view>
 
+#include "../simt/launch.cuh"
 #include "device.h"
-#include "simt.cuh"
 
 namespace ldmi::cuda {
 namespace {
 
 __global__ void idle() {}
 
-// Clusters of a cooperative grid that run at once, where a block takes all the shared memory that it can have. None where the driver
-// has compiled kernels for an older device: in those every cluster is one block, see simt.cuh.
-int clusters_of(const simt::Device& device) {
+// Returns the number of clusters of a cooperative grid that run at once if a block takes all the shared memory that it can have. It is
+// 0 if the driver compiled the kernels from PTX of an older architecture: in those every cluster is one block, see simt/device.cuh.
+int clusters_of(const plan::DeviceLimits& device) {
   const auto kernel = reinterpret_cast<const void*>(idle);
   cudaFuncAttributes compiled{};
   if (device.capability < 90 || cudaFuncGetAttributes(&compiled, kernel) != cudaSuccess || compiled.ptxVersion < 90) return 0;
@@ -28,7 +28,7 @@ int clusters_of(const simt::Device& device) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan::kClusterBlocks);
   config.blockDim = dim3(simt::kWarp);
-  config.dynamicSmemBytes = device.smem_block;
+  config.dynamicSmemBytes = static_cast<size_t>(device.smem_block);
   config.attrs = attributes;
   config.numAttrs = 2;
   int found = 0;
@@ -59,16 +59,12 @@ const plan::DeviceLimits& limits_of(int device) {
   if (device < 0 || device >= kDevices) return none;
   std::call_once(asked[static_cast<size_t>(device)], [&] {
     const DeviceGuard guard(device);
-    simt::Device found{};
+    plan::DeviceLimits found;
     if (simt::device(&found) != 0) return;
     const char* const staged = std::getenv("LDMI_FAST_CUDA_STAGED");
-    known[static_cast<size_t>(device)] = {found.sms,
-                                          static_cast<int64_t>(found.smem_block),
-                                          static_cast<int64_t>(found.smem_sm),
-                                          static_cast<int64_t>(found.l2),
-                                          found.capability,
-                                          found.cooperative && (staged == nullptr || std::string_view(staged) != "1"),
-                                          clusters_of(found)};
+    if (staged != nullptr && std::string_view(staged) == "1") found.cooperative = false;
+    found.clusters = clusters_of(found);
+    known[static_cast<size_t>(device)] = found;
   });
   return known[static_cast<size_t>(device)];
 }

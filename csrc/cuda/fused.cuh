@@ -15,6 +15,7 @@
 // S sums probabilities that are rounded to that precision; the gradient takes the same ones.
 #pragma once
 
+#include "../plan/layout.h"
 #include "combine.cuh"
 #include "logdet_inverse.cuh"
 #include "rows.cuh"
@@ -31,48 +32,8 @@ struct FusedResult {
   double *scale, *ce_scale;
 };
 
-// What the plan chose; see plan::CudaFused
-struct FusedTiles {
-  int wide, splits, stride;
-};
-
-// Shared memory of fused; the kernel and its launcher take it alike. plan::cuda_fused knows its size.
-template <class F, int kWidth>
-struct FusedSpace {
-  static constexpr int kThreads = static_cast<int>(plan::fused_threads(kWidth));
-  static constexpr int kLanes = kWidth / 4;                                   // of a row
-  static constexpr int kPitch = static_cast<int>(plan::fused_pitch(kWidth));  // of V: the lanes of 8 rows at random come from 8 places
-
-  F* tile;           // [N, C], whole packs: logits, probabilities, gradient
-  double* weight;    // [N], if there are weights
-  uint8_t* label;    // [N]
-  uint32_t* rows;    // [N / 32, wide]: bit r of (i, k): row 32 i + r has label k
-  double* n;         // [wide]
-  double* alpha;     // [wide]: -scale / n
-  double* part_n;    // [splits, wide]; of one split: n itself
-  double* part;      // [splits, wide, wide + 1]: sums of S
-  F* V;              // [C, kPitch], in the same place: S has been read by then
-  double* ce;        // [warps]
-  double* ce_scale;  // [1]
-  FactorSpace factor;
-
-  LDMI_HOST_DEVICE FusedSpace(Carve& carve, int N, int C, bool weighted, const FusedTiles& tiles) {
-    const int wide = tiles.wide, splits = tiles.splits;
-    tile = carve.take<F>((N * C + Pack<F>::kCount - 1) / Pack<F>::kCount * Pack<F>::kCount);
-    weight = carve.take<double>(weighted ? N : 0);
-    label = carve.take<uint8_t>(N);
-    rows = carve.take<uint32_t>((N + 31) / 32 * wide);
-    n = carve.take<double>(wide);
-    alpha = carve.take<double>(wide);
-    part_n = carve.take<double>(splits * wide);
-    const int sums = splits * wide * (wide + 1), table = C * kPitch * static_cast<int>(sizeof(F)) / 8;
-    part = carve.take<double>(sums > table ? sums : table);
-    V = reinterpret_cast<F*>(part);
-    ce = carve.take<double>(kThreads / kWarp);
-    ce_scale = carve.take<double>(1);
-    factor = take_factor_space(carve, C, tiles.stride);
-  }
-};
+using plan::FusedSpace;
+using plan::FusedTiles;
 
 namespace fused_rows {
 

@@ -35,41 +35,21 @@
 #include <utility>
 
 #include "../cpu/kernels.h"
+#include "../plan/layout.h"
 #include "../plan/presence.h"
-#include "simt.cuh"
+#include "../plan/singular.h"
+#include "../simt/simt.cuh"
 
 namespace ldmi::cuda {
 
 using cpu::Determinant;
 
-inline constexpr int kFactorPanel = 8;      // columns that are eliminated together
-inline constexpr int kFactorWarp = 32;      // classes up to which one warp does it
+inline constexpr int kFactorPanel = 8;  // columns that are eliminated together
+using plan::kFactorWarp;
 inline constexpr int kFactorClasses = 192;  // more than the shared memory of a block holds
 
-// Shared memory of a block's elimination. `stride` is the plan's (factor_stride): even, at least C.
-struct FactorSpace {
-  double* found = nullptr;       // [4]: the result, for all threads; before that [1] is plan::lift_of
-  double* columns = nullptr;     // [C, stride]: M = R^T, column after column
-  double* parts = nullptr;       // [32]: a number a warp
-  uint32_t* present = nullptr;   // [8]: a bit a class
-  uint8_t* pivot_row = nullptr;  // [256]: p
-  int* tickets = nullptr;        // [2]: how many stripes have been taken; panels take turns
-  int stride = 0;
-};
-
-// Takes it; host code calls the same for Carve::bytes(), which is plan::factor_smem(C, stride).
-LDMI_HOST_DEVICE FactorSpace take_factor_space(simt::Carve& carve, int C, int stride) {
-  const int64_t block = C > kFactorWarp ? 1 : 0;  // no branch: the compiler is to see that every pointer is to shared memory
-  FactorSpace space;
-  space.found = carve.take<double>(4);
-  space.columns = carve.take<double>(block * C * stride);
-  space.parts = carve.take<double>(block * 32);
-  space.present = carve.take<uint32_t>(block * 8);
-  space.pivot_row = carve.take<uint8_t>(block * 256);
-  space.tickets = carve.take<int>(block * 2);
-  space.stride = stride;
-  return space;
-}
+using plan::FactorSpace;
+using plan::take_factor_space;
 
 // One matrix, C <= kMost. The result is in all threads that call it:
 //
@@ -95,7 +75,7 @@ inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // The largest magnitude that is no pivot
-LDMI_HOST_DEVICE double threshold(int64_t C, double norm) { return static_cast<double>(C) * 0x1p-52 * norm; }
+LDMI_HOST_DEVICE double threshold(int64_t C, double norm) { return plan::singular_threshold(C, norm); }
 
 // The least weight of a class that is present. Each warp adds up all C by itself, in the same order: all have the same bits.
 template <class Weight>

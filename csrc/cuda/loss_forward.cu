@@ -1,5 +1,6 @@
 // The launches of loss_forward.
 
+#include "../plan/layout.h"
 #include "fused.cuh"
 #include "loss_forward.cuh"
 #include "loss_whole.cuh"
@@ -24,9 +25,7 @@ int loss_forward(const Batch& batch, const LossOptions& options, void* loss, voi
     });
   }
   Workspace work(workspace);
-  double* const S = work.take<double>(C * C);
-  double* const n = work.take<double>(C);
-  double* const ce = work.take<double>(1);
+  const auto [S, n, ce] = plan::take_loss_sums(work, C);
   void* const rest = static_cast<char*>(workspace) + work.bytes();  // of the joint, and then of what follows
   const LossEnd end{S, n, ce, static_cast<int>(C), !soft, static_cast<double>(rows), loss, loss_type, V, scale, ce_scale};
   const plan::CudaLogdetInverse elimination = plan::cuda_logdet_inverse(1, C, limits);
@@ -39,9 +38,7 @@ int loss_forward(const Batch& batch, const LossOptions& options, void* loss, voi
   }
   if (const int error = joint(batch, S, n, lse, ce, rest, limits, stream); error != 0) return error;
   if (plan.how == plan::CudaLoss::kEnd) return launch_end<kFactorClasses>(end, options, elimination, stream);
-  double* const log_abs_det = work.take<double>(1);
-  double* const sign = work.take<double>(1);
-  int64_t* const kept = work.take<int64_t>(1);
+  const auto [log_abs_det, sign, kept] = plan::take_loss_determinant(work);
   void* const sums = static_cast<char*>(workspace) + work.bytes();
   const int error = logdet_inverse(S, n, 1, C, options.strict, log_abs_det, sign, kept, V, sums, limits, stream);
   if (error != 0) return error;

@@ -6,8 +6,8 @@
 
 #include <type_traits>
 
+#include "../simt/simt.cuh"
 #include "kernels.h"
-#include "simt.cuh"
 
 namespace ldmi::cuda {
 
@@ -303,21 +303,6 @@ int with_access(const Matrix& m, Work&& work) {
   return work(std::integral_constant<int, 1>{});
 }
 
-// Hands out pieces of the workspace, each 256-byte aligned; counts without one.
-class Workspace {
- public:
-  explicit Workspace(void* base = nullptr) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* const piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return piece;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  int64_t bytes_ = 0;
-};
+using plan::Workspace;
 
 }  // namespace ldmi::cuda

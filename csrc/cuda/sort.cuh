@@ -8,6 +8,7 @@
 // a match, so the order is that of the rows, whatever the schedule.
 #pragma once
 
+#include "../plan/layout.h"
 #include "rows.cuh"
 
 namespace ldmi::cuda {
@@ -15,15 +16,8 @@ namespace ldmi::cuda {
 inline constexpr int kScanThreads = 1024, kScanPieces = 4;
 inline constexpr int kScanAhead = 16;  // counts that a thread has on their way from memory
 
-// What the three launches share, in the workspace.
-struct LabelOrder {
-  int64_t* order;    // [N] rows
-  int64_t* start;    // [K + 2] where a bucket begins; start[K] is the number of rows that count, start[K + 1] is N
-  int64_t* offset;   // [pieces, K + 1] counts, then where the piece's rows of a bucket go, from its beginning on
-  uint32_t* counts;  // [pieces, parts, K + 1] when they do not fit in shared memory, else null
-  uint32_t* bad;     // [pieces] whether a label or a weight is out of range
-  int64_t pieces;
-};
+using plan::LabelOrder;
+using plan::take_order;
 
 // Where run `part` of `parts` nearly equal runs of `count` things begins
 LDMI_HOST_DEVICE int64_t cut(int64_t count, int64_t parts, int64_t part) {
@@ -239,18 +233,6 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) sort_scan(int64_t buckets, LabelOrder so
 template <bool kShared>
 LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) sort_scatter(Batch batch, LabelOrder sort) {
   scatter_labels<kShared>(batch, sort);
-}
-
-// The launches. `work` has room for what cuda_sort says.
-inline LabelOrder take_order(Workspace& work, const plan::CudaSort& plan, int64_t rows, int64_t labels) {
-  LabelOrder sort{};
-  sort.order = work.take<int64_t>(rows);
-  sort.start = work.take<int64_t>(labels + 2);
-  sort.offset = work.take<int64_t>(plan.pieces * (labels + 1));
-  if (!plan.shared) sort.counts = work.take<uint32_t>(plan.pieces * plan.warps * (labels + 1));
-  sort.bad = work.take<uint32_t>(plan.pieces);
-  sort.pieces = plan.pieces;
-  return sort;
 }
 
 inline int launch_sort(const Batch& batch, const LabelOrder& sort, const plan::CudaSort& plan, Stream stream) {

@@ -7,5 +7,5 @@ namespace ldmi::simt {
 using Stream = CUstream_st*;  // cudaStream_t
 }
 #else
-#include "simt.cuh"
+#include "../simt/launch.cuh"
 #endif

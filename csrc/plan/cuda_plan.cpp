@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <string>
 
+#include "layout.h"
+#include "pieces.h"
+
 namespace ldmi::plan {
 
 // ---------------------------------------------------------------------------------------------------- joint, logits_grad
@@ -11,21 +14,22 @@ namespace {
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::max(low, std::min(value, high)); }
 int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
-int64_t piece(int64_t bytes) { return up(bytes, 256) * 256; }  // of a workspace
+int64_t piece(int64_t bytes) { return round_up(bytes, kWorkspaceAlignment); }  // of a workspace
 
 int64_t sort_bytes(const CudaSort& sort, int64_t rows, int64_t labels) {
-  const int64_t counters = sort.shared ? 0 : piece(sort.pieces * sort.warps * (labels + 1) * 4);
-  return piece(rows * 8) + piece((labels + 2) * 8) + piece(sort.pieces * (labels + 1) * 8) + counters + piece(sort.pieces * 4);
+  Workspace size;
+  take_order(size, sort, rows, labels);
+  return size.bytes();
 }
 
 }  // namespace
 
 CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
   CudaSort out{};
-  const int64_t room = std::min<int64_t>(limits.smem_block, 96 << 10) - 1024, buckets = labels + 1;
-  out.shared = buckets * 12 <= room;  // a counter a warp, and 8 bytes
-  out.warps = static_cast<int>(out.shared ? clamp((room / buckets - 8) / 4, 1, 8) : 1);
-  // Each piece moves a counter a label a few times: two rows or more for each. 128 pieces are what a block adds up in some 3 us.
+  const int64_t smem = std::min<int64_t>(limits.smem_block, 96 << 10) - 1024, buckets = labels + 1;
+  out.shared = buckets * 12 <= smem;  // per bucket 8 bytes, and one counter per warp
+  out.warps = static_cast<int>(out.shared ? clamp((smem / buckets - 8) / 4, 1, 8) : 1);
+  // Each piece moves one counter per label a few times, so it has at least two rows per label. A block sums 128 pieces in about 3 us.
   out.pieces = clamp(rows / std::max<int64_t>(2 * labels, 64 * out.warps), 1, out.shared ? 128 : 8);
   return out;
 }
@@ -33,13 +37,13 @@ CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
 CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, const DeviceLimits& limits) {
   CudaJoint out{};
   const int64_t compute_bytes = value_bytes == 8 ? 8 : 4;
-  // how many partial sums S fit into 3.5 MiB, and 5 % of the gradient and 16 bytes a row more
-  const int64_t room = (int64_t{7} << 19) + rows * classes * value_bytes / 20 + 8 * rows;
-  const int64_t sums = std::max<int64_t>(room / ((labels * classes + labels) * 8), 1);
+  // the number of partial sums S that fit into 3.5 MiB plus 5 % of the gradient plus 8 bytes per row
+  const int64_t budget = (int64_t{7} << 19) + rows * classes * value_bytes / 20 + 8 * rows;
+  const int64_t sums = std::max<int64_t>(budget / ((labels * classes + labels) * 8), 1);
   if (soft) {
     out.order = CudaOrder::kSoft;
     out.blocks = clamp(up(rows, classes <= kWarpSums ? 8 : 1), 1, 4 * limits.sms);
-    // splits of the rows: enough to fill the device, 256 rows or more each
+    // splits of the rows: enough to fill the device, with at least 256 rows each
     const int64_t tiles = up(classes, 64) * up(labels, 64);
     out.segments = clamp(std::min(up(2 * limits.sms, tiles), rows / 256), 1, std::min<int64_t>(1024, sums));
     out.workspace_bytes = 2 * piece(rows * compute_bytes) + piece(out.blocks * 8) + piece(out.blocks * 4) +
@@ -56,7 +60,7 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
   }
   out.order = CudaOrder::kByLabel;
   out.sort = cuda_sort(rows, labels, limits);
-  // groups of a block, and blocks of a multiprocessor
+  // groups per block, and blocks per multiprocessor
   const bool warps = classes <= std::min(warp_classes(value_bytes), kLanes * 16);
   const int64_t groups = warps ? walk_threads(classes) / kLanes : 1;
   const int64_t resident = warps ? walk_blocks(classes) : classes <= kBlockClasses / 4 ? 3 : 2;
@@ -81,7 +85,7 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
     return out;
   }
   const int64_t width = tile_width(classes, classes);
-  // two tiles, the table, and some 48 bytes a row
+  // two stages of rows (with about 48 bytes per row besides the values), the table, and 2 KB to spare
   const int64_t tile =
       tile_rows(width, value_bytes) * (2 * classes * value_bytes + 64) + labels * (classes * compute_bytes + 8) + 2048;
   if (classes <= kTileClasses && tile <= std::min<int64_t>(limits.smem_block, 100 << 10)) {
@@ -90,7 +94,7 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
     out.blocks = clamp(up(rows, tile_rows(width, value_bytes)), 1, limits.sms * clamp(limits.smem_sm / (tile + 1024), 1, 4));
     return out;
   }
-  // The table is read row by row at random: from level 2 as long as it takes at most half of it, else in the order of the labels.
+  // The rows of the table are read at random as long as it takes at most half of the L2 cache, else in the order of the labels.
   out.order = table <= limits.l2 / 2 ? CudaOrder::kByRow : CudaOrder::kByLabel;
   const bool warps = classes <= warp_classes(value_bytes);
   const int64_t groups = warps ? 8 : 1, resident = 2;
@@ -103,6 +107,12 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
 }
 
 // ---------------------------------------------------------------------------------------------------------- logdet_inverse
+
+int64_t factor_smem(int64_t classes, int64_t stride) {
+  SharedSize size;
+  take_factor_space(size, static_cast<int>(classes), static_cast<int>(stride));
+  return size.bytes();
+}
 
 int64_t factor_stride(int64_t classes, int64_t smem_bytes) {
   const int64_t best = (classes + 3) / 8 * 8 + 4, even = (classes + 1) / 2 * 2;
@@ -118,10 +128,33 @@ int64_t factor_classes(const DeviceLimits& limits) {
   return classes;
 }
 
-// Blocks that eliminate a grid's panels; 0: no grid does it.
+// Counts the pieces of GridShared (csrc/cuda); tests/simt/logdet_inverse.cu compares the sizes.
+int64_t grid_smem(int64_t classes, int64_t panel, int64_t blocks) {
+  constexpr int64_t kStrip = 8, kTransposeTile = 32;  // columns of a strip; rows and columns of a tile of V
+  constexpr int64_t kCandidates = 256 / kLanes + 1;   // for a pivot: one per warp, and the diagonal
+  const int64_t stride = (slice_rows(classes, blocks) + 3) / 8 * 8 + 4;
+  SharedSize size;
+  for (const int64_t candidates : {kCandidates, blocks > 1 ? blocks + 1 : int64_t{0}}) {
+    size.take<double>(2 * candidates * kStrip);  // rows of the strip
+    size.take<uint32_t>(2 * candidates);         // their keys
+    size.take<int32_t>(2 * candidates);          // their indices
+  }
+  size.take<int32_t>(panel);                                                               // pivot rows
+  size.take<double>(panel * (panel + 4));                                                  // the panel's columns of those rows
+  size.take<double>(std::max(panel * stride, 2 * kTransposeTile * (kTransposeTile + 1)));  // the panel, or two tiles of V
+  return size.bytes();
+}
+
+int64_t grid_panel(int64_t classes, int64_t smem_bytes, int64_t blocks) {
+  int64_t panel = grid_most_panel(classes, blocks);
+  while (panel > 0 && grid_smem(classes, panel, blocks) > smem_bytes) panel -= 8;
+  return blocks > 1 && panel < 16 ? 0 : panel;
+}
+
+// The number of panel blocks of the grid's elimination; 0: the grid cannot do it.
 static int64_t grid_team(int64_t classes, const DeviceLimits& limits) {
   if (!limits.cooperative) return 0;
-  // with one cluster alone, of a part of a device, nobody would be left to take panels in meanwhile
+  // a device (or a part of one) with only one cluster would have no update blocks
   const bool shared = classes > kGridClasses / 2 && classes <= kClusterClasses && limits.clusters > 1;
   if (shared && grid_panel(classes, limits.smem_block, kClusterBlocks) > 0) return kClusterBlocks;
   return classes <= kGridClasses && grid_panel(classes, limits.smem_block, 1) > 0 ? 1 : 0;
@@ -138,7 +171,7 @@ CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const Devi
     out.factor = CudaFactor::kGrid;
     out.panel = grid_panel(classes, limits.smem_block, out.team);
     out.smem_bytes = grid_smem(classes, out.panel, out.team);
-    // norms, pivots, their rows, a count a block, a flag, and the matrix
+    // norms, pivots, their rows, one count per block, a flag, and the matrix
     out.workspace_bytes =
         2 * piece(classes * 8) + piece(classes * 4) + piece(limits.sms * 4) + piece(4) + (inverse ? 0 : piece(classes * classes * 8));
   } else {
@@ -152,33 +185,45 @@ CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const Devi
 CudaCombine cuda_combine(int64_t rows, bool weighted_soft, const DeviceLimits& limits) {
   CudaCombine out{1, 0};
   if (weighted_soft) out.blocks = std::clamp<int64_t>((rows + kWeightRows - 1) / kWeightRows, 1, limits.sms);
-  // a sum a block, and the counter of the blocks that are done
+  // one sum per block, and the counter of finished blocks
   if (out.blocks > 1) out.workspace_bytes = (out.blocks + 1) * 8;
   return out;
 }
 
 // ------------------------------------------------------------------------------------------------------------------- fused
 
+namespace {
+
+template <class F>
+int64_t fused_smem(int64_t width, int64_t rows, int64_t classes, bool weighted, const FusedTiles& tiles) {
+  const int N = static_cast<int>(rows), C = static_cast<int>(classes);
+  SharedSize size;
+  if (width == 16) {
+    FusedSpace<F, 16>(size, N, C, weighted, tiles);
+  } else if (width == 32) {
+    FusedSpace<F, 32>(size, N, C, weighted, tiles);
+  } else {
+    FusedSpace<F, 64>(size, N, C, weighted, tiles);
+  }
+  return size.bytes();
+}
+
+}  // namespace
+
 CudaFused cuda_fused(int64_t rows, int64_t classes, int64_t value_bytes, bool weighted, const DeviceLimits& limits) {
   CudaFused out{};
   if (classes > kCudaFusedClasses || rows * classes > kCudaFusedElements) return out;
-  value_bytes = std::max<int64_t>(value_bytes, 4);  // the tile is in the precision of the softmax
   out.width = tile_width(classes, classes);
-  const int64_t wide = classes <= 8 ? 8 : out.width, splits = std::max<int64_t>(fused_threads(out.width) / (wide * wide), 1);
-  out.wide = wide;
-  out.splits = splits;
-  const auto taken = [](int64_t bytes) { return up(bytes, 16) * 16; };
-  out.smem_bytes = taken(rows * classes * value_bytes) + (weighted ? taken(rows * 8) : 0) + taken(rows) +
-                   taken(up(rows, 32) * wide * 4) + 2 * taken(wide * 8) + taken(splits * wide * 8) +
-                   taken(std::max(splits * wide * (wide + 1), classes * fused_pitch(out.width) * value_bytes / 8) * 8) +
-                   taken(fused_threads(out.width) / 32 * 8) + 16;
-  if (classes <= 32) {
-    out.smem_bytes += factor_smem(classes, 0);
-  } else {
-    out.stride = factor_stride(classes, limits.smem_block - out.smem_bytes);
-    out.smem_bytes += factor_smem(classes, out.stride);
-  }
-  out.runs = (classes <= 32 || out.stride > 0) && out.smem_bytes <= limits.smem_block;
+  out.wide = classes <= 8 ? 8 : out.width;
+  out.splits = std::max<int64_t>(fused_threads(out.width) / (out.wide * out.wide), 1);
+  const FusedTiles tiles{static_cast<int>(out.wide), static_cast<int>(out.splits), 0};
+  // the tile is in the precision of the softmax
+  const int64_t all = value_bytes == 8 ? fused_smem<double>(out.width, rows, classes, weighted, tiles)
+                                       : fused_smem<float>(out.width, rows, classes, weighted, tiles);
+  const int64_t without_factor = all - factor_smem(classes, 0);
+  if (classes > kFactorWarp) out.stride = factor_stride(classes, limits.smem_block - without_factor);
+  out.smem_bytes = without_factor + factor_smem(classes, out.stride);
+  out.runs = (classes <= kFactorWarp || out.stride > 0) && out.smem_bytes <= limits.smem_block;
   return out;
 }
 
@@ -200,14 +245,17 @@ CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int6
   const bool grid = elimination.factor == CudaFactor::kGrid;
   out.how = grid || (soft && weighted) ? CudaLoss::kScalars : CudaLoss::kEnd;
   const int64_t joint = cuda_joint(rows, classes, classes, soft, value_bytes, limits).workspace_bytes;
+  Workspace size;
+  take_loss_sums(size, classes);
+  const int64_t with_joint = size.bytes() + joint;
   if (limits.cooperative && !soft && classes <= kWholeClasses) {
     out.how = CudaLoss::kWhole;
-    out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) + joint;
+    out.workspace_bytes = with_joint;
     return out;
   }
-  out.workspace_bytes = piece(classes * classes * 8) + piece(classes * 8) + piece(8) +
-                        std::max(joint, 3 * piece(8) + std::max(elimination.workspace_bytes,
-                                                                cuda_combine(rows, soft && weighted, limits).workspace_bytes));
+  take_loss_determinant(size);
+  const int64_t combine = cuda_combine(rows, soft && weighted, limits).workspace_bytes;
+  out.workspace_bytes = std::max(with_joint, size.bytes() + std::max(elimination.workspace_bytes, combine));
   return out;
 }
 
@@ -238,7 +286,7 @@ const char* name_of(CudaFactor factor) {
     case CudaFactor::kGrid:
       return "all multiprocessors, in one launch";
     case CudaFactor::kLibrary:
-      return "LU of torch's libraries";
+      return "LU of torch";
   }
   return "";
 }
@@ -249,10 +297,10 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
   Plan out{};
   if (!soft && labels == classes && value_bytes >= 4 && cuda_fused(rows, classes, value_bytes, false, limits).runs) {
     out.kernels = {"fused (joint, logdet_inverse, logits_grad: one launch)"};
-    out.regime = "small: one block leaves the loss and its gradient";
+    out.regime = "small: one block computes the loss and its gradient";
     out.workspace_bytes = 0;
     out.reason = "N * C <= " + std::to_string(kCudaFusedElements) + " and C <= " + std::to_string(kCudaFusedClasses) +
-                 ": launches would cost more than the other multiprocessors gain";
+                 ": more launches would cost more time than the other multiprocessors save";
     return out;
   }
   const CudaJoint joint = cuda_joint(rows, classes, labels, soft, value_bytes, limits);
@@ -266,7 +314,7 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
   const bool whole = labels == classes && (forward.how == CudaLoss::kWhole || forward.how == CudaLoss::kOneBlock);
   out.regime = std::string(whole ? "forward in one launch, " : "staged, ") + std::to_string(joint.blocks) + " + " +
                std::to_string(grad.blocks) + " blocks on " + std::to_string(limits.sms) + " multiprocessors";
-  // a library's factors and then V stand where S was, the solutions beside
+  // the LU path: the factors and then V are in the memory of S, and the solutions need another matrix
   const int64_t library = elimination.factor == CudaFactor::kLibrary ? classes * classes * 8 : 0;
   out.workspace_bytes = std::max({joint.workspace_bytes, library + elimination.workspace_bytes, grad.workspace_bytes,
                                   cuda_loss_forward(rows, classes, soft, value_bytes, soft, limits).workspace_bytes});
@@ -276,20 +324,21 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
           ? "the joint is a matrix product of targets and predictions"
           : "more than " + std::to_string(kTileLabels) + " classes: rows are visited by label, so that a row of S stays on chip";
   if (elimination.factor == CudaFactor::kGrid || elimination.factor == CudaFactor::kLibrary) {
-    out.reason += "; a block's shared memory holds a matrix of " + std::to_string(factor_classes(limits)) + " classes at most";
+    out.reason += "; a block's shared memory holds a matrix of at most " + std::to_string(factor_classes(limits)) + " classes";
   }
   if (elimination.factor == CudaFactor::kGrid) {
-    const std::string who = elimination.team > 1 ? "a cluster of " + std::to_string(elimination.team) + " blocks " : std::string();
-    out.reason += ", " + who + std::to_string(elimination.panel) + " columns of this one, eliminated before the others take them in";
+    const std::string who = elimination.team > 1 ? "a cluster of " + std::to_string(elimination.team) + " blocks" : "one block";
+    out.reason +=
+        ", so " + who + " eliminates panels of " + std::to_string(elimination.panel) + " columns and the others update the rest";
   }
   if (elimination.factor == CudaFactor::kLibrary && limits.cooperative) {
     const bool clusters = limits.clusters > 1;
     const int64_t most = clusters ? kClusterClasses : kGridClasses;
     const char* const least = clusters && classes > kGridClasses ? "16" : "8";
-    out.reason += classes > most ? ", a grid takes up to " + std::to_string(most) + " classes"
-                                 : std::string(", and not even ") + least + " columns of this one";
+    out.reason += classes > most ? ", a cooperative grid takes at most " + std::to_string(most) + " classes"
+                                 : std::string(", and not even a panel of ") + least + " columns fits";
   }
-  if (!limits.cooperative) out.reason += "; step by step: no cooperative grids on this device, or LDMI_FAST_CUDA_STAGED is set";
+  if (!limits.cooperative) out.reason += "; no cooperative launch: this device has none, or LDMI_FAST_CUDA_STAGED is set";
   if (probs) out.reason += "; probabilities are taken as they are";
   return out;
 }

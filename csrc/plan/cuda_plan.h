@@ -1,72 +1,59 @@
-// What the CUDA engine does for a shape on a device: regimes, tiles and workspace, by arithmetic alone. One section a kernel. Free of
-// torch and of CUDA's headers.
+// What the CUDA engine does for a shape on a device: regimes, tiles and workspace, by arithmetic alone. There is one section per op.
+// Free of torch and of CUDA's headers.
 #pragma once
 
 #include <cstdint>
 
+#include "device_limits.h"
 #include "plan.h"
 
 namespace ldmi::plan {
 
-// Blocks of a cluster, where one is used; of so many every device with clusters takes one.
-inline constexpr int kClusterBlocks = 8;
-
-// What the plans ask of a device.
-struct DeviceLimits {
-  int sms = 0;              // multiprocessors
-  int64_t smem_block = 0;   // dynamic shared memory that one block can have, in bytes
-  int64_t smem_sm = 0;      // shared memory of a multiprocessor, in bytes
-  int64_t l2 = 0;           // bytes of level 2 cache
-  int capability = 0;       // 80, 90, ...
-  bool cooperative = true;  // whether the blocks of a grid may wait for each other: one launch for a whole forward
-  int clusters = 0;         // clusters of kClusterBlocks blocks that run at once, where a block has a multiprocessor for itself
-};
-
 // ---------------------------------------------------------------------------------------------------- joint, logits_grad
 
-// A tile of rows in shared memory whose softmax, and whose gradient, are one block's: up to kTileClasses. For its share of S up to
-// kTileLabels labels and classes: at N = 65536, C = 64 the products of a tile took 76 us, rows in label order 55 (H100).
+// Up to kTileClasses classes one block computes the softmax and the gradient of a tile of rows in shared memory. It also adds up the
+// tile's part of S up to kTileLabels labels and classes: at N = 65536, C = 64 tiles took 76 us, rows in label order 55 (H100).
 inline constexpr int64_t kTileClasses = 64, kTileLabels = 32;
 // Labels and classes are padded to 16, 32 or 64.
 constexpr int64_t tile_width(int64_t labels, int64_t classes) {
   const int64_t most = labels > classes ? labels : classes;
   return most <= 16 ? 16 : most <= 32 ? 32 : 64;
 }
-// Rows of a tile: enough for the latency of memory, few enough for several blocks a multiprocessor.
+// Rows of a tile: enough to hide the latency of memory, few enough for several blocks per multiprocessor.
 constexpr int64_t tile_rows(int64_t width, int64_t value_bytes) {
   return width == 16 ? 128 : width == 64 && value_bytes == 8 ? 32 : 64;
 }
 
-// Rows that one group of threads holds in registers: a warp up to warp_classes (for the joint half as many), 4, 8, 16 or 32 columns a
-// lane, a block up to kBlockClasses. Longer rows are read twice: once for their sums of exponentials, once by runs of kBlockClasses.
-// For the rows' sums of soft targets a warp is enough up to kWarpSums.
+// Row lengths that one group of threads holds in registers: one warp up to warp_classes (in the joint half of it), 4, 8, 16 or 32
+// columns per lane; one block up to kBlockClasses. Longer rows are read twice: once for their log-sum-exp, once in runs of
+// kBlockClasses columns. For the log-sum-exp of rows with soft targets one warp per row is enough up to kWarpSums.
 inline constexpr int64_t kLanes = 32, kBlockClasses = 4096, kWarpSums = 256;
 constexpr int64_t warp_classes(int64_t value_bytes) { return kLanes * (value_bytes == 8 ? 8 : 32); }
-// Threads of a block that walks the rows by labels, a warp a row, and how many such blocks share a multiprocessor: with 16 columns a
-// lane or more the sums take many registers.
+// Threads of a block that visits the rows by label, one warp per row, and the number of such blocks per multiprocessor: with 16
+// columns per lane or more the sums take many registers.
 constexpr int64_t walk_threads(int64_t classes) { return classes <= kLanes * 8 ? 256 : 128; }
 constexpr int64_t walk_blocks(int64_t classes) { return classes <= kLanes * 8 ? 2 : 3; }
 
 enum class CudaOrder {
-  kTile,     // rows as they come, S in the registers of each block
-  kByLabel,  // rows in the order of their labels, a row of S in the registers of each group
+  kTile,     // rows in their order, S in the registers of each block
+  kByLabel,  // rows in the order of their labels, one row of S in the registers of each group of threads
   kSoft,     // a matrix product of targets and predictions
-  kByRow,    // logits_grad: rows as they come, V through the cache
+  kByRow,    // logits_grad: rows in their order, V through the cache
 };
 
 // The counting sort of the labels.
 struct CudaSort {
   int64_t pieces;  // blocks
-  int warps;       // of a block
-  bool shared;     // whether the counters, and where the buckets begin, are in shared memory
+  int warps;       // per block
+  bool shared;     // whether the counters and the starts of the buckets are in shared memory
 };
 CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits);
 
 struct CudaJoint {
   CudaOrder order;
   int64_t width;     // kTile: padded labels and classes
-  int64_t blocks;    // kTile: blocks, each with sums of its own; kByLabel: of the walk; kSoft: of the pass for the rows' sums
-  int64_t segments;  // kByLabel: runs of rows, one a group of threads; kSoft: splits of the rows
+  int64_t blocks;    // kTile: blocks, each with its own sums; kByLabel: of the visit by label; kSoft: of the pass for log-sum-exp
+  int64_t segments;  // kByLabel: runs of rows, one per group of threads; kSoft: splits of the rows
   CudaSort sort;     // kByLabel
   int64_t workspace_bytes;
 };
@@ -85,54 +72,48 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
 // ---------------------------------------------------------------------------------------------------------- logdet_inverse
 
 enum class CudaFactor {
-  kWarp,     // a warp a matrix, in registers
-  kBlock,    // a block a matrix, in shared memory
-  kGrid,     // all blocks of a cooperative grid, one matrix after the other
-  kLibrary,  // a library's LU, and the kernels around it
+  kWarp,     // one warp per matrix, in registers
+  kBlock,    // one block per matrix, in shared memory
+  kGrid,     // all blocks of a cooperative grid, one matrix after another
+  kLibrary,  // torch's LU, and kernels around it
 };
 
-// Shared memory of a block's elimination, in bytes; for a warp's what the block needs to share the result.
-constexpr int64_t factor_smem(int64_t classes, int64_t stride) { return classes <= 32 ? 32 : classes * stride * 8 + 592; }
-// From column to column, in `smem_bytes`: 4 more than a multiple of 8, so that tiles are read without bank conflicts, or else even,
-// so that they are read 16 bytes at a time; 0: the matrix does not fit.
+// Shared memory of the elimination by one block (or one warp, which shares only the result), in bytes; see FactorSpace.
+int64_t factor_smem(int64_t classes, int64_t stride);
+// The distance between columns, for `smem_bytes` of shared memory: 4 more than a multiple of 8, so that tiles are read without bank
+// conflicts, or if that does not fit an even number, so that they are read 16 bytes at a time. Returns 0 if the matrix does not fit.
 int64_t factor_stride(int64_t classes, int64_t smem_bytes);
-// The most classes that one block factors: 170 with 227 KB of shared memory, 144 with 163, 112 with 99.
+// The largest number of classes that one block factors: 170 with 227 KB of shared memory, 144 with 163, 112 with 99.
 int64_t factor_classes(const DeviceLimits& limits);
 
-// The grid's elimination: the threads of a block hold a strip's rows in registers for so many classes. Above half of it, and up to
-// kClusterClasses, a cluster shares the rows, where there are clusters. Above, a panel costs more passes over the matrix than a
-// library's LU makes: where each ends is a prediction, see docs/performance.md.
+// Limits of the grid's elimination. Up to kGridClasses the threads of one block hold the rows of a strip in registers. Above half of
+// it, and up to kClusterClasses, a cluster shares the rows, if the device has clusters. For more classes a panel costs more passes
+// over the matrix than the LU path makes. Both limits are predictions, see docs/performance.md.
 inline constexpr int64_t kGridClasses = 2048, kClusterClasses = 4096;
-// Rows of a panel that one of so many blocks has
+// The rows of a panel that each of `blocks` panel blocks has.
 constexpr int64_t slice_rows(int64_t classes, int64_t blocks) {
   return blocks == 1 ? classes : ((classes + blocks - 1) / blocks + 7) / 8 * 8;
 }
-// The most columns that are eliminated by themselves: a quarter of that many multipliers, for each of two or three rows, are on their
-// way to a thread at a time.
+// The largest panel width: a quarter of that many multipliers, for each of two or three rows, are on their way to a thread at a time.
 constexpr int64_t grid_most_panel(int64_t classes, int64_t blocks) { return blocks > 1 || classes <= kGridClasses / 2 ? 32 : 24; }
-constexpr int64_t grid_smem(int64_t classes, int64_t panel, int64_t blocks) {
-  const int64_t matrix = panel * ((slice_rows(classes, blocks) + 3) / 8 * 8 + 4), turning = 2 * 32 * 33;
-  return (matrix > turning ? matrix : turning) * 8 + panel * (panel + 4) * 8 + (blocks > 1 ? 2624 : 1312) + panel * 4;
-}
-// As many as fit, a multiple of 8; 0: not even 8 do, or not 16, of which the other blocks of a grid with clusters take as many.
-constexpr int64_t grid_panel(int64_t classes, int64_t smem_bytes, int64_t blocks) {
-  int64_t panel = grid_most_panel(classes, blocks);
-  while (panel > 0 && grid_smem(classes, panel, blocks) > smem_bytes) panel -= 8;
-  return blocks > 1 && panel < 16 ? 0 : panel;
-}
+// Shared memory of one block, in bytes.
+int64_t grid_smem(int64_t classes, int64_t panel, int64_t blocks);
+// The largest panel width that fits, a multiple of 8. Returns 0 if fewer than 8 columns fit, or, with clusters, fewer than 16: the
+// update blocks process 16 columns at a time.
+int64_t grid_panel(int64_t classes, int64_t smem_bytes, int64_t blocks);
 
 struct CudaLogdetInverse {
   CudaFactor factor;
   int64_t stride;           // kBlock
-  int64_t team;             // kGrid: blocks that eliminate the panels together, in a cluster if there are several
+  int64_t team;             // kGrid: number of panel blocks, which eliminate the panels together; a cluster if there are several
   int64_t panel;            // kGrid
   int64_t smem_bytes;       // kBlock, kGrid
   int64_t workspace_bytes;  // kGrid, kLibrary
 };
-// Without the inverse a grid's matrix is in the workspace, else in the memory of V.
+// Without the inverse the grid's matrix is in the workspace, else in the memory of V.
 CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const DeviceLimits& limits, bool inverse = true);
 
-// The sum of the weights of soft targets, where it is not that of the labels: one block for each of so many rows.
+// The total weight of soft targets, if it differs from the sum of n, takes one block per kWeightRows rows.
 inline constexpr int64_t kWeightRows = 16384;
 struct CudaCombine {
   int64_t blocks;
@@ -142,23 +123,24 @@ CudaCombine cuda_combine(int64_t rows, bool weighted_soft, const DeviceLimits& l
 
 // ------------------------------------------------------------------------------------------------------------------- fused
 
-// The loss and its gradient in one launch of one block. It does its work on one multiprocessor, the staged kernels on all of them, at
-// the price of partial sums through memory and another pass over the logits: some 2.5 us. An element costs the block some 45
-// instructions, of which a multiprocessor issues 128 a cycle (a warp for each of 4 schedulers), and latencies that 16 warps do not
+// The loss and its gradient in one launch of one block. It works on one multiprocessor. The staged kernels work on all of them, at the
+// price of partial sums through memory and another pass over the logits: about 2.5 us. One element costs the block about 45
+// instructions, of which a multiprocessor issues 128 per cycle (one warp for each of 4 schedulers), and latencies that 16 warps do not
 // hide: about 0.25 ns. 2.5 us are 10,000 elements.
 inline constexpr int64_t kCudaFusedElements = 8192;  // N * C
 inline constexpr int64_t kCudaFusedClasses = 64;
 
-// Threads of the block for classes padded to `width`: as many as leave the registers for the factorisation (a row of doubles a lane).
+// Threads of the block for classes padded to `width`: the largest number that leaves enough registers for the factorisation (one row
+// of doubles per lane).
 constexpr int64_t fused_threads(int64_t width) { return width == 16 ? 384 : width == 32 ? 256 : 512; }
-// From row to row of V in shared memory, in values: 8 rows at random start at 8 places among the banks.
+// The distance between rows of V in shared memory, in values: 8 random rows start in 8 different banks.
 constexpr int64_t fused_pitch(int64_t width) { return width + 4; }
 
 struct CudaFused {
-  bool runs;       // whether this regime is the one to take, and fits; with the gradient not in half precision, see is_fused
+  bool runs;       // whether to take this regime: the shape is small and fits; with the gradient not in half precision, see is_fused
   int64_t width;   // padded classes
-  int64_t wide;    // the same for S alone, a power of two
-  int64_t splits;  // threads that share an entry of S
+  int64_t wide;    // padded classes of S alone, a power of two
+  int64_t splits;  // threads per entry of S
   int64_t stride;  // of the factorisation, see factor_stride
   int64_t smem_bytes;
 };
@@ -166,8 +148,8 @@ CudaFused cuda_fused(int64_t rows, int64_t classes, int64_t value_bytes, bool we
 
 // ------------------------------------------------------------------------------------------------------------ loss_forward
 
-// Up to so many classes, without soft targets, the whole forward is one launch of a cooperative grid, which costs the device as much
-// as the steps by themselves (22.6 us and 20.8 at N = 65536, C = 14 on an H100) and the host 2 launches less.
+// Up to this number of classes, without soft targets, the whole forward is one launch of a cooperative grid. It costs the device about
+// as much as the separate steps (22.6 us and 20.8 at N = 65536, C = 14 on an H100) and saves the host 2 launches.
 inline constexpr int64_t kWholeClasses = 16;
 enum class CudaLoss {
   kOneBlock,  // fused without the gradient: one launch
@@ -187,7 +169,7 @@ CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int6
 
 // ----------------------------------------------------------------------------------------------------------------- explain
 
-// What ldmi_fast.explain shows of a forward and backward.
+// What ldmi_fast.explain shows for a forward and backward.
 Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs, const DeviceLimits& limits);
 
 }  // namespace ldmi::plan

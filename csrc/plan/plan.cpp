@@ -5,7 +5,7 @@
 namespace ldmi::plan {
 namespace {
 
-// About 8k elements (10 us of work) make a task worth its dispatch.
+// A task with about 8k elements (10 us of work) is worth its dispatch.
 constexpr int64_t kTaskElements = 8192;
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::max(low, std::min(value, high)); }
@@ -13,7 +13,7 @@ int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::max(low, s
 }  // namespace
 
 int64_t sort_tasks(int64_t rows, int64_t labels) {
-  // each piece keeps one counter a label; more pieces than rows per counter would only move counters about
+  // each piece has one counter per label; with more pieces the counters would cost more than the rows
   return clamp(rows / std::max<int64_t>(4 * labels, 4096), 1, 16);
 }
 
@@ -21,13 +21,13 @@ CpuJoint cpu_joint(int64_t rows, int64_t classes, int64_t labels) {
   CpuJoint out{};
   if (labels * classes <= kPrivateSums) {
     out.order = Order::kNatural;
-    // private sums within 2 MiB in all, and no more of them than are soon paid for: two rows or more for each row of sums
+    // at most 2 MiB of private sums in all, and at least two rows of the batch for each row of sums, so that the sums pay
     const int64_t most = clamp(std::min((int64_t{1} << 18) / std::max<int64_t>(labels * classes, 1), rows / (2 * labels)), 1, 256);
     out.tasks = clamp(rows * classes / kTaskElements, 1, most);
     out.workspace_bytes = out.tasks * labels * (classes + 16) * 8;
   } else {
     out.order = Order::kByLabel;
-    // a row that begins in an earlier task goes to a side row; those within 1 MiB in all
+    // the sums of a label that begins in an earlier task go to a separate row; those rows take at most 1 MiB in all
     const int64_t most = clamp((int64_t{1} << 17) / classes, 4, 256);
     out.tasks = clamp(rows * classes / (8 * kTaskElements), 1, most);
     out.workspace_bytes = rows * 8 + sort_tasks(rows, labels) * (labels + 2) * 8 + out.tasks * (classes + 16) * 8;
@@ -50,18 +50,18 @@ CpuLogitsGrad cpu_logits_grad(int64_t rows, int64_t classes, int64_t labels, int
 
 CpuLogdetInverse cpu_logdet_inverse(int64_t classes) {
   CpuLogdetInverse out{};
-  // wide enough for the products to be bound by multiplications, narrow enough for the panels not to hold them up
+  // wide enough for the products to be bound by multiplications, narrow enough for the panels not to delay them
   out.panel = classes <= 256 ? 32 : 64;
-  // below, waking threads takes longer than the work
+  // below this size, waking the threads takes longer than the work
   out.parallel = classes >= 192;
-  // two packed panels, and half a one for its own elimination
+  // two packed panels, and half a panel for its own elimination
   out.workspace_bytes = 5 * (classes + 24) * out.panel / 2 * 8;
   return out;
 }
 
 CpuSoft cpu_soft(int64_t rows, int64_t classes, int64_t labels, int64_t value_bytes) {
   CpuSoft out{};
-  // predictions and targets of a block within about 1.5 MiB
+  // predictions and targets of a block take at most about 1.5 MiB
   const int64_t row_bytes = (classes + 32) * value_bytes + labels * 8;  // predictions; targets times weights, in double
   out.block_rows = clamp((3 << 19) / row_bytes / 64 * 64, 64, 65536);
   out.block_rows = std::min(out.block_rows, (std::max<int64_t>(rows, 1) + 63) / 64 * 64);
@@ -87,7 +87,7 @@ Plan cpu(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value
   const CpuLogitsGrad grad = cpu_logits_grad(rows, classes, labels, compute_bytes);
   if (is_fused(rows, classes, value_bytes)) {
     out.kernels = {std::string("fused (joint, ") + factor + ", logits_grad)"};
-    out.regime = "small: one call leaves the loss and its gradient";
+    out.regime = "small: one call computes the loss and its gradient";
     out.workspace_bytes = std::max({joint.workspace_bytes, grad.workspace_bytes, elimination.workspace_bytes}) +
                           2 * classes * classes * 8 + (classes + rows) * 8;
     out.reason = "N * C <= " + std::to_string(kFusedElements) + " or N <= " + std::to_string(kFusedRowsPerClass) +

@@ -1,32 +1,26 @@
-// Which classes a determinant is of: the same rule in every engine. composite.ABSENT_SHARE and present_classes say it in Python.
+// Which classes the determinant includes: the same rule in every engine. ldmi_fast/presence.py states it in Python.
 #pragma once
 
-#ifdef __CUDACC__
-#define LDMI_EVERYWHERE __host__ __device__
-#else
-#define LDMI_EVERYWHERE
-#endif
+#include "everywhere.h"
 
 namespace ldmi::plan {
 
-// A class whose share of the whole weight is smaller is absent. In a moving average the share of a class that left the data decays for
-// ever; long before it underflows, its row of S says nothing about the model any more.
+// A class with a smaller share of the whole weight is absent. In a moving average the share of a class that left the data decays for
+// ever; long before it underflows, its row of S contains no more information about the model.
 inline constexpr double kAbsentShare = 1e-12;
 
-// What a class of weight n adds to the least weight that counts as present; NaN stays. Scaled before they are added, so that the sum
-// of the largest weights stays finite.
-LDMI_EVERYWHERE inline double least_part(double n) { return n < 0.0 ? 0.0 : kAbsentShare * n; }
+// The least weight of a present class is the sum of least_part(n) over all classes; NaN stays. The weights are scaled before they are
+// added, so that the sum of the largest weights stays finite.
+LDMI_EVERYWHERE double least_part(double n) { return n < 0.0 ? 0.0 : kAbsentShare * n; }
 
-// Not `n >= least`: where some weight is NaN, and with it the result, the others count as if there were no rule.
-LDMI_EVERYWHERE inline bool is_present(double n, double least) { return n > 0.0 && !(n < least); }
+// Not `n >= least`: if some weight is NaN, so is the result, and the other classes count as if there were no rule.
+LDMI_EVERYWHERE bool is_present(double n, double least) { return n > 0.0 && !(n < least); }
 
-// 1 / n overflows below 2^-1024. Where a weight is nearly as small as that, it is multiplied by this before it is inverted, and what
-// is divided by it as well. Of the least weight of a class that is present it serves for all of them: they are at most 2^40 times
-// that, or some 2^-1034 where that is subnormal.
-LDMI_EVERYWHERE inline bool is_small(double n) { return n < 0x1p-1000; }
-LDMI_EVERYWHERE inline double lift_if(bool small) { return small ? 0x1p300 : 1.0; }
-LDMI_EVERYWHERE inline double lift_of(double n) { return lift_if(is_small(n)); }
+// 1 / n overflows if n is below 2^-1024. If a weight is nearly that small, it is multiplied by lift_of before it is inverted, and so
+// is what is divided by it. The lift of the least weight of a present class serves for all of them: they are at most 2^40 times
+// larger, and about 2^-1034 at most if that one is subnormal.
+LDMI_EVERYWHERE bool is_small(double n) { return n < 0x1p-1000; }
+LDMI_EVERYWHERE double lift_if(bool small) { return small ? 0x1p300 : 1.0; }
+LDMI_EVERYWHERE double lift_of(double n) { return lift_if(is_small(n)); }
 
 }  // namespace ldmi::plan
-
-#undef LDMI_EVERYWHERE

@@ -1,7 +1,11 @@
-// ldmi_fast._C: what Python asks of the compiled code besides the ops, which register themselves when this module is loaded.
+// ldmi_fast._C: what Python calls in the compiled code besides the ops, which register themselves when this module is loaded.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <cstddef>
+#include <string>
+#include <type_traits>
 
 #include "../cpu/kernels.h"
 #ifdef LDMI_CUDA_BUILD
@@ -20,6 +24,26 @@ bool cuda_torch();  // csrc/torch/ops_cuda.cpp
 
 namespace {
 
+// Returns a dict with one entry per limit.
+[[maybe_unused]] py::dict shown(const ldmi::plan::DeviceLimits& limits) {
+  py::dict out;
+  ldmi::plan::for_each_limit(limits, [&](const char* name, auto value) { out[name] = value; });
+  return out;
+}
+
+// Reads the limits from a dict that must have each of them and nothing else.
+ldmi::plan::DeviceLimits limits_from(const py::dict& given) {
+  ldmi::plan::DeviceLimits limits;
+  std::size_t known = 0;
+  ldmi::plan::for_each_limit(limits, [&](const char* name, auto& value) {
+    if (!given.contains(name)) throw py::value_error(std::string("limits must have ") + name);
+    value = py::cast<std::decay_t<decltype(value)>>(given[name]);
+    ++known;
+  });
+  if (given.size() != known) throw py::value_error("limits has unknown entries");
+  return limits;
+}
+
 py::dict shown(const ldmi::plan::Plan& plan) {
   py::dict out;
   out["kernels"] = plan.kernels;
@@ -31,7 +55,7 @@ py::dict shown(const ldmi::plan::Plan& plan) {
 
 }  // namespace
 
-// What the functions keep is made once, behind std::call_once and the initialisation of statics: free-threaded Python needs no lock.
+// All state is initialised once, by std::call_once or as a static variable: free-threaded Python needs no lock.
 #if PYBIND11_VERSION_HEX >= 0x020D0000
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
@@ -47,28 +71,20 @@ PYBIND11_MODULE(_C, m) {
       "The plan of the CPU engine for N rows, C classes and K labels: kernels, regime, workspace_bytes, reason.");
   m.def(
       "cuda_plan",
-      [](int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs, int sms, int64_t smem_block,
-         int64_t smem_sm, int64_t l2, int capability, bool cooperative, int clusters) {
-        return shown(ldmi::plan::cuda(rows, classes, labels, soft, value_bytes, probs,
-                                      {sms, smem_block, smem_sm, l2, capability, cooperative, clusters}));
+      [](int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, bool probs, const py::dict& limits) {
+        return shown(ldmi::plan::cuda(rows, classes, labels, soft, value_bytes, probs, limits_from(limits)));
       },
       py::arg("rows"), py::arg("classes"), py::arg("labels"), py::arg("soft"), py::arg("value_bytes"), py::arg("probs"),
-      py::arg("sms"), py::arg("smem_block"), py::arg("smem_sm"), py::arg("l2"), py::arg("capability"), py::arg("cooperative"),
-      py::arg("clusters"),
-      "The plan of the CUDA engine on a device with these limits: multiprocessors, bytes of shared memory of a block and of a "
-      "multiprocessor, bytes of L2 cache, compute capability times 10, whether it takes cooperative grids, and how many clusters of 8 "
-      "blocks, "
-      "a multiprocessor each, run at once.");
+      py::arg("limits"),
+      "The plan of the CUDA engine on a device with these limits, a dict: sms (multiprocessors), smem_block and smem_sm (bytes of "
+      "shared memory of a block and of a multiprocessor), l2 (bytes of L2 cache), capability (compute capability times 10), "
+      "cooperative (whether the device has cooperative grids), clusters (the number of clusters of 8 blocks that run at once, one "
+      "block per multiprocessor).");
 #ifdef LDMI_CUDA_BUILD
-  m.def("cuda_torch", &ldmi::cuda_torch, "Whether the torch that is loaded has CUDA, so that its current stream can be asked for.");
+  m.def("cuda_torch", &ldmi::cuda_torch, "Whether the loaded torch has CUDA, so that its current stream can be queried.");
   m.def(
-      "cuda_limits",
-      [](int device) {
-        const ldmi::plan::DeviceLimits& limits = ldmi::cuda::limits_of(device);
-        return py::make_tuple(limits.sms, limits.smem_block, limits.smem_sm, limits.l2, limits.capability, limits.cooperative,
-                              limits.clusters);
-      },
-      py::arg("device"), "The limits of a CUDA device, in the order in which cuda_plan takes them.");
+      "cuda_limits", [](int device) { return shown(ldmi::cuda::limits_of(device)); }, py::arg("device"),
+      "The limits of a CUDA device, a dict as cuda_plan takes it.");
 #endif
   m.def(
       "cuda_fused_limits", [] { return py::make_tuple(ldmi::plan::kCudaFusedElements, ldmi::plan::kCudaFusedClasses); },

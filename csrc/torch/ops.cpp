@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logdet_inverse(Tensor S, Tensor n, st
     g[i] = found.sign;
     k[i] = found.kept;
   };
-  // a thread for each of many small matrices, or all threads for each larger one
+  // small matrices take one thread each; larger ones all threads, one after another
   if (!plan::cpu_logdet_inverse(C).parallel) {
     cpu::for_each_task(kThreads, f.count, one);
   } else {
@@ -53,7 +53,7 @@ Tensor logits_grad(Tensor logits, Tensor target, std::optional<Tensor> sample_we
   check_gradient(logits, lse, V, scale, ce_scale);
   const cpu::Batch batch = batch_of(logits, target, sample_weight, V.size(0), ignore_index, input);
   STD_TORCH_CHECK(target.dim() == 1 || V.size(0) == V.size(1) || *static_cast<const double*>(ce_scale.data_ptr()) == 0,
-                  "ldmi_fast: the cross entropy of soft targets needs a column for each of ", V.size(1), " classes, target has ",
+                  "ldmi_fast: the cross entropy of soft targets needs one column for each of ", V.size(1), " classes, target has ",
                   V.size(0));
   V = dense(V);
   lse = dense(lse);
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, T
   STD_TORCH_CHECK(logits.dim() == 2, "ldmi_fast: logits must be a matrix");
   const int64_t C = logits.size(1), kept = gradient ? C : 0;
   const cpu::Batch batch = batch_of(logits, target, sample_weight, C, ignore_index, input);
-  const cpu::LossOptions options{strict_of(absent), eps, normalize, cross_entropy_weight};
+  const cpu::LossOptions options = options_of(absent, eps, normalize, cross_entropy_weight);
   Tensor S = empty({C, C}, ScalarType::Double, kHere), n = empty({C}, ScalarType::Double, kHere),
          V = empty({kept, kept}, ScalarType::Double, kHere);
   Tensor lse = empty({batch.logits.rows}, compute_type(logits), kHere);
@@ -100,8 +100,7 @@ std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Ten
   STD_TORCH_CHECK(target.dim() == 1 && logits.dim() == 2, "ldmi_fast: fused takes logits [N, C] and class indices [N]");
   const cpu::Batch batch = batch_of(logits, target, sample_weight, logits.size(1), ignore_index, input);
   Tensor grad = empty({logits.size(0), logits.size(1)}, logits.scalar_type(), kHere);
-  const double loss =
-      cpu::kernels().fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, grad.data_ptr(), kThreads);
+  const double loss = cpu::kernels().fused(batch, options_of(absent, eps, normalize, cross_entropy_weight), grad.data_ptr(), kThreads);
   return {scalar(loss, compute_type(logits)), grad};
 }
 

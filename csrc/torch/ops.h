@@ -1,5 +1,5 @@
-// What the ops of every device share: allocation, and the checks that memory safety needs. LibTorch stable ABI only, so that one build
-// runs on every torch from 2.10 on.
+// What the ops of every device share: allocation, and the checks that memory safety needs. It uses LibTorch's stable ABI only, so that
+// one build runs on every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,7 +21,7 @@ namespace ldmi {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Where a tensor lives, as the shim counts.
+// The device of a tensor, in the numbers of the C shim.
 struct Place {
   int32_t type, index;
   bool operator==(const Place&) const = default;
@@ -35,8 +35,8 @@ inline Place place_of(const Tensor& tensor) {
   return out;
 }
 
-// An uninitialised contiguous tensor. By the shim directly: the wrappers in stable/ops.h look their operator up by name at every call,
-// which costs more than a small problem's whole computation.
+// Returns an uninitialised contiguous tensor. It calls the C shim directly: the wrappers in stable/ops.h look up their operator by
+// name at every call, which costs more than the whole computation of a small problem.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, Place place) {
   int64_t strides[4];
   int64_t stride = 1;
@@ -118,7 +118,7 @@ inline cpu::Batch batch_of(const Tensor& logits, const Tensor& target, const std
                     "]");
     batch.weights = {sample_weight->data_ptr(), type_of(*sample_weight, "sample_weight"), sample_weight->stride(0)};
   }
-  // an empty tensor has no address, and a null address means that there is none
+  // an empty tensor has a null address, which elsewhere means that there is no tensor
   static const double nothing = 0;
   if (rows == 0) {
     if (target.dim() == 2) batch.soft.data = &nothing;
@@ -136,6 +136,10 @@ inline bool strict_of(const std::string& absent) {
   return absent == "strict";
 }
 
+inline cpu::LossOptions options_of(const std::string& absent, double eps, bool normalize, double cross_entropy_weight) {
+  return {strict_of(absent), eps, normalize, cross_entropy_weight};
+}
+
 inline ScalarType compute_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -144,7 +148,7 @@ inline void check_double(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double, "ldmi_fast: ", name, " must be float64");
 }
 
-// What logits_grad needs beside the batch.
+// Checks what logits_grad needs besides the batch.
 inline void check_gradient(const Tensor& logits, const Tensor& lse, const Tensor& V, const Tensor& scale, const Tensor& ce_scale) {
   check_double(V, "V");
   check_double(scale, "scale");
@@ -156,13 +160,13 @@ inline void check_gradient(const Tensor& logits, const Tensor& lse, const Tensor
                   "ldmi_fast: lse must have shape [N] and be float32 (float64 for float64 logits)");
 }
 
-// S [..., C, C] and n [..., C] of logdet_inverse, made dense, and its outputs.
+// The inputs S [..., C, C] and n [..., C] of logdet_inverse, made dense, and its outputs.
 struct Factors {
   Tensor S, n, log_abs_det, sign, kept, V;
   int64_t C, count = 1;
   std::vector<int64_t> batch;
 
-  // With V [0, C, C] where no inverse is wanted.
+  // Without `inverse`, V is [0, C, C].
   Factors(const Tensor& joint, const Tensor& weights, bool inverse = true) {
     check_double(joint, "S");
     check_double(weights, "n");
@@ -184,7 +188,7 @@ struct Factors {
     V = empty({inverse ? count : 0, C, C}, ScalarType::Double, place);
   }
 
-  // The outputs with the leading dimensions of S, which are views of one.
+  // Returns the outputs with the leading dimensions of S, as views.
   std::tuple<Tensor, Tensor, Tensor, Tensor> results() const {
     const auto shaped = [&](const Tensor& flat, bool matrix) {
       std::vector<int64_t> shape = batch;

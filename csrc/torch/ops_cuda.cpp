@@ -1,5 +1,5 @@
-// The ops on CUDA devices. Nothing here waits for the device: scratch memory comes from torch's allocator, launches go to the current
-// stream, and what depends on data is decided on the device.
+// The ops on CUDA devices. No function here waits for the device: scratch memory comes from torch's allocator, launches go to the
+// current stream, and decisions that depend on data are made on the device.
 
 #include <array>
 
@@ -7,7 +7,7 @@
 #include "../cuda/kernels.h"
 #include "ops.h"
 
-// Of libtorch_cuda. Weak, so that this module also loads with a torch that has no CUDA, where no CUDA tensor ever comes.
+// A function of libtorch_cuda. It is weak, so that this module also loads with a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace ldmi {
@@ -16,7 +16,7 @@ namespace {
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-// One call: its device, made current, with its stream and limits.
+// The context of one call: its device, made current, with its stream and limits.
 class Call {
  public:
   explicit Call(const Tensor& logits) : place(place_of(logits)), limits(cuda::limits_of(place.index)), guard_(place.index) {
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> joint(Tensor logits, Tensor target, s
   return {S, n, lse, ce};
 }
 
-// A tensor of matrices [count, C, C] over the memory of another one, column-major or row-major.
+// Returns a tensor of matrices [count, C, C] in the memory of another tensor, column-major or row-major.
 Tensor matrices_over(const Tensor& memory, int64_t count, int64_t C, Place place, bool column_major) {
   const int64_t sizes[] = {count, C, C}, strides[] = {C * C, column_major ? 1 : C, column_major ? C : 1};
   AtenTensorHandle handle;
@@ -87,7 +87,7 @@ Tensor matrices_over(const Tensor& memory, int64_t count, int64_t C, Place place
   return Tensor(handle);
 }
 
-// X becomes T^{-1} X, in place.
+// Replaces X by T^{-1} X.
 void solve_triangular(const Tensor& T, const Tensor& X, bool upper, bool unitriangular) {
   std::array<StableIValue, 6> solve{from(T), from(X), from(upper), from(true), from(unitriangular), from(X)};
   STD_TORCH_CHECK(torch_call_dispatcher("aten::linalg_solve_triangular", "out", solve.data(), TORCH_ABI_VERSION) == 0,
@@ -95,9 +95,8 @@ void solve_triangular(const Tensor& T, const Tensor& X, bool upper, bool unitria
   (void)to<Tensor>(solve[0]);
 }
 
-// More classes than our own kernels take: torch's LU, with the contract around it in kernels of our own. Two matrices are all the
-// memory that it takes, and the one that V comes to stand in may be that of S. torch's solve from LU would take a third, for the
-// permutation.
+// For more classes than our own kernels take: torch's LU, with kernels around it that keep the contract. It takes the memory of two
+// matrices, and the one for V may be that of S. torch's solve from LU would take a third one, for the permutation.
 void factor_by_library(const Call& call, Factors& f, bool strict, bool over_S, int64_t workspace_bytes) {
   const bool inverse = f.V.size(0) != 0;
   const Tensor workspace = call.workspace(workspace_bytes);
@@ -127,7 +126,7 @@ void factor_by_library(const Call& call, Factors& f, bool strict, bool over_S, i
   f.V = torch::stable::view(memory, {f.count, f.C, f.C});
 }
 
-// With `over_S`, S is nobody's afterwards: a library's V may stand there.
+// If `over_S`, the caller no longer needs S; the LU path may return V in its memory.
 void factor(const Call& call, Factors& f, bool strict, bool over_S) {
   if (f.count == 0) return;
   const bool inverse = f.V.size(0) != 0;
@@ -179,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, T
   STD_TORCH_CHECK(logits.dim() == 2, "ldmi_fast: logits must be a matrix");
   const int64_t C = logits.size(1), kept = gradient ? C : 0;
   const cpu::Batch batch = batch_on(call, logits, target, sample_weight, C, ignore_index, input);
-  const cpu::LossOptions options{strict_of(absent), eps, normalize, cross_entropy_weight};
+  const cpu::LossOptions options = options_of(absent, eps, normalize, cross_entropy_weight);
   Tensor loss = call.allocate({}, compute_type(logits)), lse = call.allocate({batch.logits.rows}, compute_type(logits));
   Tensor scale = call.allocate({}, ScalarType::Double), ce_scale = call.allocate({}, ScalarType::Double);
   const bool soft = batch.soft.data != nullptr, weighted = sample_weight.has_value();
@@ -211,14 +210,14 @@ std::tuple<Tensor, Tensor> fused(Tensor logits, Tensor target, std::optional<Ten
   STD_TORCH_CHECK(target.dim() == 1 && logits.dim() == 2, "ldmi_fast: fused takes logits [N, C] and class indices [N]");
   const Call call(logits);
   const cpu::Batch batch = batch_on(call, logits, target, sample_weight, logits.size(1), ignore_index, input);
-  const int64_t bytes = bytes_of(batch.logits.type);  // in half precision the kernel leaves no gradient
+  const int64_t bytes = bytes_of(batch.logits.type);  // in half precision the kernel computes no gradient
   if (bytes < 4 || !plan::cuda_fused(batch.logits.rows, batch.logits.columns, bytes, sample_weight.has_value(), call.limits).runs) {
     auto [loss, lse, V, scale, ce_scale] =
         loss_forward(logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input, true);
     return {loss, logits_grad(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)};
   }
   Tensor loss = call.allocate({}, compute_type(logits)), grad = call.allocate({logits.size(0), logits.size(1)}, logits.scalar_type());
-  check(cuda::fused(batch, {strict_of(absent), eps, normalize, cross_entropy_weight}, loss.data_ptr(), grad.data_ptr(), call.limits,
+  check(cuda::fused(batch, options_of(absent, eps, normalize, cross_entropy_weight), loss.data_ptr(), grad.data_ptr(), call.limits,
                     call.stream),
         "fused");
   return {loss, grad};

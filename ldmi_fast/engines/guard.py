@@ -133,7 +133,7 @@ def kernels(
     shape = (rows, classes, labels, soft, dtype.itemsize, probs)
     if engine == "cpu":
         return tuple(ops.compiled.plan(*shape)["kernels"]), ""
-    plan = ops.compiled.cuda_plan(*shape, *ops.compiled.cuda_limits(device.index))
+    plan = ops.compiled.cuda_plan(*shape, ops.compiled.cuda_limits(device.index))
     return tuple(plan["kernels"]), plan["regime"].partition(",")[0]
 
 

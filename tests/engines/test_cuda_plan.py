@@ -14,15 +14,23 @@ from ldmi_fast.options import Options
 
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
-#: Multiprocessors, bytes of shared memory of a block and of a multiprocessor, bytes of L2 cache, compute capability times 10,
-#: cooperative grids, clusters of 8 blocks at once.
+SM_90 = {
+    "sms": 132,
+    "smem_block": 227 * 1024,
+    "smem_sm": 228 * 1024,
+    "l2": 50 << 20,
+    "capability": 90,
+    "cooperative": True,
+    "clusters": 16,
+}
+#: The limits of devices, as ``cuda_plan`` takes them.
 DEVICES = {
-    "sm_80": (108, 163 * 1024, 164 * 1024, 40 << 20, 80, True, 0),
-    "sm_89": (142, 99 * 1024, 100 * 1024, 96 << 20, 89, True, 0),
-    "sm_90": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, True, 16),
-    "no clusters": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, True, 0),
-    "sm_120": (188, 99 * 1024, 100 * 1024, 128 << 20, 120, True, 20),
-    "staged": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, False, 16),
+    "sm_80": SM_90 | {"sms": 108, "smem_block": 163 * 1024, "smem_sm": 164 * 1024, "l2": 40 << 20, "capability": 80, "clusters": 0},
+    "sm_89": SM_90 | {"sms": 142, "smem_block": 99 * 1024, "smem_sm": 100 * 1024, "l2": 96 << 20, "capability": 89, "clusters": 0},
+    "sm_90": SM_90,
+    "no clusters": SM_90 | {"clusters": 0},
+    "sm_120": SM_90 | {"sms": 188, "smem_block": 99 * 1024, "smem_sm": 100 * 1024, "l2": 128 << 20, "capability": 120, "clusters": 20},
+    "staged": SM_90 | {"cooperative": False},
 }
 #: The most classes that one block factors, and a grid: with 99 KB a block has no room for 8 columns of 2048 rows, a cluster has.
 ONE_BLOCK = {"sm_80": 144, "sm_89": 112, "sm_90": 170, "no clusters": 170, "sm_120": 112, "staged": 170}
@@ -30,7 +38,19 @@ GRID = {"sm_80": 2048, "sm_89": 1548, "sm_90": 4096, "no clusters": 2048, "sm_12
 
 
 def plan(rows: int, classes: int, device: str = "sm_90", *, soft: bool = False, value_bytes: int = 4) -> dict[str, Any]:
-    return ops.compiled.cuda_plan(rows, classes, classes, soft, value_bytes, False, *DEVICES[device])
+    return ops.compiled.cuda_plan(rows, classes, classes, soft, value_bytes, False, DEVICES[device])
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({name: value for name, value in SM_90.items() if name != "l2"}, "limits must have l2"),
+        (SM_90 | {"l3": 0}, "unknown entries"),
+    ],
+)
+def test_limits_are_named(limits: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.compiled.cuda_plan(10, 2, 2, False, 4, False, limits)
 
 
 def last_before(changes: Callable[[int], bool], low: int, high: int) -> int:
@@ -93,7 +113,7 @@ def test_factor() -> None:
         assert last_before(lambda c, f=factor: "one block" not in f(c), 33, 1000) == most
         assert last_before(lambda c, f=factor: "torch" in f(c), 33, 10000) == GRID[device]
         assert ("all multiprocessors" in factor(most + 1)) is (device != "staged")
-        assert f"{most} classes at most" in plan(10**6, most + 1, device)["reason"]
+        assert f"at most {most} classes" in plan(10**6, most + 1, device)["reason"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -105,7 +125,7 @@ def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
 
     if device == "staged":
         assert not any(one_launch(classes) for classes in (1, 14, 16, 17))
-        assert "no cooperative grids" in plan(10**6, 14, device)["reason"]
+        assert "no cooperative launch" in plan(10**6, 14, device)["reason"]
     else:
         assert last_before(lambda classes: not one_launch(classes), 1, 1000) == 16
         assert "cooperative" not in plan(10**6, 14, device)["reason"]
@@ -115,20 +135,27 @@ def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
 @pytest.mark.parametrize(
     ("classes", "least", "columns"),
     [
-        pytest.param(1000, 8 * 1004 * 8 + 8 * 12 * 8 + 1312 + 8 * 4, ", 8 columns", id="one block, 8 columns"),
-        # the other blocks take 16 columns at a time, of which they copy what stands in the rows of the pivots
-        pytest.param(4096, 16 * 516 * 8 + 16 * 20 * 8 + 2624 + 16 * 4, ", a cluster of 8 blocks 16 columns", id="a cluster, 16"),
+        pytest.param(
+            1000, 8 * 1004 * 8 + 8 * 12 * 8 + 1312 + 8 * 4, "one block eliminates panels of 8 columns", id="one block, 8 columns"
+        ),
+        # the update blocks process 16 columns at a time, and copy the entries of these columns in the pivot rows
+        pytest.param(
+            4096,
+            16 * 516 * 8 + 16 * 20 * 8 + 2624 + 16 * 4,
+            "a cluster of 8 blocks eliminates panels of 16 columns",
+            id="a cluster, 16",
+        ),
     ],
 )
 def test_small_shared_memory_takes_the_library(classes: int, least: int, columns: str) -> None:
-    sms, _, _, *rest = DEVICES["sm_90"]
     below, enough = (
-        ops.compiled.cuda_plan(10**6, classes, classes, False, 4, False, sms, room, room, *rest) for room in (least - 1, least)
+        ops.compiled.cuda_plan(10**6, classes, classes, False, 4, False, SM_90 | {"smem_block": smem, "smem_sm": smem})
+        for smem in (least - 1, least)
     )
     assert "torch" in below["kernels"][1]
-    assert f"and not even {columns.split()[-2]} columns of this one" in below["reason"]
+    assert f"and not even a panel of {columns.split()[-2]} columns fits" in below["reason"]
     assert "all multiprocessors" in enough["kernels"][1]
-    assert f"{columns} of this one" in enough["reason"]
+    assert columns in enough["reason"]
 
 
 @pytest.mark.parametrize(
@@ -144,21 +171,20 @@ def test_small_shared_memory_takes_the_library(classes: int, least: int, columns
     ],
 )
 def test_a_panel_is_what_shared_memory_holds(device: str, classes: int, panel: int) -> None:
-    assert f", {panel} columns of this one" in plan(10**6, classes, device)["reason"]
+    assert f"one block eliminates panels of {panel} columns" in plan(10**6, classes, device)["reason"]
 
 
 @pytest.mark.parametrize(
     ("device", "classes", "panel"), [("sm_90", 1025, 32), ("sm_90", 4096, 32), ("sm_120", 1025, 32), ("sm_120", 4096, 16)]
 )
 def test_a_cluster_shares_a_panel(device: str, classes: int, panel: int) -> None:
-    assert f", a cluster of 8 blocks {panel} columns of this one" in plan(10**6, classes, device)["reason"]
+    assert f"a cluster of 8 blocks eliminates panels of {panel} columns" in plan(10**6, classes, device)["reason"]
     assert "cluster" not in plan(10**6, 1024, device)["reason"]
 
 
 def test_one_cluster_is_none() -> None:
     """It would be all of the grid."""
-    *limits, _ = DEVICES["sm_90"]
-    one, two = (ops.compiled.cuda_plan(10**6, 2048, 2048, False, 4, False, *limits, clusters) for clusters in (1, 2))
+    one, two = (ops.compiled.cuda_plan(10**6, 2048, 2048, False, 4, False, SM_90 | {"clusters": clusters}) for clusters in (1, 2))
     assert "cluster" not in one["reason"]
     assert "a cluster of 8 blocks" in two["reason"]
 

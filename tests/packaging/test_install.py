@@ -67,6 +67,8 @@ def test_sdist_and_compiled_wheel(tree: Path, tmp_path: Path) -> None:
     (source,) = (tmp_path / "unpacked").iterdir()
     for part in ("csrc/cpu/joint.cpp", "csrc/cpu/simd.h", "csrc/torch/ops.cpp", "CMakeLists.txt", "build_backend.py", "LICENSE"):
         assert (source / part).is_file(), part
+    assert (source / "csrc" / "simt" / "device.cuh").is_file()
+    assert not (source / "csrc" / "simt" / "host").exists()  # the emulator is for tests
     made = wheel(source, tmp_path / "wheels", LDMI_FAST_NATIVE="1")
     assert made.returncode == 0, made.stdout + made.stderr
     (wheel_file,) = (tmp_path / "wheels").glob("*.whl")

@@ -1,5 +1,5 @@
-// What the cases share, for both builds (the shim on a CPU, nvcc for a GPU): buffers of global memory with redzones, random numbers,
-// comparison within an error budget, and main(). A case fails by throwing; run() prints what and exits with 1.
+// What the cases share, for both builds (the emulator on a CPU, nvcc for a GPU): buffers of global memory with redzones, random
+// numbers, comparison within an error budget, and main(). A case fails by throwing; run() then prints the reason and exits with 1.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/cuda/simt.cuh"
+#include "../../csrc/simt/simt.cuh"
 #include "../csrc/random.h"
 
 namespace ldmi::test {
@@ -26,12 +26,12 @@ inline void require(bool condition, const std::string& message) {
   if (!condition) throw Failure(message);
 }
 
-// Fails unless a launch, or whatever else returns such a code, succeeded.
+// Fails unless a launch, or another function that returns such a code, succeeded.
 inline void require_success(int error, const char* what) {
   if (error != 0) throw Failure(std::string(what) + ": " + simt::error_text(error));
 }
 
-// Waits for the launches so far, and fails if one went wrong.
+// Waits for the launches so far, and fails if one of them failed.
 inline void synchronize() {
 #ifdef __CUDACC__
   require_success(static_cast<int>(cudaDeviceSynchronize()), "kernel");
@@ -45,9 +45,9 @@ inline constexpr bool kEmulated =
     true;
 #endif
 
-// `count` values of global memory, not initialised unless given, exactly as large as said: on the CPU every access outside, and
-// every use of what nobody wrote, is an error that names the buffer; on a GPU a write outside is found by download().
-// `lead` moves the first value off the alignment of 256 bytes, by so many values.
+// `count` values of global memory, not initialised unless values are given. On the CPU every access outside the buffer, and every use
+// of a value that was never written, is an error that names the buffer; on a GPU download() finds a write outside. The first value is
+// `lead` values after an address that is aligned to 256 bytes.
 template <class T>
 class Buffer {
  public:
@@ -113,7 +113,8 @@ class Buffer {
     std::memcpy(static_cast<void*>(values.data()), all.data() + before, bytes());
 #else
     for (size_t i = 0; i < shadow_.size(); ++i) {
-      if (shadow_[i] == simt::host::kUnset) throw Failure("nobody wrote value " + std::to_string(i / sizeof(T)) + " of " + name_);
+      if (shadow_[i] == simt::host::kUnset)
+        throw Failure("value " + std::to_string(i / sizeof(T)) + " of " + name_ + " was never written");
     }
     if (count_ != 0) std::memcpy(static_cast<void*>(values.data()), data_, bytes());
 #endif

@@ -92,10 +92,8 @@ void check_combine(test::Random& random, const DeviceLimits& limits) {
 }
 
 void check(test::Random& random) {
-  simt::Device device;
-  test::require_success(simt::device(&device), "device");
-  const DeviceLimits limits{device.sms, static_cast<int64_t>(device.smem_block), static_cast<int64_t>(device.smem_sm),
-                            static_cast<int64_t>(device.l2), device.capability};
+  DeviceLimits limits;
+  test::require_success(simt::device(&limits), "device");
   check_combine(random, limits);
 }
 

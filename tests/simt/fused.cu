@@ -7,10 +7,9 @@ namespace ldmi::cuda {
 namespace {
 
 DeviceLimits current_limits() {
-  Device device{};
-  test::require_success(simt::device(&device), "device");
-  return {device.sms, static_cast<int64_t>(device.smem_block), static_cast<int64_t>(device.smem_sm), static_cast<int64_t>(device.l2),
-          device.capability};
+  DeviceLimits limits;
+  test::require_success(simt::device(&limits), "device");
+  return limits;
 }
 
 // What the problem and its numbers are drawn from: batches of the tests of the CPU engine, in shapes of this regime.

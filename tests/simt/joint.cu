@@ -79,10 +79,8 @@ void check_equal_rows(test::Random& random, const DeviceLimits& limits) {
 }
 
 void check(test::Random& random) {
-  Device device{};
-  test::require_success(simt::device(&device), "device");
-  const DeviceLimits limits{device.sms, static_cast<int64_t>(device.smem_block), static_cast<int64_t>(device.smem_sm),
-                            static_cast<int64_t>(device.l2), device.capability};
+  DeviceLimits limits;
+  test::require_success(simt::device(&limits), "device");
   const test::Case drawn = test::draw_batch(random);
   const bool packed = random.chance(0.6);
   if (drawn.batch.logits.type == Type::kFloat64) {

@@ -385,10 +385,8 @@ Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>
     constexpr int kBlocks = decltype(team)::value;
     test::require(slice_rows<kBlocks>(static_cast<int>(C)) == plan::slice_rows(C, kBlocks), "the plan's rows are not the kernel's");
     take_grid_shared<kBlocks>(carve, static_cast<int>(C), shape.panel);
-    if (kBlocks == 1 || kBlocks == plan::kClusterBlocks) {
-      test::require(static_cast<int64_t>(carve.bytes()) == plan::grid_smem(C, shape.panel, kBlocks),
-                    "the plan's shared memory is not the kernel's");
-    }
+    test::require(static_cast<int64_t>(carve.bytes()) == plan::grid_smem(C, shape.panel, kBlocks),
+                  "the plan's shared memory is not the kernel's");
     const simt::Grid grid{shape.blocks, shape.threads, carve.bytes(), kBlocks, true};
     return simt::launch(kernel, grid, simt::Stream{}, matrices, space, shape.panel);
   };
@@ -563,7 +561,7 @@ void require_same_determinants(const Results& a, const Results& b, const char* m
 }
 
 // The grid's elimination in every shape; its bits do not depend on the number of blocks, nor the determinants' on the inverse
-void check_grid(Random& random, const simt::Device& device) {
+void check_grid(Random& random, const DeviceLimits& device) {
   GridShape shape{};
   shape.team = device.capability < 90 || device.sms < 2 ? 1 : random.one_of({1, device.sms < plan::kClusterBlocks ? 2 : 8, 2});
   shape.blocks = random.integer(1, device.sms / shape.team) * shape.team;
@@ -571,7 +569,7 @@ void check_grid(Random& random, const simt::Device& device) {
   shape.threads = random.one_of({32, 32, 96, 256});
   const int64_t rows = shape.slots * shape.threads / 8 * 8;  // of a slice
   const int64_t C = draw_classes(random, std::min<int64_t>(rows * shape.team, 100));
-  const int64_t most = std::min<int64_t>(plan::grid_panel(C, static_cast<int64_t>(device.smem_block), shape.team),
+  const int64_t most = std::min<int64_t>(plan::grid_panel(C, device.smem_block, shape.team),
                                          plan::grid_most_panel(shape.slots * kGridThreads, shape.team));
   shape.panel = static_cast<int>(8 * random.integer(shape.team == 1 ? 1 : 2, most / 8));
   const int64_t count = C <= 24 && random.chance(0.5) ? random.integer(1, 4) : 1;
@@ -594,31 +592,26 @@ void check_grid(Random& random, const simt::Device& device) {
 void check(Random& random) {
 #ifndef __CUDACC__
   if (random.chance(0.4)) {  // a toy, with room for few classes
-    const size_t smem = static_cast<size_t>(random.integer(10, 48)) * 1024;
-    simt::host::set_device({static_cast<int>(random.integer(1, 4)), smem, smem + 1024, size_t{1} << 20, 80});
+    const int64_t smem = random.integer(10, 48) * 1024;
+    simt::host::set_device({static_cast<int>(random.integer(1, 4)), smem, smem + 1024, int64_t{1} << 20, 80});
   } else if (random.chance(0.3)) {  // room for the clusters that the launcher takes
-    const size_t smem = size_t{227} << 10;
-    simt::host::set_device({static_cast<int>(random.integer(8, 20)), smem, smem + 1024, size_t{1} << 20, 90});
+    const int64_t smem = int64_t{227} << 10;
+    simt::host::set_device({static_cast<int>(random.integer(8, 20)), smem, smem + 1024, int64_t{1} << 20, 90});
   }
 #endif
-  simt::Device device;
+  DeviceLimits device;
   test::require_success(simt::device(&device), "device");
-  DeviceLimits limits{device.sms,
-                      static_cast<int64_t>(device.smem_block),
-                      static_cast<int64_t>(device.smem_sm),
-                      static_cast<int64_t>(device.l2),
-                      device.capability,
-                      random.chance(0.7)};            // a grid where one block ends, or a library
+  DeviceLimits limits = device;
+  limits.cooperative = random.chance(0.7);            // a grid where one block ends, or a library
   const int64_t little = plan::grid_smem(100, 8, 1);  // for a grid's elimination, and a block's of some 50 classes
-  if (static_cast<int64_t>(device.smem_block) >= little) {
+  if (device.smem_block >= little) {
     if (random.chance(0.5)) return check_grid(random, device);
     if (random.chance(0.3)) limits.smem_block = little;
   }
   if (random.chance(0.2)) check_log_product(random);
   // more rows than threads
   const int64_t wide = plan::grid_smem(kGridThreads + 3, 8 * random.integer(1, 2), 1);
-  const bool huge =
-      limits.cooperative && limits.smem_block == little && random.chance(0.1) && static_cast<int64_t>(device.smem_block) >= wide;
+  const bool huge = limits.cooperative && limits.smem_block == little && random.chance(0.1) && device.smem_block >= wide;
   if (huge) limits.smem_block = wide;
   const int64_t C = huge ? random.integer(kGridThreads - 1, kGridThreads + 3) : draw_classes(random, 170);
   const int64_t count = random.chance(C <= 40 ? 0.5 : 0.2) ? random.integer(1, C <= 40 ? 9 : 3) : 1;
@@ -650,15 +643,10 @@ void check(Random& random) {
 
 // One matrix of so many classes, by the launcher: --classes C
 void check_size(Random& random, int64_t C) {
-  simt::Device device;
-  test::require_success(simt::device(&device), "device");
-  const DeviceLimits limits{device.sms,
-                            static_cast<int64_t>(device.smem_block),
-                            static_cast<int64_t>(device.smem_sm),
-                            static_cast<int64_t>(device.l2),
-                            device.capability,
-                            true,
-                            device.capability < 90 ? 0 : device.sms / plan::kClusterBlocks};
+  DeviceLimits limits;
+  test::require_success(simt::device(&limits), "device");
+  limits.cooperative = true;
+  limits.clusters = limits.capability < 90 ? 0 : limits.sms / plan::kClusterBlocks;
   const Batch batch = draw_batch(random, 1, C, false);
   const test::Buffer<double> S(batch.S, "S"), n(batch.n, "n");
   compare_all(batch, launch_own(S, n, 1, C, false, true, limits));

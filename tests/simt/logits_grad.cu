@@ -51,10 +51,8 @@ void check_grad(const test::Case& from, test::Random& random, const DeviceLimits
 }
 
 void check(test::Random& random) {
-  Device device{};
-  test::require_success(simt::device(&device), "device");
-  DeviceLimits limits{device.sms, static_cast<int64_t>(device.smem_block), static_cast<int64_t>(device.smem_sm),
-                      static_cast<int64_t>(device.l2), device.capability};
+  DeviceLimits limits;
+  test::require_success(simt::device(&limits), "device");
   if (random.chance(0.3)) limits.l2 = 1000;  // in the order of the labels
   const test::Case drawn = test::draw_batch(random);
   with_type(drawn.batch.logits.type, [&](auto type) {

@@ -75,14 +75,9 @@ void check_forward(const test::Case& from, bool packed, const LossOptions& optio
 }
 
 void check(test::Random& random) {
-  Device device{};
-  test::require_success(simt::device(&device), "device");
-  DeviceLimits limits{device.sms,
-                      static_cast<int64_t>(device.smem_block),
-                      static_cast<int64_t>(device.smem_sm),
-                      static_cast<int64_t>(device.l2),
-                      device.capability,
-                      random.chance(0.7)};  // in one launch, or step by step
+  DeviceLimits limits;
+  test::require_success(simt::device(&limits), "device");
+  limits.cooperative = random.chance(0.7);  // in one launch, or step by step
   // one block holds fewer classes: a grid factors, or with the step by step a library
   if (random.chance(0.25)) limits.smem_block = plan::grid_smem(100, 8, 1);
   const test::Case from = draw(random);
