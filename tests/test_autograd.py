@@ -14,8 +14,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from ldmi_fast import DMILoss, dmi_loss
-from tests.compare import Result, assert_gradient, assert_matches, budget, run
-from tests.problems import Problem, as_array, problem
+from tests.support.compare import Result, assert_gradient, assert_matches, budget, run
+from tests.support.problems import Problem, as_array, problem
 
 # The two sizes stand for the two ways a compiled engine works: all in one call, or in stages.
 SIZES = [pytest.param(64, 5, id="one-call"), pytest.param(700, 70, id="in-stages")]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmi_fast import DMILoss, JointState, dmi_score
-from tests.problems import problem
+from tests.support.problems import problem
 
 BATCH = problem(60, 4)
 WEIGHT = torch.linspace(0, 1, 60)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ldmi_fast import DMILoss, dmi_loss, joint_matrix
-from tests.compare import Result, assert_gradient, assert_matches, budget
-from tests.problems import Problem, problem
+from tests.support.compare import Result, assert_gradient, assert_matches, budget
+from tests.support.problems import Problem, problem
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import ldmi_fast
 from ldmi_fast import JointReport, Plan, diagnose, dmi_loss, explain, joint_matrix
-from tests.compare import loss_dtype
-from tests.problems import Problem, as_array, conditioned, problem
+from tests.support.compare import loss_dtype
+from tests.support.problems import Problem, as_array, conditioned, problem
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmi_fast import dmi_loss, few_rows, linear_dmi_loss
-from tests.compare import assert_matches, run
-from tests.problems import Problem
+from tests.support.compare import assert_matches, run
+from tests.support.problems import Problem
 
 
 @pytest.fixture(autouse=True)

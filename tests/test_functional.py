@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ldmi_fast import dmi_loss
-from tests import oracle
-from tests.compare import Result, assert_matches, run
-from tests.problems import Problem, problem
+from tests.support import oracle
+from tests.support.compare import Result, assert_matches, run
+from tests.support.problems import Problem, problem
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmi_fast import JointState, RNGReplay, dmi_loss, dmi_score, joint_matrix
-from tests.compare import Result, assert_matches
-from tests.problems import Problem, problem
+from tests.support.compare import Result, assert_matches
+from tests.support.problems import Problem, problem
 
 OPTIONS: list[Any] = [
     pytest.param({}, {}, id="hard"),

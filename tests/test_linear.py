@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmi_fast import dmi_loss, linear_dmi_loss
-from tests.problems import Problem, problem
+from tests.support.problems import Problem, problem
 
 OPTIONS: list[Any] = [
     pytest.param({}, {}, id="hard"),

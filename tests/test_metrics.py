@@ -23,7 +23,7 @@ import torchmetrics
 from ldmi_fast import dmi_loss
 from ldmi_fast.engines import composite
 from ldmi_fast.metrics import DMI
-from tests.problems import problem
+from tests.support.problems import problem
 
 
 @pytest.mark.parametrize(

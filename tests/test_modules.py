@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ldmi_fast import DMILoss, dmi_loss
-from tests.compare import loss_dtype
-from tests.problems import Problem, problem
+from tests.support.compare import loss_dtype
+from tests.support.problems import Problem, problem
 
 OPTION_SETS: list[dict[str, Any]] = [
     {},

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ldmi_fast import DMILoss, dmi_loss, joint_matrix
-from tests.compare import assert_gradient, loss_dtype
-from tests.problems import Problem, as_array, problem
+from tests.support.compare import assert_gradient, loss_dtype
+from tests.support.problems import Problem, as_array, problem
 
 STATE = ("average_joint", "average_counts", "average_weight", "average_steps")
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import oracle
-from tests.compare import UNIT_ROUNDOFF, Result, assert_gradient, assert_matches, budget, loss_budget, relative, run
-from tests.problems import Problem, as_array, conditioned, problem
+from tests.support import oracle
+from tests.support.compare import UNIT_ROUNDOFF, Result, assert_gradient, assert_matches, budget, loss_budget, relative, run
+from tests.support.problems import Problem, as_array, conditioned, problem
 
 CONDITIONS = [
     pytest.param(256, 2, 1e6, id="binary-1e6"),

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ldmi_fast import ops
 from ldmi_fast.engines import composite
 from tests.conftest import DEVICES
-from tests.problems import problem
+from tests.support.problems import problem
 
 OPS = torch.ops.ldmi_fast
 NAMES = ("joint", "logdet_inverse", "logits_grad", "loss_forward", "fused")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import oracle
-from tests.problems import as_array, conditioned, problem
+from tests.support import oracle
+from tests.support.problems import as_array, conditioned, problem
 
 OPTIONS: list[Any] = [
     pytest.param({}, {}, id="hard"),

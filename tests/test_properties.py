@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ldmi_fast import dmi_loss
-from tests import oracle
-from tests.compare import assert_gradient, budget, loss_budget, relative, run
-from tests.problems import Problem, as_array, problem
+from tests.support import oracle
+from tests.support.compare import assert_gradient, budget, loss_budget, relative, run
+from tests.support.problems import Problem, as_array, problem
 
 DTYPES = [torch.float32, torch.float64]
 

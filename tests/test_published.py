@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ldmi_fast import dmi_loss
-from tests.compare import relative, run
-from tests.problems import as_array, problem
+from tests.support.compare import relative, run
+from tests.support.problems import as_array, problem
 
 
 def published(outputs: Tensor, targets: Tensor, classes: int, *, mean: bool) -> Tensor:

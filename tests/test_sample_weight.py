@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from ldmi_fast import DMILoss, JointState, diagnose, dmi_loss, explain, few_rows, joint_matrix, linear_dmi_loss
-from tests.compare import assert_gradient, budget
-from tests.problems import Problem, problem
+from tests.support.compare import assert_gradient, budget
+from tests.support.problems import Problem, problem
 
 OPTIONS = [{}, {"eps": 1e-6}, {"normalize": False}, {"cross_entropy_weight": 0.5}, {"absent": "strict"}]
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmi_fast import DMILoss, JointState, dmi_loss, linear_dmi_loss
-from tests.compare import assert_matches, run
-from tests.problems import Problem, problem
+from tests.support.compare import assert_matches, run
+from tests.support.problems import Problem, problem
 
 
 def smoothed(batch: Problem, rate: float, dtype: torch.dtype = torch.float64) -> Problem:

@@ -12,7 +12,7 @@ from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldmi_fast import DMILoss, JointState, dmi_loss, few_rows, joint_matrix, linear_dmi_loss
-from tests.problems import problem
+from tests.support.problems import problem
 
 
 class Step(nn.Module):

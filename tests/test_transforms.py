@@ -21,8 +21,8 @@ from torch.func import (
 )
 
 from ldmi_fast import DMILoss, dmi_loss, joint_matrix, linear_dmi_loss
-from tests.compare import Result, assert_gradient, assert_matches, budget
-from tests.problems import Problem, as_array, problem
+from tests.support.compare import Result, assert_gradient, assert_matches, budget
+from tests.support.problems import Problem, as_array, problem
 
 # As in test_autograd: problems that a compiled engine does in one call, and in stages.
 SIZES = [pytest.param(64, 5, id="one-call"), pytest.param(700, 70, id="in-stages")]

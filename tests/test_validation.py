@@ -17,7 +17,7 @@ import ldmi_fast
 from ldmi_fast import DMILoss, JointState, diagnose, dmi_loss, explain, joint_matrix, linear_dmi_loss
 from ldmi_fast.checks import raise_for_values
 from ldmi_fast.options import as_float, as_int, check_num_classes, make_options
-from tests.problems import problem
+from tests.support.problems import problem
 
 LOGITS = torch.zeros(6, 3)
 LABELS = torch.arange(6) % 3

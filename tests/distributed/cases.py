@@ -14,7 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from ldmi_fast import DMILoss, JointState, RNGReplay, diagnose, distributed, dmi_loss, dmi_score, linear_dmi_loss
-from tests.problems import Problem, problem
+from tests.support.problems import Problem, problem
 
 
 def part(batch: Problem, cuts: list[int], rank: int) -> Problem:

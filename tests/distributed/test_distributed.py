@@ -10,7 +10,7 @@ import torch
 from ldmi_fast import DMILoss, JointState, dmi_loss, joint_matrix, linear_dmi_loss
 from tests.distributed import cases
 from tests.distributed.pool import SHORT, Pool
-from tests.problems import problem
+from tests.support.problems import problem
 
 SIZES = [1, 2, 3, 4]
 OPTIONS: list[Any] = [

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldmi_fast import Plan, dmi_loss, explain, few_rows, joint_matrix, ops
 from ldmi_fast.engines import choose, composite, native
 from ldmi_fast.options import ENGINE_VARIABLE, ENGINES, Options
-from tests.problems import problem
+from tests.support.problems import problem
 
 needs_compiled = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 

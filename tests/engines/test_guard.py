@@ -24,7 +24,7 @@ from ldmi_fast.engines.triton import engine as triton
 from ldmi_fast.engines.triton.engine import INTERPRET_VARIABLE
 from ldmi_fast.options import ENGINE_VARIABLE, Options
 from tests.conftest import PLACES
-from tests.problems import Problem, problem
+from tests.support.problems import Problem, problem
 
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 

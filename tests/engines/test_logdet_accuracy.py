@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ldmi_fast.engines.choose import engine_module
-from tests import matrices
-from tests.matrices import UNIT_ROUNDOFF, Hard
+from tests.support import matrices
+from tests.support.matrices import UNIT_ROUNDOFF, Hard
 
 #: On both sides of every edge between kernels: registers of a warp, panels, vectors, a block's shared memory
 CLASSES = [1, 2, 3, 5, 8, 9, 10, 14, 16, 17, 26, 31, 32, 33, 48, 64, 65, 97, 100, 128]

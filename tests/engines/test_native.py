@@ -13,7 +13,7 @@ import torch
 
 import ldmi_fast
 from ldmi_fast import dmi_loss, ops
-from tests.problems import problem
+from tests.support.problems import problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,7 +125,7 @@ def test_loss_scaling_reaches_small_gradients(rows: int) -> None:
 LOSSES = """
 import sys, torch
 from ldmi_fast import dmi_loss, ops
-from tests.problems import problem
+from tests.support.problems import problem
 results = []
 for rows, classes, soft in [(300, 10, False), (60_000, 10, False), (900, 33, True), (700, 150, False)]:
     for dtype in (torch.float32, torch.float64):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldmi_fast import dmi_loss
 from ldmi_fast.engines import composite
 from ldmi_fast.engines.choose import engine_module
-from tests.problems import problem
+from tests.support.problems import problem
 
 #: On both sides of the edges between the algorithms for few classes and for many
 CLASSES = [2, 5, 17, 33, 70, 130]

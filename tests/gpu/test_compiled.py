@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from ldmi_fast import dmi_loss
-from tests.compare import Result, assert_matches
-from tests.problems import problem
+from tests.support.compare import Result, assert_matches
+from tests.support.problems import problem
 
 
 @pytest.fixture(autouse=True)

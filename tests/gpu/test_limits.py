@@ -11,8 +11,8 @@ from torch import Tensor
 from bench.gpu.measure import peak_bytes
 from ldmi_fast import dmi_loss
 from ldmi_fast.engines import composite
-from tests.compare import FLOOR, Result, assert_matches
-from tests.problems import problem
+from tests.support.compare import FLOOR, Result, assert_matches
+from tests.support.problems import problem
 
 LABELS = [-1, -(2**31), 2**31, 2**40, -(2**62)]
 

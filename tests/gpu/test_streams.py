@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bench.gpu.clocks import capture_graph, count_nodes
 from ldmi_fast import DMILoss, dmi_loss
-from tests.compare import Result, assert_matches, run
-from tests.problems import Problem, problem
+from tests.support.compare import Result, assert_matches, run
+from tests.support.problems import Problem, problem
 
 SHAPES = [
     pytest.param(256, 14, id="small"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldmi_fast import dmi_loss, explain
 from ldmi_fast.engines import composite
 from ldmi_fast.engines.triton import engine, plan, tuning
-from tests.problems import problem
+from tests.support.problems import problem
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 

@@ -18,7 +18,7 @@ from ldmi_fast import dmi_loss, explain
 from ldmi_fast.engines import choose
 from ldmi_fast.engines.triton import engine
 from ldmi_fast.options import ENGINE_VARIABLE, Options
-from tests.problems import problem
+from tests.support.problems import problem
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

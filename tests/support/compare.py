@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ldmi_fast import dmi_loss
-from tests import oracle
-from tests.problems import Problem, as_array
+from tests.support import oracle
+from tests.support.problems import Problem, as_array
 
 #: The error budget of a gradient, relative to its largest entry, in units u of the dtype that the softmax runs in:
 #: K * cond(R) * u + SOFTMAX * cancellation * u + FLOOR. Measured at cond 1e6, the largest of 300 draws at each of C = 2, 3, 5, 10, 14,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests import oracle
+from tests.support import oracle
 
 
 @dataclass(frozen=True)
