@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ldmi_fast import ops
 from ldmi_fast.engines import composite
 from tests.conftest import DEVICES
+from tests.support.compare import UNIT_ROUNDOFF
 from tests.support.problems import problem
 
 OPS = torch.ops.ldmi_fast
@@ -407,7 +408,7 @@ def error_of_V(device: torch.device, classes: int, cond: float, kind: str, seed:
 def test_accuracy_of_V(device: torch.device, classes: int, kind: str, cond: float) -> None:
     """Own Gauss-Jordan (up to 64 classes) and LAPACK (above) are as good as fp64 allows.
 
-    The division of S by n alone, one rounding an entry, moves V by up to cond(R) roundoffs. Measured: 1.8.
+    The division of S by n alone, one rounding per entry, moves V by up to cond(R) roundoffs. Measured: 1.8.
     """
     worst = max(error_of_V(device, classes, cond, kind, seed) for seed in range(4 if classes <= 100 else 1))
-    assert worst <= 4 * cond * 2.0**-53
+    assert worst <= 4 * cond * UNIT_ROUNDOFF[torch.float64]

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldmi_fast import dmi_loss, joint_matrix, ops
 from ldmi_fast.checks import flatten
 from ldmi_fast.engines import composite
+from tests.support.compare import EPSILON, loss_dtype
 
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
@@ -149,6 +150,7 @@ def budget(batch: Batch) -> Budget | None:
     options = batch.options
     x, y, w = flatten(batch.logits, batch.target, batch.weight)
     classes = x.shape[1]
+    unit = EPSILON[loss_dtype(x.dtype)]
     S, n, _, _ = composite.joint(x.double(), y, w, classes, options["ignore_index"], options["input"])
     present = n > 0
     if not present.any() or (options["absent"] == "strict" and not present.all()):
@@ -159,7 +161,6 @@ def budget(batch: Batch) -> Budget | None:
         if singular_values[-1] == 0:
             return None
         condition = float(singular_values[0] / singular_values[-1])
-        unit = 2.0**-52 if x.dtype == torch.float64 else 2.0**-23
         finite = x.double()[torch.isfinite(x)]
         spread = float(finite.max() - finite.min()) if finite.numel() and options["input"] == "logits" else 1.0
         magnified = condition * unit * (min(spread, 100.0) + classes + 8)
@@ -173,7 +174,6 @@ def budget(batch: Batch) -> Budget | None:
     ce = options["cross_entropy_weight"] * heaviest / total
     if options["input"] == "probs":  # d(-log p)/dp = -1/p
         ce /= float(x.double()[x > 0].min()) if (x > 0).any() else 1.0
-    unit = 2.0**-52 if x.dtype == torch.float64 else 2.0**-23
     return Budget(
         loss=10 * classes * magnified + 1e3 * unit,
         grad=(10 * magnified + 100 * unit) * heaviest * largest + 100 * unit * ce,

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ldmi_fast.engines.choose import engine_module
 from tests.support import matrices
-from tests.support.matrices import UNIT_ROUNDOFF, Hard
+from tests.support.compare import EPSILON
+from tests.support.matrices import Hard
 
+EPS = EPSILON[torch.float64]
 #: On both sides of every edge between kernels: registers of a warp, panels, vectors, a block's shared memory
 CLASSES = [1, 2, 3, 5, 8, 9, 10, 14, 16, 17, 26, 31, 32, 33, 48, 64, 65, 97, 100, 128]
 LARGE = [171, 600, 1025, 2100]
@@ -47,7 +49,7 @@ def backward_error(hard: Hard, V: Tensor, precise: bool) -> float:
     R = hard.S.astype(real) / hard.n[:, None]
     X = (V.numpy().astype(real) * hard.n[:, None]).T
     C = len(R)
-    return norm(R @ X - np.eye(C, dtype=real)) / (norm(R) * norm(X)) / (C * UNIT_ROUNDOFF)
+    return norm(R @ X - np.eye(C, dtype=real)) / (norm(R) * norm(X)) / (C * EPS)
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -57,10 +59,10 @@ def test_regular(engine: str, device: torch.device, classes: int) -> None:
         exact = matrices.inverse(h.S / h.n[:, None])
         cond = norm(h.S / h.n[:, None]) * norm(exact)
         want_sign, want = np.linalg.slogdet(h.S)
-        scale = classes * UNIT_ROUNDOFF * cond * h.growth
+        scale = classes * EPS * cond * h.growth
         assert int(kept) == classes, h.name
         assert float(sign) == want_sign, h.name
-        assert abs(float(log_abs_det) - want) <= 2 * classes * scale + 4 * UNIT_ROUNDOFF * (abs(want) + classes), h.name
+        assert abs(float(log_abs_det) - want) <= 2 * classes * scale + 4 * EPS * (abs(want) + classes), h.name
         assert backward_error(h, V, precise=True) <= 10 * h.growth, h.name
         error = np.abs(V.numpy() - (exact.T / h.n[:, None]).astype(np.float64)).max() / np.abs(V.numpy()).max()
         assert error <= (1e-11 if cond <= 1e6 and h.growth == 1 else 10 * scale), (h.name, error)

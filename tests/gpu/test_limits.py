@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.gpu.measure import peak_bytes
 from ldmi_fast import dmi_loss
 from ldmi_fast.engines import composite
-from tests.support.compare import FLOOR, Result, assert_matches
+from tests.support.compare import GRADIENT_ROUNDING, Result, assert_matches
 from tests.support.problems import problem
 
 LABELS = [-1, -(2**31), 2**31, 2**40, -(2**62)]
@@ -122,7 +122,7 @@ def test_more_than_2_to_the_31_elements(engine: str, device: torch.device, class
         x, y = logits.detach()[rows], target[rows]
         want = composite.logits_grad(x.float(), y, None, x.new_zeros(1000), V, one, zero, -100, "logits")
         error = (grad[rows].float() - want).abs().max() / want.abs().max()
-        assert error <= 2.0**-8 + 1e3 * FLOOR[torch.float32], f"rows from {start}"
+        assert error <= 2.0**-8 + 1e3 * GRADIENT_ROUNDING[torch.float32], f"rows from {start}"
 
 
 MEMORY_SHAPES = [

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from bench.paper.noise import CIFAR10N_COUNTS
+from tests.support.compare import EPSILON
 
 Matrix = npt.NDArray[np.float64]
 
-UNIT_ROUNDOFF = 2.0**-52
 CIFAR100N = Path(__file__).with_name("cifar100n.txt")
 
 
@@ -145,7 +146,7 @@ def at_the_threshold(classes: int, rng: np.random.Generator) -> Iterator[tuple[s
     """
 
     def pair(name: str, S: Matrix, at: tuple[int, int], norm: float) -> tuple[str, Matrix, Matrix]:
-        threshold = classes * UNIT_ROUNDOFF * norm
+        threshold = classes * EPSILON[torch.float64] * norm
         none, one = S.copy(), S.copy()
         none[at], one[at] = threshold, np.nextafter(threshold, 1)
         return name, none, one
