@@ -22,7 +22,7 @@ CONDITIONS = [
     pytest.param(256, 10, 1e6, id="ten-classes-1e6"),
     pytest.param(256, 14, 1e6, id="clothing1m-batch-1e6"),
     pytest.param(65536, 14, 1e6, id="many-rows-1e6"),
-    pytest.param(1024, 64, 1e6, id="largest-own-elimination-1e6"),
+    pytest.param(1024, 64, 1e6, id="64-classes-1e6"),
     pytest.param(1024, 100, 1e5, id="cifar100-1e5"),
     pytest.param(2500, 1000, 1e6, id="imagenet-classes-1e6"),
 ]
@@ -182,7 +182,7 @@ def test_loss_scaling_saves_small_half_precision_gradients(
 DETERMINISM = [
     pytest.param(256, 14, id="small"),
     pytest.param(20000, 14, id="split-over-threads"),
-    pytest.param(3000, 100, id="lapack"),
+    pytest.param(3000, 100, id="hundred-classes"),
     pytest.param(900, 300, id="many-classes"),
 ]
 

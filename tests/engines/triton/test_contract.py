@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent.relative_to(ROOT)
 CONTRACT = {
     "tests/test_functional.py": (
         "(shape and (empty-batch or one-sample or one-class or three-classes or 16-lanes or just-over-16 or a-warp-of-classes or"
-        " smallest-lapack)) or (every_option and logits-dtype0) or (edge_cases and dtype0) or (every_float_dtype and hard)"
+        " just-over-64)) or (every_option and logits-dtype0) or (edge_cases and dtype0) or (every_float_dtype and hard)"
         " or (another_dtype and target_dtype1) or memory_layouts or expanded or negated or dimensions_of_size_zero"
         " or (extra_dimensions and soft and contiguous)"
     ),
