@@ -19,7 +19,7 @@ WEIGHT = torch.linspace(0, 1, 60)
 
 @dataclass
 class Output:
-    """As Hugging Face's ModelOutput, which is a dict besides."""
+    """Like Hugging Face's ModelOutput, which is also a dict."""
 
     logits: Tensor
     loss: Tensor | None = None
@@ -60,7 +60,7 @@ def test_mappings(kind: Any, name: str) -> None:
 
 
 def test_tokens_have_their_classes_last() -> None:
-    """As the loss of Hugging Face's Trainer takes them: token classification calibrates, and has a score."""
+    """In the layout of the loss of Hugging Face's Trainer: token classification can be calibrated, and scored."""
     logits, target = BATCH.logits.reshape(6, 10, 4), BATCH.target.reshape(6, 10)
     soft = nn.functional.one_hot(target, 4).float()
     for labels in (target, soft):

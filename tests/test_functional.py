@@ -99,7 +99,7 @@ def test_every_option(
 ) -> None:
     batch = problem(203, 14, dtype=dtype, **build)
     if input == "probs":
-        # Not quite normalised, as a product of experts might be: taken as they are.
+        # Not quite normalised, as a product of experts might be: the loss takes them as they are.
         batch = Problem(0.9 * batch.logits.softmax(1), batch.target, batch.sample_weight)
     answer = batch.answer(input=input, **options)
     assert_matches(run(batch.to(device=device), engine, input=input, **options), answer, dtype)
@@ -182,7 +182,7 @@ def test_memory_layouts(engine: str, device: torch.device, kind: str, soft: bool
 
 
 def test_expanded_rows_and_weights(engine: str, device: torch.device) -> None:
-    """Stride 0: the same rows four times over, one weight for all."""
+    """Stride 0: the same rows four times, one weight for all."""
     small = problem(40, 6).to(device=device)
     logits = small.leaf()
     weight = torch.full((), 0.5, device=device).expand(40, 4)
@@ -211,7 +211,7 @@ def test_negated_views(engine: str, device: torch.device) -> None:
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
 def test_extra_dimensions(engine: str, device: torch.device, soft: bool, layout: torch.memory_format) -> None:
-    """Segmentation: logits (N, C, H, W), a label or a distribution a pixel."""
+    """Segmentation: logits (N, C, H, W), one label or one distribution per pixel."""
     flat = problem(2 * 5 * 7, 6, soft=soft, weighted=True)
     assert flat.sample_weight is not None
     logits = flat.logits.view(2, 5, 7, 6).permute(0, 3, 1, 2).contiguous(memory_format=layout)
@@ -255,14 +255,14 @@ def _all_equal() -> Problem:
 
 
 def _same_row_everywhere(weighted: bool) -> Problem:
-    """A collapsed model: every sample gets the same prediction, which is not a round number."""
+    """A collapsed model: every sample gets the same prediction, whose entries are not round numbers."""
     batch = labels14()
     logits = batch.logits[:1].expand(203, 14).contiguous()
     return Problem(logits, batch.target, batch.sample_weight if weighted else None)
 
 
 def _twins() -> Problem:
-    """Classes 3 and 8 get the same predictions, met in another order."""
+    """Classes 3 and 8 get the same predictions, in another order."""
     labels = torch.arange(210) % 14
     logits = problem(210, 14).logits
     logits[labels == 8] = logits[labels == 3].flip(0)
@@ -505,6 +505,6 @@ def batches(draw: st.DrawFn) -> tuple[Problem, dict[str, Any]]:
 def test_any_combination(engine: str, device: torch.device, drawn: tuple[Problem, dict[str, Any]]) -> None:
     batch, options = drawn
     answer = batch.answer(**options)
-    # Few rows and many classes can be all but singular by chance: a matter of rounding, not of options.
+    # A batch of few rows and many classes can be nearly singular by chance: then rounding decides, not the options.
     hypothesis.assume(not math.isfinite(answer.cond) or answer.cond < 1e6)
     assert_matches(run(batch.to(device=device), engine, **options), answer, batch.logits.dtype)

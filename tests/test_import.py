@@ -1,4 +1,4 @@
-"""What importing the package needs and says: torch, its version, and compiled kernels."""
+"""Importing the package: which torch it needs, and what it reports about torch and compiled kernels."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmi_fast import JointState, RNGReplay, dmi_loss, dmi_score, joint_matrix
-from tests.support.compare import Result, assert_matches
+from tests.support.compare import DERIVATIVE, EXACT, REORDERED, Result, assert_matches
 from tests.support.problems import Problem, problem
 
 OPTIONS: list[Any] = [
@@ -34,7 +34,7 @@ def rows(batch: Problem, sizes: list[int]) -> list[tuple[Tensor, Tensor, Tensor 
 def test_is_one_big_batch(
     engine: str, device: torch.device, build: dict[str, Any], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Micro-batches of any size, an empty one among them, most of them without every class."""
+    """Micro-batches of any size, one of them empty; most lack some class."""
     whole = problem(120, 7, dtype=dtype, **build)
     if options.get("input") == "probs":
         whole = Problem(whole.logits.softmax(1), whole.target, whole.sample_weight)
@@ -47,7 +47,7 @@ def test_is_one_big_batch(
     answer = whole.answer(**options)
     assert solution.sign.item() == answer.sign
     assert solution.kept.item() == answer.kept
-    assert solution.log_abs_det.item() == pytest.approx(answer.log_abs_det, rel=1e-6 if dtype == torch.float32 else 1e-12)
+    assert solution.log_abs_det.item() == pytest.approx(answer.log_abs_det, rel=1e-6 if dtype == torch.float32 else REORDERED)
     grads, total = [], 0.0
     for logits, *rest in micro:
         leaf = logits.clone().requires_grad_()
@@ -72,7 +72,7 @@ def test_targets_get_their_gradient(engine: str, device: torch.device) -> None:
     state.loss(here.logits, target, here.sample_weight).backward()
     answer = whole.answer()
     assert answer.target_grad is not None
-    torch.testing.assert_close(target.grad.cpu(), torch.from_numpy(answer.target_grad), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(target.grad.cpu(), torch.from_numpy(answer.target_grad), rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 @pytest.mark.parametrize("kind", ["empty", "ignored", "singular", "strict"])
@@ -112,14 +112,14 @@ def test_dropout_is_replayed() -> None:
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     again = RNGReplay()
-    again._recorded = replay._recorded  # the same masks once more, in one graph
+    again._recorded = replay._recorded  # the same masks again, in one graph
     logits = []
     for xs, _ in micro:
         with again.play():
             logits.append(model(xs))
     dmi_loss(torch.cat(logits), y).backward()
     for ours, parameter in zip(grads, model.parameters(), strict=True):
-        torch.testing.assert_close(ours, parameter.grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours, parameter.grad, rtol=DERIVATIVE, atol=DERIVATIVE)
     with pytest.raises(RuntimeError, match=r"play\(\) a 4\. time, and record\(\) was called 3 times"), replay.play():
         pass
 
@@ -228,13 +228,13 @@ def test_score_of_a_data_set(engine: str, device: torch.device) -> None:
         assert model.training
         model.eval()
         expected = torch.linalg.slogdet(joint_matrix(model(x).detach(), y))[1].item()
-        assert clean[-1] == pytest.approx(expected, rel=1e-9)
+        assert clean[-1] == pytest.approx(expected, rel=REORDERED)
     shift = torch.linalg.slogdet(noise)[1].item()
-    assert noisy == pytest.approx([value + shift for value in clean], rel=1e-9)
+    assert noisy == pytest.approx([value + shift for value in clean], rel=REORDERED)
 
 
 def test_inference_mode_and_outside(engine: str, device: torch.device, tmp_path: Path) -> None:
-    """Whatever is called where: the state is made of ordinary tensors."""
+    """Whichever call is made inside inference_mode, the state consists of ordinary tensors."""
     first, second = (problem(60, 5, seed=seed, dtype=torch.float64).to(device=device) for seed in (0, 1))
     logits = torch.cat((first.logits, second.logits))
     target = torch.cat((first.target, second.target))
@@ -279,7 +279,7 @@ def test_gradient_of_sample_weights(engine: str, device: torch.device) -> None:
         assert not state.sums.total.requires_grad
         state.solve()
         total = sum(state.loss(batch.logits[rows], batch.target[rows], weight[rows]) for rows in parts)
-        torch.testing.assert_close(torch.autograd.grad(total, weight)[0], expected, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(torch.autograd.grad(total, weight)[0], expected, rtol=DERIVATIVE, atol=EXACT)
         plain = sum(state.loss(batch.logits[rows], batch.target[rows], weight[rows].detach()) for rows in parts)
         torch.testing.assert_close(total, plain)
 

@@ -23,6 +23,7 @@ import torchmetrics
 from ldmi_fast import dmi_loss
 from ldmi_fast.engines import composite
 from ldmi_fast.metrics import DMI
+from tests.support.compare import EXACT, REORDERED
 from tests.support.problems import problem
 
 
@@ -76,7 +77,7 @@ def test_permuted_predictions_score_the_same_and_the_sign_tells_of_odd_ones() ->
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("convert", ["to", "parent", "set_dtype", "type", "half", "to-device-and-dtype"])
 def test_keeps_its_precision(dtype: torch.dtype, convert: str) -> None:
-    """Whatever dtype it, or the module that holds it, is converted to: before, between and after updates."""
+    """To whatever dtype it or the module that holds it is converted, before, between and after updates."""
     batch = problem(640, 10)
     expected = DMI(10)
     expected.update(batch.logits, batch.target)
@@ -101,17 +102,17 @@ def test_keeps_its_precision(dtype: torch.dtype, convert: str) -> None:
     metric.update(batch.logits[:100], batch.target[:100])
     converted()
     metric.update(batch.logits[100:], batch.target[100:])
-    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=EXACT, atol=0)
     converted()
     assert metric.compute().dtype == torch.float64  # the stored value
-    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=EXACT, atol=0)
     metric.reset()
     metric.update(batch.logits, batch.target)
     assert torch.equal(metric.compute(), expected.compute())
 
 
 def test_on_a_device_without_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state follows the device; "meta" stands for one here."""
+    """The state follows the device; here the device "meta" plays that part."""
     monkeypatch.setattr(composite, "accumulator", lambda device: torch.float32 if device.type == "meta" else torch.float64)
     metric = DMI(4)
     metric.update(torch.randn(20, 4), torch.arange(20) % 4)
@@ -164,7 +165,7 @@ def test_inference_mode() -> None:
     metric.update(batch.logits[20:40], batch.target[20:40])
     with torch.inference_mode():
         metric.update(batch.logits[40:], batch.target[40:])
-    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=EXACT, atol=0)
     with torch.inference_mode():
         metric.reset()
     metric.update(batch.logits, batch.target)
@@ -213,7 +214,7 @@ def test_logits_in_the_place_of_probabilities_are_an_error() -> None:
 
 
 def test_looks_at_the_first_batch_alone() -> None:
-    """``forward`` resets at every step, and must not look at every step."""
+    """``forward`` resets at every step, and still must not check every step."""
     batch = problem(60, 4)
     metric = DMI(4)
     metric(batch.logits, batch.target)
@@ -233,7 +234,7 @@ def test_the_sign_after_compute_is_that_of_the_score() -> None:
     assert metric.sign == 1
     both = DMI(5)
     both.update(torch.cat((batch.logits, batch.logits[:, [1, 0, 2, 3, 4]].repeat(3, 1))), batch.target.repeat(4))
-    torch.testing.assert_close(metric.compute(), both.compute(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(metric.compute(), both.compute(), rtol=REORDERED, atol=0)
     assert metric.sign == both.sign == -1
     metric.update(batch.logits, batch.target)
     assert metric.sign == 1

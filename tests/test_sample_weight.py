@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from ldmi_fast import DMILoss, JointState, diagnose, dmi_loss, explain, few_rows, joint_matrix, linear_dmi_loss
-from tests.support.compare import assert_gradient, budget
+from tests.support.compare import DERIVATIVE, assert_gradient, budget
 from tests.support.problems import Problem, problem
 
 OPTIONS = [{}, {"eps": 1e-6}, {"normalize": False}, {"cross_entropy_weight": 0.5}, {"absent": "strict"}]
@@ -44,7 +44,7 @@ def test_is_the_definition(
 
 @pytest.mark.parametrize("options", [{}, {"cross_entropy_weight": 0.5}], ids=str)
 def test_a_weight_of_zero_has_a_derivative(engine: str, device: torch.device, options: dict[str, Any]) -> None:
-    """It is where learning to reweight begins. Rows that hold no numbers, or are ignored, have none."""
+    """Learning to reweight starts there. Rows that hold no numbers, or are ignored, have no derivative."""
     batch = problem(60, 4, dtype=torch.float64).to(device=device)
     weight = torch.ones(60, dtype=torch.float64, device=device)
     weight[:8] = 0
@@ -54,7 +54,7 @@ def test_a_weight_of_zero_has_a_derivative(engine: str, device: torch.device, op
     logits[3] = torch.nan
     logits[4, 1] = torch.inf
     logits[5] = -torch.inf
-    logits[6, (int(target[6]) + 1) % 4] = -torch.inf  # a class that cannot be: a probability of 0 is a number
+    logits[6, (int(target[6]) + 1) % 4] = -torch.inf  # an impossible class: a probability of 0 is a number
 
     def loss(w: Tensor) -> Tensor:
         return dmi_loss(logits, target, sample_weight=w, engine=engine, **options)
@@ -94,7 +94,7 @@ def test_other_forms_agree(engine: str, device: torch.device, options: dict[str,
     assert expected.any()
 
     def same(found: Tensor) -> None:
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, expected, rtol=DERIVATIVE, atol=DERIVATIVE)
 
     same(by_weight(batch, lambda w: dmi_loss(batch.logits, batch.target, sample_weight=w, engine=engine, **options)))
     same(by_weight(batch, lambda w: DMILoss(5, engine=engine, **options)(batch.logits, batch.target, w)))
@@ -133,7 +133,7 @@ def test_fewer_samples_than_classes(engine: str, device: torch.device, absent: s
     expected = gradient()
     monkeypatch.setattr(few_rows, "_LEAST_CLASSES", 2)
     monkeypatch.setattr(few_rows, "_CLASSES_PER_ROW", 1)
-    torch.testing.assert_close(gradient(), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient(), expected, rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 def test_joint_matrix(engine: str, device: torch.device) -> None:
@@ -167,7 +167,7 @@ def test_where_no_gradient_is_wanted_none_is_kept(engine: str, device: torch.dev
 
 
 def test_learning_to_reweight_finds_the_wrong_labels(engine: str, device: torch.device) -> None:
-    """One step of learning to reweight: weights that would lower the loss on clean data rise for right labels."""
+    """One step of learning to reweight: descent on the loss of clean data raises the weights of right labels above the others."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.randint(0, 3, (600,), generator=generator)
     inputs = F.one_hot(clean, 3).double() * 2 + torch.randn(600, 3, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Programs that trace the loss instead of running it: torch.export, make_fx, fake tensors. Nothing may look at data then."""
+"""Programs that trace the loss instead of running it: torch.export, make_fx, fake tensors. Nothing may read data then."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_fake_tensors_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Renamed(Tensor):
-    """A subclass that changes nothing, as torchvision's masks."""
+    """A subclass that changes nothing, like torchvision's masks."""
 
 
 @pytest.mark.parametrize("which", ["logits", "target", "both"])

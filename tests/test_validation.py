@@ -24,7 +24,7 @@ LABELS = torch.arange(6) % 3
 SOFT = torch.full((6, 3), 1 / 3)
 WEIGHTS = torch.ones(6)
 
-# what a mask of a segmentation and the tokens of a transformer look like
+# shapes of a segmentation mask and of the tokens of a transformer
 MASKS = torch.zeros(2, 3, 4, 5)
 TOKENS = torch.zeros(2, 7, 3)
 BINARY = ("one class", "torch.cat([torch.zeros_like(z), z], 1)")
@@ -33,13 +33,13 @@ Call = Callable[[], Any]
 
 
 class Output:
-    """A model's output, as of transformers."""
+    """A model's output, as in transformers."""
 
     logits = LOGITS
 
 
 class Subclass(torch.Tensor):
-    """A tensor that other libraries have given a name."""
+    """A tensor subclass, as other libraries define."""
 
 
 def nested(layout: torch.layout = torch.strided) -> torch.Tensor:
@@ -58,7 +58,7 @@ def labels(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
-# name, call, error, what the message must hold: what was given, and what is expected.
+# name, call, error, texts in the message: what was given, and what is expected.
 BAD: list[Any] = [
     # logits
     case("logits-list", lambda: dmi_loss([[0.0, 1.0]], LABELS), TypeError, "logits", "tensor", "list"),
@@ -447,7 +447,7 @@ def test_bad_input_is_named(call: Call, error: type[Exception], parts: tuple[str
         call()
     message = str(caught.value)
     assert [part for part in parts if part not in message] == [], message
-    # A class of its own: an IndexError is no ValueError, so callers can tell labels out of range from wrong shapes.
+    # An IndexError is not a ValueError, so callers can distinguish labels out of range from wrong shapes.
     assert type(caught.value) is error
 
 
@@ -510,7 +510,7 @@ def test_a_label_out_of_range_in_a_row_that_does_not_count_is_fine(engine: str, 
 
 
 def test_a_nan_in_the_logits_is_no_error(engine: str, device: torch.device) -> None:
-    """NaN out of a good batch of labels is the model's doing: it comes back as a NaN loss, not as an exception."""
+    """NaN in the logits comes from the model: the result is a NaN loss, not an exception."""
     batch = problem(50, 3, weighted=True).to(device=device)
     logits = batch.logits.clone()
     logits[1] = float("nan")

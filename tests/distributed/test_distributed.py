@@ -10,6 +10,7 @@ import torch
 from ldmi_fast import DMILoss, JointState, dmi_loss, joint_matrix, linear_dmi_loss
 from tests.distributed import cases
 from tests.distributed.pool import SHORT, Pool
+from tests.support.compare import DERIVATIVE, EXACT, REORDERED
 from tests.support.problems import problem
 
 SIZES = [1, 2, 3, 4]
@@ -40,10 +41,10 @@ def test_all_ranks_have_the_loss_of_the_whole_batch(
     results = pool.run(size, cases.loss_and_gradient, full(build), {"engine": engine, **options})
     for loss, _, _ in results:
         assert torch.equal(loss, results[0][0])
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * logits.grad, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(loss, expected.detach(), rtol=REORDERED, atol=0)
+    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * logits.grad, rtol=DERIVATIVE, atol=EXACT)
     if target is not whole.target:
-        torch.testing.assert_close(torch.cat([grad for _, _, grad in results]), size * target.grad, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(torch.cat([grad for _, _, grad in results]), size * target.grad, rtol=DERIVATIVE, atol=EXACT)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -63,7 +64,7 @@ def test_smoothed_labels_of_a_class_that_no_rank_has(pool: Pool, size: int) -> N
     results = pool.run(size, cases.smoothed)
     assert any(hard.any() for hard, _ in results)
     for hard, soft in results:
-        torch.testing.assert_close(soft, hard, rtol=1e-8, atol=1e-14)
+        torch.testing.assert_close(soft, hard, rtol=DERIVATIVE, atol=EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,7 +116,7 @@ def test_second_derivatives(pool: Pool, engine: str, size: int) -> None:
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
     (expected,) = torch.autograd.grad(grad.square().sum(), logits)
     ours = pool.run(size, cases.gradient_penalty, build, {"engine": engine, **options})
-    torch.testing.assert_close(torch.cat(ours), expected, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(torch.cat(ours), expected, rtol=DERIVATIVE, atol=EXACT)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -130,12 +131,12 @@ def test_training_is_that_of_one_process(pool: Pool, size: int, momentum: float 
     if wrap == "fsdp2" and size != 4:
         pytest.skip("fully_shard makes its mesh from the default group, which has four ranks")
     for result in pool.run(size, cases.train, wrap, momentum):
-        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-10)
+        assert result["losses"] == pytest.approx(expected["losses"], rel=REORDERED)
         for ours, theirs in zip(result["parameters"], expected["parameters"], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(ours, theirs, rtol=DERIVATIVE, atol=DERIVATIVE)
         assert set(result["state"]) == set(expected["state"])
         for name, value in result["state"].items():
-            torch.testing.assert_close(value, expected["state"][name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(value, expected["state"][name], rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 @pytest.mark.parametrize(("saved_by", "size"), [(4, 1), (1, 4)])
@@ -145,7 +146,7 @@ def test_state_dicts_go_from_four_processes_to_one_and_back(pool: Pool, saved_by
     criterion.load_state_dict(state)
     x, y = cases.data(7)
     expected = criterion(cases.network()(x), y).item()
-    assert pool.run(size, cases.go_on, state) == pytest.approx([expected] * size, rel=1e-11)
+    assert pool.run(size, cases.go_on, state) == pytest.approx([expected] * size, rel=REORDERED)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -158,9 +159,9 @@ def test_joint_state(pool: Pool, size: int, options: dict[str, Any]) -> None:
     loss = dmi_loss(model(x), y, **options)
     loss.backward()
     for result in pool.run(size, cases.joint_state, options):
-        torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-11, atol=0)
+        torch.testing.assert_close(result["loss"], loss.detach(), rtol=REORDERED, atol=0)
         for ours, parameter in zip(result["grads"], model.parameters(), strict=True):
-            torch.testing.assert_close(ours, parameter.grad, rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(ours, parameter.grad, rtol=DERIVATIVE, atol=DERIVATIVE)
         if not options:
             assert result["sum"] == pytest.approx(-5, rel=1e-6)
         assert f"over {size} ranks" in result["repr"]
@@ -193,8 +194,8 @@ def test_calibration_scores_and_reports(pool: Pool) -> None:
     U = joint_matrix(cases.network()(x).detach(), y)
     for result in pool.run(3, cases.passes_over_data):
         torch.testing.assert_close(result["joint"], U)
-        assert result["score"] == pytest.approx(torch.linalg.slogdet(U)[1].item(), rel=1e-10)
-        assert result["report"] == pytest.approx(result["score"], rel=1e-10)
+        assert result["score"] == pytest.approx(torch.linalg.slogdet(U)[1].item(), rel=REORDERED)
+        assert result["report"] == pytest.approx(result["score"], rel=REORDERED)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldmi_fast import dmi_loss
 from ldmi_fast.engines import composite
 from ldmi_fast.engines.choose import engine_module
+from tests.support.compare import DERIVATIVE, EXACT, REORDERED
 from tests.support.problems import problem
 
 #: On both sides of the edges between the algorithms for few classes and for many
@@ -41,12 +42,12 @@ def check(engine: str, device: torch.device, R: Tensor, n: Tensor, present: Tens
     level, V = expected(R, n, present)
     found, sign, kept, inverse = factor(engine, device, R * n.unsqueeze(-1), n)
     assert kept.item() == present.sum()
-    assert found.item() == pytest.approx(level, rel=1e-9, abs=1e-9)
+    assert found.item() == pytest.approx(level, rel=REORDERED, abs=REORDERED)
     assert sign.item() == torch.linalg.slogdet(R[present][:, present])[0]
-    torch.testing.assert_close(inverse, V, rtol=1e-9, atol=1e-9 * V.abs().max().item())
+    torch.testing.assert_close(inverse, V, rtol=DERIVATIVE, atol=DERIVATIVE * V.abs().max().item())
     strict = factor(engine, device, R * n.unsqueeze(-1), n, "strict")
     if present.all():
-        assert strict[0].item() == pytest.approx(level, rel=1e-9, abs=1e-9)
+        assert strict[0].item() == pytest.approx(level, rel=REORDERED, abs=REORDERED)
     else:
         assert strict[0].item() == -math.inf
         assert not strict[3].any()
@@ -87,7 +88,7 @@ def test_weights_below_the_smallest_normal_number(engine: str, device: torch.dev
     found, sign, kept, _ = factor(engine, device, S, n)
     assert kept.item() == classes
     assert sign.item() == 1
-    assert found.item() == pytest.approx(level, rel=1e-9)
+    assert found.item() == pytest.approx(level, rel=REORDERED)
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -98,8 +99,8 @@ def test_what_is_representable_is_right(engine: str, device: torch.device, class
         n = torch.full((classes,), weight, dtype=torch.float64)
         found, _, kept, V = factor(engine, device, scale * weight * place, n)
         assert kept == classes
-        assert found.item() == pytest.approx(classes * (math.log(weight) + math.log(scale)), rel=1e-12)
-        torch.testing.assert_close(V, torch.where(place > 0, 1 / (scale * n), 0.0), rtol=1e-12, atol=0)
+        assert found.item() == pytest.approx(classes * (math.log(weight) + math.log(scale)), rel=REORDERED)
+        torch.testing.assert_close(V, torch.where(place > 0, 1 / (scale * n), 0.0), rtol=EXACT, atol=0)
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -129,8 +130,8 @@ def test_a_batch_of_matrices(engine: str, device: torch.device) -> None:
     assert kept.tolist() == [6, 5, 6]
     for i in range(3):
         level, inverse = expected(R[i], n[i], n[i] > 1e-12 * n[i].sum())
-        assert found[i].item() == pytest.approx(level, rel=1e-9)
-        torch.testing.assert_close(V[i], inverse, rtol=1e-9, atol=1e-9 * inverse.abs().max().item())
+        assert found[i].item() == pytest.approx(level, rel=REORDERED)
+        torch.testing.assert_close(V[i], inverse, rtol=DERIVATIVE, atol=DERIVATIVE * inverse.abs().max().item())
 
 
 @pytest.mark.parametrize("share", [1e-15, 1e-310])
@@ -156,7 +157,7 @@ def test_samples_that_hardly_weigh_anything(
 
     loss, grad = value_and_gradient(slice(None), weight)
     want, want_grad = value_and_gradient(~gone, None)
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    tolerance = 1e-4 if dtype == torch.float32 else DERIVATIVE
     torch.testing.assert_close(loss, want, rtol=tolerance, atol=tolerance)
     assert not grad[gone].any()
     torch.testing.assert_close(grad[~gone], want_grad, rtol=0, atol=10 * tolerance * float(want_grad.abs().max()))

@@ -32,6 +32,18 @@ GRADIENT_ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6}
 #: The same for the loss, which also rounds logarithms and is stored in this dtype.
 LOSS_ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6}
 
+#: Tolerances of tests in fp64 that compare two results with each other, or with the oracle's, on batches that are well conditioned.
+#: Each is what the budget allows at the condition number given, CONDITION_FACTOR * cond(R) * u. Relative; where a test passes one of
+#: them as the absolute tolerance too, the largest entries are about 1, or the tolerance is multiplied by the largest entry.
+#: Sums whose terms are added in another order, with no inverse in between: GRADIENT_ROUNDING and LOSS_ROUNDING alone.
+EXACT = 1e-14
+#: A loss or a joint matrix whose sums are added in another order: cond(R) = 1e2 (9e-14).
+REORDERED = 1e-13
+#: A gradient, or V, by another algorithm or another order of differentiation: cond(R) = 1e3 (9e-13).
+DERIVATIVE = 1e-12
+#: A derivative of a gradient, a product of two inverses: cond(R) = 1e4 (9e-12).
+SECOND_DERIVATIVE = 1e-11
+
 
 @dataclass(frozen=True)
 class Result:
@@ -45,7 +57,7 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def run(batch: Problem, engine: str, *, upstream: float = 1.0, **options: Any) -> Result:
-    """Loss and gradients of one batch; soft targets get theirs too."""
+    """Compute the loss and the gradients of one batch, also those of soft targets."""
     logits = batch.leaf()
     target = batch.target
     if target.is_floating_point():
@@ -62,7 +74,7 @@ def run(batch: Problem, engine: str, *, upstream: float = 1.0, **options: Any) -
 
 
 def relative(ours: Tensor, exact: np.ndarray[Any, Any]) -> float:
-    """Largest error, relative to the largest exact value; NaN counts as infinite."""
+    """The largest error, relative to the largest exact value. NaN counts as infinite."""
     if not exact.size:
         return 0.0
     error = np.abs(as_array(ours) - exact).max()
@@ -70,14 +82,14 @@ def relative(ours: Tensor, exact: np.ndarray[Any, Any]) -> float:
 
 
 def loss_budget(answer: oracle.Answer, dtype: torch.dtype) -> float:
-    """What the contract allows a loss, relative to it, in the dtype that the op computes in."""
+    """The error that the contract allows a loss, relative to it, in the dtype that the op computes in."""
     wide = loss_dtype(dtype)
     cond = answer.cond if math.isfinite(answer.cond) else 1.0
     return CONDITION_FACTOR[wide] * cond * UNIT_ROUNDOFF[wide] + LOSS_ROUNDING[wide]
 
 
 def budget(answer: oracle.Answer, dtype: torch.dtype) -> float:
-    """What the contract allows a gradient, relative to its largest entry, in the dtype that the op computes in."""
+    """The error that the contract allows a gradient, relative to its largest entry, in the dtype that the op computes in."""
     wide = loss_dtype(dtype)
     cond = answer.cond if math.isfinite(answer.cond) else 1.0
     # With eps far above |det| the gradient holds exp(l - log eps): the rounding of l, an fp64 number of the size of the
@@ -89,7 +101,7 @@ def budget(answer: oracle.Answer, dtype: torch.dtype) -> float:
 
 
 def assert_matches(result: Result, answer: oracle.Answer, dtype: torch.dtype) -> None:
-    """Value and gradients agree with the oracle within the budget; infinities, NaN and exact zeros exactly."""
+    """Check that value and gradients agree with the oracle within the budget, and infinities, NaN and zeros exactly."""
     loss = result.loss.item()
     if math.isfinite(answer.loss):
         allowed = loss_budget(answer, dtype) * max(1.0, abs(answer.loss))

@@ -14,7 +14,7 @@ from tests.support import oracle
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch. ``logits`` never requires a gradient: tests take what they need from ``leaf``."""
+    """One batch. ``logits`` never requires a gradient: tests take a leaf that does from ``leaf``."""
 
     logits: Tensor
     target: Tensor
@@ -35,7 +35,7 @@ class Problem:
         return self.logits.detach().clone().requires_grad_()
 
     def answer(self, **options: Any) -> oracle.Answer:
-        """What the oracle says about exactly these numbers (half precision inputs are exact in float64)."""
+        """The oracle's answer for exactly these numbers (half precision inputs are exact in float64)."""
         weight = None if self.sample_weight is None else as_array(self.sample_weight)
         return oracle.dmi(as_array(self.logits), as_array(self.target), sample_weight=weight, **options)
 
@@ -83,7 +83,7 @@ def problem(
 
 
 def conditioned(n: int, classes: int, cond: float, *, kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
-    """Logits whose matrix of mean predictions R has about the condition number asked for.
+    """Logits whose matrix of mean predictions R has about the condition number ``cond``.
 
     ``kind``: "flat", a classifier that has barely begun to learn, every row of R nearly uniform (all but one of the
     singular values are small); "twins", a good one that cannot tell two classes apart (one is small).
@@ -105,7 +105,7 @@ def conditioned(n: int, classes: int, cond: float, *, kind: str, seed: int = 0, 
     else:
         raise ValueError(kind)
     labels = labels_of(n, classes, generator)
-    # Rows scatter round their class's rates in pairs that cancel, so that the mean stays what it is.
+    # Rows scatter around their class's rates in pairs that cancel, so that the mean stays what it is.
     scatter = torch.zeros(n, classes, dtype=torch.float64)
     for c in range(classes):
         mine = (labels == c).nonzero().flatten()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldmi_fast import dmi_loss, explain
 from ldmi_fast.engines import composite
 from ldmi_fast.engines.triton import engine, plan, tuning
+from tests.support.compare import DERIVATIVE
 from tests.support.problems import problem
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -39,7 +40,7 @@ def assert_rooms_agree(
     V: Tensor | None = None,
 ) -> None:
     """joint and logits_grad against their definition, and bitwise against themselves."""
-    rtol = 1e-12 if logits.dtype == F64 else 2e-6
+    rtol = DERIVATIVE if logits.dtype == F64 else 2e-6
     args = (logits, target, weight, labels, ignore_index, input)
     want = composite.joint(*args)
     ours = engine.joint(*args)
@@ -225,11 +226,11 @@ def test_logdet_inverse_of_batches_and_of_fp32() -> None:
         n[1, 0] = 0
         S[2, 0], n[2, 0] = S[2, -1], n[2, -1]
         for absent in ("present", "strict"):
-            assert_close(engine.logdet_inverse(S, n, absent), composite.logdet_inverse(S, n, absent), 1e-12)
+            assert_close(engine.logdet_inverse(S, n, absent), composite.logdet_inverse(S, n, absent), DERIVATIVE)
             single = (S.float(), n.float(), absent)
             assert_close(engine.logdet_inverse(*single), composite.logdet_inverse(*single), 1e-5)
         S[0, 0, 0] = torch.nan
-        assert_close(engine.logdet_inverse(S, n, "present"), composite.logdet_inverse(S, n, "present"), 1e-12)
+        assert_close(engine.logdet_inverse(S, n, "present"), composite.logdet_inverse(S, n, "present"), DERIVATIVE)
 
 
 @pytest.mark.parametrize("rows", [1, 31, 65])

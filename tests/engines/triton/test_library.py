@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ldmi_fast.engines import composite
 from ldmi_fast.engines.triton.logdet_inverse import _by_library
+from tests.support.compare import DERIVATIVE
 
 ROOT = Path(__file__).resolve().parents[3]
 Solve = Callable[[Tensor, Tensor, str], tuple[Tensor, ...]]
@@ -54,7 +55,7 @@ def test_the_definition(shape: tuple[int, ...], solve: Callable[[], Solve]) -> N
     for S, n in problems(shape):
         for absent in ("present", "strict"):
             for got, want in zip(ours(S.clone(), n, absent), composite.logdet_inverse(S, n, absent), strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12, equal_nan=True)
+                torch.testing.assert_close(got, want, rtol=DERIVATIVE, atol=DERIVATIVE, equal_nan=True)
 
 
 PEAK = """
