@@ -143,8 +143,8 @@ def test_micro_batches_of_any_size(engine: str, device: torch.device, size: int)
 
 
 def test_a_class_that_leaves_the_average(engine: str, device: torch.device) -> None:
-    """Its part of the average beyond the smoothing decays. The gradient is that of the average of hard labels until the class is absent,
-    then that of the remaining classes. It is never large, and the loss is never inf."""
+    """Its part of the average beyond the smoothing decays. The gradient is that of the average of hard labels until the class is
+    absent, then that of the remaining classes. It is never large, and the loss is never inf."""
     batch = problem(120, 5).to(device=device)
     hard, smooth = (DMILoss(5, momentum=0.5, engine=engine).to(device) for _ in range(2))
     target = smoothed(batch, 0.1).target

@@ -1,4 +1,4 @@
-"""What the ranks do in the distributed tests. Each function runs on every rank of a group, and returns what the test looks at."""
+"""The functions that the ranks run in the distributed tests. Each runs on every rank, and returns what the test compares."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def cast_by_fsdp(group: Any, dtype: torch.dtype | None) -> tuple[list[float], to
 
 
 def go_on(group: Any, state: dict[str, Tensor]) -> float:
-    """The next loss of a module with a state that other processes saved."""
+    """The next loss of a module with a state that a run of another number of processes saved."""
     criterion = DMILoss(5, momentum=0.8, cross_entropy_weight=0.3, group=group)
     criterion.load_state_dict(state)
     x, y = data(7)
@@ -182,7 +182,7 @@ def go_on(group: Any, state: dict[str, Tensor]) -> float:
 
 
 def joint_state(group: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Two micro-batches a rank, two passes, DDP with dropout."""
+    """Two micro-batches per rank, two passes, DDP with dropout."""
     rank, size = group.rank(), group.size()
     model = DistributedDataParallel(network(), process_group=group)
     x, y = data(0)
@@ -208,7 +208,7 @@ def joint_state(group: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def passes_over_data(group: Any) -> dict[str, Any]:
-    """calibrate and dmi_score, each rank its own part."""
+    """calibrate and dmi_score, each rank with its part of the data."""
     rank, size = group.rank(), group.size()
     x, y = data(0)
     mine = [(x[rank::size], y[rank::size])]
@@ -228,7 +228,7 @@ def error_of(function: Any) -> str:
 
 
 def mismatch(group: Any, kind: str) -> list[str]:
-    """What each rank hears when they do not want the same; and afterwards, when they do."""
+    """The error on each rank if their settings differ, and the loss afterwards with equal settings."""
     rank = group.rank()
     batch = problem(30, 4 + rank if kind == "classes" else 4)
     # settings that these ranks have not yet agreed on
@@ -251,7 +251,7 @@ def mismatch(group: Any, kind: str) -> list[str]:
 
 
 def out_of_step(group: Any) -> float:
-    """Both losses are known to both ranks; then each calls another."""
+    """Both ranks have called both losses before; then each calls a different one."""
     batch = problem(30, 4)
     for eps in (0.0, 1e-3):
         assert dmi_loss(batch.logits, batch.target, eps=eps, group=group).isfinite()
@@ -267,7 +267,7 @@ def bad_label(group: Any) -> str:
 
 
 def one_rank_raises(group: Any, when: str) -> tuple[str, float]:
-    """Rank 1 never comes to the all-reduce (its batch is bad, or its program failed); rank 0 must not wait for ever."""
+    """Rank 1 never comes to the all-reduce (its batch is bad, or its program failed); rank 0 must not wait forever."""
     batch = problem(30, 4)
     if when == "later":
         assert dmi_loss(batch.logits, batch.target, group=group).isfinite()
@@ -277,7 +277,7 @@ def one_rank_raises(group: Any, when: str) -> tuple[str, float]:
 
 
 def counts_collectives(group: Any) -> int:
-    """The collectives of a training step, the ranks having agreed on the settings."""
+    """The collectives of a training step after the ranks have agreed on the settings."""
     batch = problem(30, 4)
     distributed.agree(4, DMILoss(group=group).options, torch.device("cpu"))
     with CommDebugMode() as counter:

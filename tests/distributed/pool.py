@@ -20,14 +20,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SIZE = 4
-#: What a test may take; far more than it should.
+#: Time limit of a test in seconds, far more than it needs.
 PATIENCE = 90
 #: How long a rank waits for another in a group that is made to fail.
 SHORT = timedelta(seconds=2)
 
 
 class Failure(Exception):
-    """What went wrong on a rank, with its traceback."""
+    """An error on a rank, with its traceback."""
 
 
 def _serve(rank: int, store: str, pipe: Connection) -> None:
@@ -39,7 +39,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     while (work := pipe.recv()) is not None:
         module, name, size, arguments = work
         try:
-            # without a size: a group of its own, which may be broken afterwards
+            # without a size: a separate group, which the test may break
             group = dist.new_group(list(range(2)), timeout=SHORT) if size is None else groups[size]
             result: tuple[bool, Any] = (True, None)
             if rank < (size or 2):
@@ -66,10 +66,10 @@ class Pool:
             self._processes.append(process)
 
     def run(self, size: int | None, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """``function(group, *arguments)`` on the first ``size`` ranks; None: on two, in a group that gives up after ``SHORT``.
+        """``function(group, *arguments)`` on the first ``size`` ranks; None: on two ranks, in a group with the timeout ``SHORT``.
 
         Returns:
-            What each returned, by rank.
+            The results, by rank.
         """
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__name__, size, arguments))

@@ -1,4 +1,4 @@
-"""group=: many processes give the loss and the update of one. Gloo, 1 to 4 processes."""
+"""group=: several processes give the loss and the update of one. Gloo, 1 to 4 processes."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_groups_by_name_and_by_mesh(pool: Pool) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_second_derivatives(pool: Pool, engine: str, size: int) -> None:
-    """A gradient penalty: every rank's gradient depends on the rows of all."""
+    """A gradient penalty: every rank's gradient depends on the rows of all ranks."""
     build, options = full({"n": 40, "weighted": True}), {"cross_entropy_weight": 0.5, "eps": 1e-4}
     whole = problem(**build)
     logits = whole.leaf()
@@ -212,7 +212,7 @@ def test_calibration_scores_and_reports(pool: Pool) -> None:
     ],
 )
 def test_ranks_that_want_different_things_are_told_so(pool: Pool, kind: str, message: str) -> None:
-    """On every rank; and the group is as good as before."""
+    """On every rank; afterwards the group still works."""
     for rank, (first, then) in enumerate(pool.run(2, cases.mismatch, kind)):
         assert message in first
         assert f"this is rank {rank}" in first
@@ -231,7 +231,7 @@ def test_a_bad_label_on_one_rank(pool: Pool) -> None:
 
 @pytest.mark.parametrize("when", ["at-once", "later"])
 def test_a_rank_that_raises_does_not_leave_the_others_waiting(pool: Pool, when: str) -> None:
-    """The others get an error when the group's time limit is over."""
+    """The other ranks get an error when the group's timeout has passed."""
     (waiting, seconds), (raising, _) = pool.run(None, cases.one_rank_raises, when)
     assert raising.startswith("ValueError: target must have shape")
     assert waiting.startswith("RuntimeError: a rank of the group did not come")

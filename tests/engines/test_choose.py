@@ -44,7 +44,7 @@ def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_compiled(monkeypatch: pytest.MonkeyPatch) -> str:
-    """As if the compiled kernels did not load; returns the reason."""
+    """Make the compiled kernels appear not to load; returns the reason."""
     monkeypatch.setattr(ops, "compiled", None)
     monkeypatch.setattr(ops, "why_not_compiled", "a reason made up for this test")
     monkeypatch.setattr(native, "is_fused", lambda logits, target: False)  # its limits come from the compiled module
@@ -100,7 +100,7 @@ def test_a_forced_engine_that_cannot_run_says_why() -> None:
 @pytest.mark.parametrize("rows", [20, 100_000], ids=["small", "large"])
 @pytest.mark.parametrize("how", ["argument", "variable"])
 def test_forcing(how: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was forced is what runs: the ops of the compiled engine appear, or do not."""
+    """The forced engine is the one that runs: the ops of the compiled engine appear, or do not."""
     batch = problem(rows, 3)
 
     def ran(name: str) -> bool:
@@ -147,7 +147,7 @@ def test_an_unknown_variable(small: bool, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("engine", [None, "composite"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_explain_runs_nothing(engine: str | None, soft: bool) -> None:
-    """No operator, however large the problem: these tensors are one element that stands for 10^12."""
+    """No operator, however large the problem: these tensors are one element, expanded to 10^12."""
     logits = torch.zeros(1).expand(10**9, 1000)
     target = torch.zeros(1).expand(10**9, 1000) if soft else torch.zeros(1, dtype=torch.int64).expand(10**9)
     plans: list[Plan] = []
@@ -178,7 +178,7 @@ def test_explain_tells_what_runs(rows: int, classes: int, dtype: torch.dtype, so
 @pytest.mark.parametrize("engine", ["cpu", "composite"])
 @pytest.mark.parametrize("rows", [64, 100_000], ids=["small", "large"])
 def test_explain_over_ranks(rows: int, engine: str) -> None:
-    """The sums are reduced between joint and logdet_inverse, also where one process would need one call only."""
+    """The sums are reduced between joint and logdet_inverse, even where a single process would use one call."""
     batch = problem(rows, 10)
     plan = explain(batch.logits, batch.target, group="world", engine=engine)
     names = [kernel.split(" ")[0] for kernel in plan.kernels]
@@ -195,7 +195,7 @@ def test_explain_over_ranks(rows: int, engine: str) -> None:
 @needs_compiled
 @pytest.mark.parametrize("rows", [64, 100_000], ids=["small", "large"])
 def test_explain_where_weights_learn(rows: int) -> None:
-    """Weights that get a gradient need the sums between two ops; without grad mode they are as any."""
+    """Weights that get a gradient need the sums between two ops; without grad mode they are ordinary weights."""
     batch = problem(rows, 10, weighted=True)
     weight = batch.sample_weight.clone().requires_grad_()
     plan = explain(batch.logits, batch.target, sample_weight=weight)
@@ -232,7 +232,7 @@ def last_before(changes: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def assert_engines_agree(rows: int, classes: int, soft: bool = False) -> None:
-    """Both engines, fp64, loss and gradient; whatever the plan does must not show."""
+    """Loss and gradient of both engines agree in fp64, whatever the plan is."""
     batch = problem(rows, classes, soft=soft, weighted=True, dtype=torch.float64)
     found: list[tuple[Tensor, Tensor]] = []
     for engine in ("cpu", "composite"):
@@ -301,7 +301,7 @@ def test_plan_order(op: str) -> None:
 @needs_compiled
 @pytest.mark.parametrize("classes", [10, 60])
 def test_plan_soft_blocks(classes: int) -> None:
-    """Soft targets go a block of rows at a time; what does not fill a block is no different."""
+    """Soft targets are processed one block of rows at a time; a block that is not full gives the same."""
 
     def regime(rows: int) -> str:
         return ops.compiled.plan(rows, classes, classes, True, 8, False)["regime"]
@@ -315,7 +315,7 @@ def test_plan_soft_blocks(classes: int) -> None:
 
 @needs_compiled
 def test_plan_is_bounded() -> None:
-    """Scratch memory stays small beside the gradient, at every size."""
+    """Scratch memory stays small compared with the gradient, at every size."""
     for rows in (1, 100, 10**4, 10**6, 10**8):
         for classes in (1, 10, 128, 129, 1000, 10**4):
             for soft in (False, True):

@@ -24,7 +24,7 @@ DEVICES = {
     "sm_120": (188, 99 * 1024, 100 * 1024, 128 << 20, 120, True, 20),
     "staged": (132, 227 * 1024, 228 * 1024, 50 << 20, 90, False, 16),
 }
-#: The most classes that one block factors, and a grid: with 99 KB a block has no room for 8 columns of 2048 rows, a cluster has.
+#: The most classes that one block factors, and a grid: 8 columns of 2048 rows do not fit in the 99 KB of a block, but in a cluster.
 ONE_BLOCK = {"sm_80": 144, "sm_89": 112, "sm_90": 170, "no clusters": 170, "sm_120": 112, "staged": 170}
 GRID = {"sm_80": 2048, "sm_89": 1548, "sm_90": 4096, "no clusters": 2048, "sm_120": 4096, "staged": 170}
 
@@ -82,8 +82,8 @@ def test_clothing1m_is_one_launch_everywhere() -> None:
 
 
 def test_factor() -> None:
-    """A warp up to 32 classes, a block as far as its shared memory goes, a grid as far as 2048, with clusters 4096, if
-    it has room, a library above."""
+    """A warp up to 32 classes, a block up to the size of its shared memory, a grid up to 2048 classes, or 4096 with clusters, if its
+    panels fit, and the LU path above."""
     for device, most in ONE_BLOCK.items():
 
         def factor(classes: int, device: str = device) -> str:
@@ -98,7 +98,7 @@ def test_factor() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
-    """Where the device has cooperative grids; where not, the reason says so. Soft targets take launches."""
+    """If the device has cooperative grids; otherwise the reason says so. Soft targets take separate launches."""
 
     def one_launch(classes: int) -> bool:
         return plan(10**6, classes, device)["regime"].startswith("forward in one launch")
@@ -116,7 +116,7 @@ def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
     ("classes", "least", "columns"),
     [
         pytest.param(1000, 8 * 1004 * 8 + 8 * 12 * 8 + 1312 + 8 * 4, ", 8 columns", id="one block, 8 columns"),
-        # the other blocks take 16 columns at a time, of which they copy what stands in the rows of the pivots
+        # the update blocks process 16 columns at a time, whose entries in the pivot rows they copy
         pytest.param(4096, 16 * 516 * 8 + 16 * 20 * 8 + 2624 + 16 * 4, ", a cluster of 8 blocks 16 columns", id="a cluster, 16"),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_cluster_shares_a_panel(device: str, classes: int, panel: int) -> None
 
 
 def test_one_cluster_is_none() -> None:
-    """It would be all of the grid."""
+    """It would be the whole grid."""
     *limits, _ = DEVICES["sm_90"]
     one, two = (ops.compiled.cuda_plan(10**6, 2048, 2048, False, 4, False, *limits, clusters) for clusters in (1, 2))
     assert "cluster" not in one["reason"]
@@ -171,7 +171,7 @@ def test_joint_order(device: str) -> None:
 
 def test_plan_is_bounded() -> None:
     """Scratch memory stays within the goal where the factorisation is our own: 5 % of the gradient, 16 bytes for each entry of S
-    and each row, 4 MiB. S and V themselves, 16 bytes an entry, are among it."""
+    and each row, 4 MiB. That includes S and V themselves, 16 bytes per entry."""
     for rows in (0, 1, 100, 10**4, 10**6, 10**8):
         for classes in (1, 10, 64, 65, 128, 170):
             for soft in (False, True):
@@ -184,8 +184,8 @@ def test_plan_is_bounded() -> None:
 
 @pytest.mark.parametrize("classes", [171, 1000, 1024, 1025, 2048, 2049, 4096, 10000])
 def test_large_plan_is_bounded(classes: int) -> None:
-    """V and one more matrix, no more than the goal. The grid factors in the memory of V, S in the workspace; a library in that of S,
-    which becomes V, its solutions in the workspace."""
+    """V and one more matrix, no more than the goal. The grid factors in the memory of V, with S in the workspace; the LU path factors
+    in the memory of S, which becomes V, with its solutions in the workspace."""
     for rows in (0, 100, 10**4, 10**6):
         found = plan(rows, classes)
         allowed = 0.05 * rows * classes * 4 + 1.05 * (16 * classes**2 + 16 * rows) + 4 * 2**20

@@ -36,7 +36,7 @@ FUZZ = hypothesis.settings(
 
 @dataclass(frozen=True)
 class Batch:
-    """What dmi_loss is called with."""
+    """The arguments of dmi_loss."""
 
     logits: Tensor
     target: Tensor
@@ -48,7 +48,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     """The values of ``tensor`` (of its first sample only, when expanded) with other strides."""
     if tensor.dim() == 0 or layout == "contiguous":
         return tensor
-    if layout == "channels last":  # of two dimensions: the transpose
+    if layout == "channels last":  # with two dimensions: the transpose
         return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
     if layout == "padded":
         return torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]]
@@ -125,7 +125,7 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 def evaluate(batch: Batch, engine: str) -> tuple[Tensor, Tensor, Tensor | None] | Exception:
-    """The loss and its gradients, or what was raised."""
+    """The loss and its gradients, or the exception that was raised."""
     logits = batch.logits.detach().requires_grad_()
     target = batch.target.detach().requires_grad_() if batch.target.is_floating_point() else batch.target
     try:
@@ -138,7 +138,7 @@ def evaluate(batch: Batch, engine: str) -> tuple[Tensor, Tensor, Tensor | None] 
 
 @dataclass(frozen=True)
 class Budget:
-    """How far two right answers may be apart; None: too near to singular to compare."""
+    """The largest difference of two right answers."""
 
     loss: float
     grad: float
@@ -146,7 +146,11 @@ class Budget:
 
 
 def budget(batch: Batch) -> Budget | None:
-    """From the joint in fp64: rounding of the softmax, times how much the inverse magnifies it."""
+    """From the joint in fp64: the rounding of the softmax times the factor by which the inverse magnifies it.
+
+    Returns:
+        None if the joint is too near to singular to compare.
+    """
     options = batch.options
     x, y, w = flatten(batch.logits, batch.target, batch.weight)
     classes = x.shape[1]

@@ -1,9 +1,9 @@
-"""How exact logdet_inverse is, in every engine: matrices of condition 1 to 1e12, graded, near a permutation, near rank one, that need
-a pivot at every step or let entries grow, of real label noise; and which ones it calls singular.
+"""The accuracy of logdet_inverse in every engine, on matrices of condition 1 to 1e12, graded, near a permutation, near rank one, that
+need a pivot at every step or let entries grow, of real label noise; and which matrices it reports as singular.
 
 - backward error: ||S V^T - I|| <= 10 C eps ||S|| ||V||, whatever the condition (infinity norms; S and V in the units of R)
 - V, of its largest entry: 1e-11 at a condition of 1e6 and below
-- log|det S|: what a relative error of C eps cond(R) in a factor would make of it
+- log|det S|: the effect of a relative error of C eps cond(R) in a factor
 - singular: a pivot of R of C 2^-52 ||R||_inf or less, to the last bit where pivots are not rounded
 """
 
@@ -27,7 +27,7 @@ LARGE = [171, 600, 1025, 2100]
 
 
 def factor(engine: str, device: torch.device, S: npt.ArrayLike, n: npt.ArrayLike) -> tuple[Tensor, ...]:
-    """The op of an engine, back on the CPU."""
+    """The result of an engine's op, on the CPU."""
     arguments = torch.as_tensor(np.asarray(S), device=device), torch.as_tensor(np.asarray(n), device=device), "present"
     results = engine_module(engine).logdet_inverse(*arguments)
     return tuple(result.cpu() for result in results)
@@ -44,7 +44,7 @@ def norm(matrix: npt.NDArray[np.floating]) -> float:
 
 
 def backward_error(hard: Hard, V: Tensor, precise: bool) -> float:
-    """||R X - I|| / (||R|| ||X||), X the inverse of R = diag(1/n) S that V stands for, in units of C eps."""
+    """||R X - I|| / (||R|| ||X||), with X the inverse of R = diag(1/n) S according to V, in units of C eps."""
     real = np.longdouble if precise else np.float64
     R = hard.S.astype(real) / hard.n[:, None]
     X = (V.numpy().astype(real) * hard.n[:, None]).T

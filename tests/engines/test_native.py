@@ -1,4 +1,4 @@
-"""The compiled engine as a whole: the same bits on every number of threads, instruction sets, what it says about itself."""
+"""The compiled engine as a whole: the same bits on every number of threads, instruction sets, and what it reports about itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compile
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts the number of threads back."""
+    """Restore the number of threads."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -81,7 +81,7 @@ def test_every_number_of_threads_gives_the_same_bits(rows: int, classes: int, so
 
 @pytest.mark.parametrize(("rows", "classes", "soft", "dtype"), SHAPES)
 def test_the_loss_alone_has_the_same_bits(rows: int, classes: int, soft: bool, dtype: torch.dtype) -> None:
-    """Without a gradient to come there is no inverse, and the determinant is the same."""
+    """If no gradient will follow, there is no inverse, and the determinant is the same."""
     batch = problem(rows, classes, soft=soft, weighted=True, dtype=dtype)
     loss = dmi_loss(batch.leaf(), batch.target, sample_weight=batch.sample_weight, engine="cpu")
     alone = dmi_loss(batch.logits, batch.target, sample_weight=batch.sample_weight, engine="cpu")
@@ -109,14 +109,14 @@ def test_no_inverse_where_no_gradient_is_asked_for() -> None:
 
 @pytest.mark.parametrize("rows", [500, 100_000])
 def test_loss_scaling_reaches_small_gradients(rows: int) -> None:
-    """fp16 training multiplies the loss so that small gradients survive fp16: they must not have been rounded to it before."""
+    """fp16 training multiplies the loss so that small gradients survive fp16: they must not be rounded to fp16 before that."""
     batch = problem(rows, 2, dtype=torch.float16)
     scale = 65536.0
     logits = batch.leaf()
     (scale * dmi_loss(logits, batch.target, engine="cpu")).backward()
     exact = batch.to(torch.float64).leaf()
     (scale * dmi_loss(exact, batch.target, engine="composite")).backward()
-    assert exact.grad.abs().max() < 60_000, "the scale is one that fits"
+    assert exact.grad.abs().max() < 60_000, "the scale fits"
     error = (logits.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
     assert error <= 2.0**-11 + 1e-5
 
@@ -140,13 +140,13 @@ torch.save((ops.compiled.build_info()["isa"], results), sys.argv[1])
 
 
 def test_instruction_sets_agree(tmp_path: Path) -> None:
-    """LDMI_FAST_ISA chooses, and what it chooses changes roundings only."""
+    """LDMI_FAST_ISA chooses the instruction set, and the choice changes only roundings."""
     results = {}
     for isa in ("baseline", "avx2", "avx512"):
         file = tmp_path / isa
         done = run("-c", LOSSES, str(file), LDMI_FAST_ISA=isa)
         if isa != "baseline" and done.returncode != 0:
-            assert f"LDMI_FAST_ISA={isa}" in done.stderr  # this processor lacks it, or there is no such thing on its kind
+            assert f"LDMI_FAST_ISA={isa}" in done.stderr  # this processor lacks it, or its architecture has no such set
             continue
         assert done.returncode == 0, done.stderr
         chosen, results[isa] = torch.load(file)
@@ -154,7 +154,7 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
     default = ops.compiled.build_info()["isa"]
     assert default in results or os.environ.get("LDMI_FAST_ISA")
     if len(results) == 1:
-        pytest.skip("this processor has the baseline only")
+        pytest.skip("this processor has only the baseline")
     baseline = results.pop("baseline")
     for isa, others in results.items():
         for (loss, grad), (base_loss, base_grad) in zip(others, baseline, strict=True):
@@ -198,7 +198,7 @@ def test_python_m() -> None:
 
 
 def test_python_m_with_what_this_machine_lacks() -> None:
-    """An engine that cannot run is named with the reason, and the exit status tells."""
+    """An engine that cannot run is named with the reason, and the exit status is not 0."""
     done = run("-m", "ldmi_fast", LDMI_FAST_ISA="mmx")
     assert done.returncode == 1
     assert "LDMI_FAST_ISA=mmx: expected one of" in done.stdout
@@ -206,7 +206,7 @@ def test_python_m_with_what_this_machine_lacks() -> None:
 
 
 def test_op_arguments_that_cannot_work() -> None:
-    """The ops refuse what they cannot compute, and say it; a crash would take this process with it, so another one tries."""
+    """The ops raise an error for arguments that they cannot compute. In a process of its own, because a crash would end this one."""
     script = """
 import torch, ldmi_fast
 OPS = torch.ops.ldmi_fast

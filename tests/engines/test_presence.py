@@ -1,5 +1,5 @@
-"""Which classes logdet_inverse takes for present, the same in every engine: those with at least 1e-12 of the weight. And that weights
-at either end of the range of a double make nothing overflow."""
+"""Which classes logdet_inverse counts as present, in every engine: those with at least 1e-12 of the weight. Weights at either end of
+the range of a double must not overflow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES = [2, 5, 17, 33, 70, 130]
 
 
 def factor(engine: str, device: torch.device, S: Tensor, n: Tensor, absent: str = "present") -> list[Tensor]:
-    """The op of an engine, back on the CPU."""
+    """The result of an engine's op, on the CPU."""
     return [result.cpu() for result in engine_module(engine).logdet_inverse(S.to(device), n.to(device), absent)]
 
 
@@ -56,7 +56,7 @@ def check(engine: str, device: torch.device, R: Tensor, n: Tensor, present: Tens
 @pytest.mark.parametrize("share", [1e-11, 1e-13, 1e-200, 1e-310, 5e-324])
 @pytest.mark.parametrize("classes", CLASSES)
 def test_a_small_share(engine: str, device: torch.device, classes: int, share: float) -> None:
-    """Above 1e-12 a class is present, below it is as if it were not there, down to the smallest number."""
+    """Above a share of 1e-12 a class is present; below, down to the smallest number, the result is that without it."""
     n = torch.full((classes,), 3.0, dtype=torch.float64)
     rare = [0, classes - 1] if classes > 5 else [0]
     n[rare] = share * 3.0 * classes
@@ -64,7 +64,7 @@ def test_a_small_share(engine: str, device: torch.device, classes: int, share: f
     present[rare] = share > 1e-12
     R = rates(classes)
     if share < 1e-300:
-        # entries that small are rounded to nothing: what they are must not matter
+        # entries that small are rounded to 0: their values must not matter
         R[~present] = 0.25
     check(engine, device, R, n, present)
 
@@ -93,7 +93,7 @@ def test_weights_below_the_smallest_normal_number(engine: str, device: torch.dev
 
 @pytest.mark.parametrize("classes", CLASSES)
 def test_what_is_representable_is_right(engine: str, device: torch.device, classes: int) -> None:
-    """Where 1 / n is too large for a double and V is not; and where V is too large, its zeros are still zeros."""
+    """If 1 / n is too large for a double but V is not; and if V is too large, its zeros are still zeros."""
     place = torch.eye(classes, dtype=torch.float64).roll(1, 0)
     for weight, scale in ((2e-309, 4.0), (1e-312, 2.0**14), (1e-312, 1.0)):
         n = torch.full((classes,), weight, dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_what_is_representable_is_right(engine: str, device: torch.device, class
 
 @pytest.mark.parametrize("classes", CLASSES)
 def test_what_is_not_finite(engine: str, device: torch.device, classes: int) -> None:
-    """Also in a class that is absent: there the data are broken, not small."""
+    """Also in a class that is absent: such data are broken, not small."""
     R = rates(classes)
     for at, value in ((0, math.nan), (0, math.inf), (1, math.nan)):
         n = torch.full((classes,), 3.0, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_what_is_not_finite(engine: str, device: torch.device, classes: int) -> 
 
 
 def test_a_batch_of_matrices(engine: str, device: torch.device) -> None:
-    """Each has its own weight."""
+    """Each matrix has its own weights."""
     R = torch.stack([rates(6)] * 3)
     n = torch.ones(3, 6, dtype=torch.float64)
     n[1, 2] = 1e-13
@@ -141,7 +141,7 @@ def test_a_batch_of_matrices(engine: str, device: torch.device) -> None:
 def test_samples_that_hardly_weigh_anything(
     engine: str, device: torch.device, rows: int, classes: int, kind: str, share: float, dtype: torch.dtype
 ) -> None:
-    """As if they were not there: their loss, and a gradient of zero for them."""
+    """The loss is that without them, and their gradient is zero."""
     batch = problem(rows, classes, dtype=dtype).to(device=device)
     logits = batch.logits.softmax(-1) if kind == "probs" else batch.logits
     target = torch.nn.functional.one_hot(batch.target, classes).to(dtype) if kind == "soft" else batch.target

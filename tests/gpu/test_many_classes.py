@@ -1,4 +1,4 @@
-"""More classes than a CPU factors in the time of a test: the last of the CUDA engine's own kernels, and the first of a library's."""
+"""More classes than a CPU factors in the time of a test: the last of the CUDA engine's own kernels, and the first of the LU path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak's own code, on any machine: problems come out the same again, and a wrong engine is found."""
+"""The code of the soak, on any machine: a seed gives the same problem again, and a wrong engine is found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Above what one program factors: torch's LU in the memory of S and of V. It has no kernel in it, so it runs here, compiled too."""
+"""More classes than one program factors: torch's LU in the memory of S and of V. It has no kernel, so it runs here, also compiled."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def compiled() -> Solve:
 
 
 def problems(shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """With all classes, with absent ones, singular, not finite, and empty; pivots are off the diagonal."""
+    """Matrices of all classes, with absent ones, singular, not finite, and empty; pivots are off the diagonal."""
     classes = shape[-1]
     generator = torch.Generator().manual_seed(classes)
     S = 0.1 * torch.rand(shape, generator=generator, dtype=torch.float64)

@@ -22,7 +22,7 @@ SLOW, FAST = list(tuning.TABLE[REGIME])[:2]
 
 
 class OnGpu:
-    """As much of a tensor on a GPU as tuning looks at."""
+    """The attributes of a tensor on a GPU that tuning reads."""
 
     is_cuda = True
     dtype = torch.float32
@@ -32,7 +32,7 @@ class OnGpu:
 
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Autotuning on, on a device of our own; returns what is measured, in order. The second configuration is the fastest."""
+    """Turn autotuning on, on a made-up device; returns the list of measurements, in order. The second configuration is the fastest."""
     pytest.importorskip("triton")
     names: list[str] = []
     properties = types.SimpleNamespace(name="a made-up GPU", multi_processor_count=3)
@@ -57,7 +57,7 @@ def choose(names: list[str], monkeypatch: pytest.MonkeyPatch | None = None) -> s
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As another process would begin."""
+    """Start as another process would."""
     monkeypatch.setattr(tuning, "_remembered", {})
 
 
