@@ -7,7 +7,7 @@ namespace {
 
 using namespace simt;
 
-// A block a row, grid-stride; out[row] = sum of the row. Rows are `stride` values apart.
+// One block per row, grid-stride; out[row] = sum of the row. Rows are `stride` values apart.
 template <class T>
 LDMI_KERNEL void LDMI_BOUNDS(128, 1) row_sum(const T* in, int64_t rows, int64_t columns, int64_t stride, float* out) {
   Carve carve;
