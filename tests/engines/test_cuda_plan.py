@@ -116,7 +116,7 @@ def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
     ("classes", "least", "columns"),
     [
         pytest.param(1000, 8 * 1004 * 8 + 8 * 12 * 8 + 1312 + 8 * 4, ", 8 columns", id="one block, 8 columns"),
-        # the update blocks process 16 columns at a time, whose entries in the pivot rows they copy
+        # the other blocks take 16 columns at a time, of which they copy what stands in the rows of the pivots
         pytest.param(4096, 16 * 516 * 8 + 16 * 20 * 8 + 2624 + 16 * 4, ", a cluster of 8 blocks 16 columns", id="a cluster, 16"),
     ],
 )

@@ -1,5 +1,5 @@
-// Shared code of the cases, for both builds (emulated on a CPU, nvcc on a GPU): global memory with redzones, random numbers,
-// comparison within an error budget, and main(). A case fails by throwing; run() prints the message and exits with 1.
+// What the cases share, for both builds (the shim on a CPU, nvcc for a GPU): buffers of global memory with redzones, random numbers,
+// comparison within an error budget, and main(). A case fails by throwing; run() prints what and exits with 1.
 #pragma once
 
 #include <cmath>
@@ -46,8 +46,8 @@ inline constexpr bool kEmulated =
 #endif
 
 // `count` values of global memory, not initialised unless given, exactly as large as said: on the CPU every access outside, and
-// every use of a value that was never written, is an error that names the buffer; on a GPU download() finds writes outside.
-// `lead` moves the first value off the alignment of 256 bytes by that number of values.
+// every use of what nobody wrote, is an error that names the buffer; on a GPU a write outside is found by download().
+// `lead` moves the first value off the alignment of 256 bytes, by so many values.
 template <class T>
 class Buffer {
  public:
@@ -96,7 +96,7 @@ class Buffer {
     shadow_.assign(shadow_.size(), simt::host::kSet);
 #endif
   }
-  // All values; fails if one was never written (on the CPU), or if there was a write outside.
+  // All values; fails if one was never written (on the CPU), or something was written outside.
   std::vector<T> download() const {
     std::vector<T> values(static_cast<size_t>(count_));
 #ifdef __CUDACC__
@@ -179,7 +179,7 @@ class Options {
   std::vector<std::string> words_;
 };
 
-// Sets the emulated device, schedule and delays of the seed; a GPU has its own.
+// Starts the emulated device, schedule and delays that belong to the seed; a GPU has its own.
 inline void set_seed(uint64_t seed) {
 #ifdef __CUDACC__
   static_cast<void>(seed);

@@ -1,4 +1,4 @@
-// Each name of simt.cuh against plain host code: on a CPU this checks the emulator, on a GPU that the GPU does the same.
+// Each name of simt.cuh against plain host code: on a CPU this checks the emulation, on a GPU that it is an emulation of the GPU.
 
 #include <algorithm>
 #include <limits>
@@ -217,7 +217,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kWarp, 1) multiply_fp64(const double* a, const doub
   for (int i = 0; i < 2; ++i) store(d + M8N8K4::c_row(lane(), i) * 8 + M8N8K4::c_col(lane(), i), fc.value[i]);
 }
 
-// Small integers, where every order of summation is exact, and random values of `bits` of mantissa, where the error of an output is at
+// Small integers, where every order of summation is exact, and random values of `bits` of mantissa, where an output is off by at
 // most `unit` times the sum of the products' sizes.
 template <class T, class Kernel>
 void check_mma(test::Random& random, const char* what, Kernel kernel, int m, int n, int k, int bits, double unit) {

@@ -1,6 +1,6 @@
-// Shows that the emulator finds the bugs that it is meant to find: small kernels that are right, and each with defects that are
-// switched on one at a time. `demo` runs all of them under many seeds, and prints for each how often it was found wrong, and the first
-// reason. On a GPU only the right kernels run, unless --only names a defect for compute-sanitizer to find: it may hang.
+// Shows that the shim finds what it is for: small kernels, right as they stand, and each with defects that are switched on one by
+// one. `demo` runs everything, under many seeds, and prints for each how often it was found wrong, and the first reason.
+// For a GPU only what is right runs, unless --only names a defect for compute-sanitizer to find: it may hang.
 
 #include <functional>
 
@@ -75,7 +75,7 @@ LDMI_KERNEL void LDMI_BOUNDS(256, 1) transpose(const float* in, int64_t rows, in
 
 template <Defect defect>
 void check_transpose(test::Random& random) {
-  const int64_t rows = 32 + random.integer(1, 31), columns = 32 + random.integer(1, 31);  // 4 tiles, of which one is full
+  const int64_t rows = 32 + random.integer(1, 31), columns = 32 + random.integer(1, 31);  // 4 tiles, none but one full
   const std::vector<float> in = random_values(random, rows * columns);
   std::vector<float> want(in.size());
   for (int64_t r = 0; r < rows; ++r) {
@@ -446,7 +446,7 @@ void check_running_sum(test::Random& random) {
 enum class Kind {
   kWrong,
   kRight,
-  kForAsan,  // only AddressSanitizer, which ends the process, finds it
+  kForAsan,  // nothing but AddressSanitizer, which ends the process, finds it
 };
 
 struct Entry {
@@ -503,7 +503,7 @@ const std::vector<Entry>& entries() {
   return all;
 }
 
-// Prints `name: found F of N: the first reason`. False if a right kernel was found wrong.
+// Prints `name: found F of N: the first reason`. False if what is right was found wrong.
 bool run(const Entry& entry, const test::Options& options) {
   int64_t found = 0;
   std::string reason;

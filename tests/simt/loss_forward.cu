@@ -1,4 +1,4 @@
-// loss_forward against plain loops over doubles, in each of its regimes, and a gradient from its outputs.
+// loss_forward against plain loops over doubles, in each of its regimes, and a gradient from what it leaves.
 
 #include "../../csrc/cuda/combine.cu"
 #include "../../csrc/cuda/joint.cu"
@@ -22,7 +22,7 @@ test::Case draw(test::Random& random) {
     const int64_t classes = random.one_of<int64_t>({1, 2, 8, 9, 14, 16, 17, 24, 25, 32, 33, 64, 65, 100});
     return test::make_case(seed, {random.one_of<int64_t>({0, 1, 40, 64, 65, 300, 600}), classes, classes, true}, type);
   }
-  if (random.chance(0.3)) {  // enough rows for several blocks to sort the labels
+  if (random.chance(0.3)) {  // rows enough for the labels to be sorted by several blocks
     const int64_t classes = random.one_of<int64_t>({65, 66, 72});
     return test::make_case(seed, {random.integer(1024, 2600), classes, classes, false}, type);
   }
@@ -82,8 +82,8 @@ void check(test::Random& random) {
                       static_cast<int64_t>(device.smem_sm),
                       static_cast<int64_t>(device.l2),
                       device.capability,
-                      random.chance(0.7)};  // in one launch, or in separate kernels
-  // one block holds fewer classes: a grid factors, or, with separate kernels, the LU path
+                      random.chance(0.7)};  // in one launch, or step by step
+  // one block holds fewer classes: a grid factors, or with the step by step a library
   if (random.chance(0.25)) limits.smem_block = plan::grid_smem(100, 8, 1);
   const test::Case from = draw(random);
   const LossOptions options = test::draw_options(random);

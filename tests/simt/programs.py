@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parent
 
 __all__ = ["BUILDS", "FOLDER", "build", "cases", "execute", "run", "tool"]
 
-#: Compiling takes most of the time of the tests. The emulator itself is always optimised.
+#: Compiling is most of the time that the tests take. The shim itself is always optimised.
 BUILDS = {
     "release": {"CMAKE_CXX_FLAGS": "-O1"},
     "sanitized": {"CMAKE_CXX_FLAGS": "-O0", "LDMI_SANITIZE": "address,undefined"},
@@ -19,7 +19,7 @@ BUILDS = {
 
 
 def cases() -> list[str]:
-    """The names of the programs: one for each .cu file here."""
+    """The programs that there are: one for each .cu file here."""
     return sorted(path.stem for path in FOLDER.glob("*.cu"))
 
 

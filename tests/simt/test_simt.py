@@ -17,7 +17,7 @@ pytestmark = [
 
 CASES = [name for name in programs.cases() if name != "demo"]
 
-#: Seeds per case: (release, sanitized)
+#: Seeds a case: (release, sanitized)
 ITERATIONS = {
     "example": (300, 30),
     "conformance": (60, 8),
@@ -27,8 +27,8 @@ ITERATIONS = {
 }
 OTHERWISE = (100, 10)
 
-#: The check that must find each defect of demo.cu, and the smallest share of the seeds in which it must. The share is small where most
-#: schedules hide the defect, as they would on a GPU.
+#: What each defect of demo.cu must be found by, and in which share of the seeds at least. The share is small where most schedules hide
+#: the defect, as they would on a GPU.
 DEFECTS = {
     "transpose no-barrier": (0.95, "transpose: value"),
     "transpose no-second-barrier": (0.95, "transpose: value"),
@@ -77,7 +77,7 @@ VECTORS = {
 
 
 def wanted(session: pytest.Session) -> list[str]:
-    """The programs that the selected tests use, so that ``-k`` builds no other."""
+    """The programs that the tests which were asked for use, so that ``-k`` builds no other."""
     names = {item.callspec.params.get("case", "demo") for item in session.items if hasattr(item, "callspec")}
     return sorted((names | {"demo"}) & set(programs.cases()))
 
@@ -107,7 +107,7 @@ def test_right_kernels_pass(built: tuple[str, Path]) -> None:
 
 
 def test_defects_are_found(built: tuple[str, Path]) -> None:
-    """Each defect is found by the emulator alone, with the expected reason."""
+    """Each defect, by the shim alone, with the reason that it should be found for."""
     name, folder = built
     if name != "release":
         pytest.skip("AddressSanitizer ends the process at the first defect")
@@ -137,7 +137,7 @@ def test_address_sanitizer(built: tuple[str, Path], defect: str) -> None:
 
 
 def test_failures_are_not_silent(built: tuple[str, Path]) -> None:
-    """A case that fails names its seed and exits with 1; the same seed fails again with the same message."""
+    """A case that fails names its seed and exits with 1; the same seed fails again, in the same way."""
     name, folder = built
     if name != "release":
         pytest.skip("once is enough")
@@ -149,7 +149,7 @@ def test_failures_are_not_silent(built: tuple[str, Path]) -> None:
 
 @pytest.mark.parametrize("case", ["conformance"])
 def test_nvcc(case: str, tmp_path: Path) -> None:
-    """nvcc takes the same source, for every architecture, without a warning; 16-byte accesses of global memory stay one access."""
+    """nvcc takes the same source, for every architecture, without a warning; 16-byte accesses of global memory stay one."""
     nvcc = programs.tool("nvcc")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100", "120")]
     options = ["-std=c++20", "-Werror", "all-warnings", "--threads", "2", "-fatbin", "--keep", "--keep-dir", str(tmp_path)]
