@@ -156,7 +156,7 @@ def test_a_cluster_shares_a_panel(device: str, classes: int, panel: int) -> None
 
 
 def test_one_cluster_is_none() -> None:
-    """It would be the whole grid."""
+    """It would be all of the grid."""
     *limits, _ = DEVICES["sm_90"]
     one, two = (ops.compiled.cuda_plan(10**6, 2048, 2048, False, 4, False, *limits, clusters) for clusters in (1, 2))
     assert "cluster" not in one["reason"]

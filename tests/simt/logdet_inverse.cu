@@ -593,10 +593,10 @@ void check_grid(Random& random, const simt::Device& device) {
 
 void check(Random& random) {
 #ifndef __CUDACC__
-  if (random.chance(0.4)) {  // a tiny device, with memory for few classes
+  if (random.chance(0.4)) {  // a toy, with room for few classes
     const size_t smem = static_cast<size_t>(random.integer(10, 48)) * 1024;
     simt::host::set_device({static_cast<int>(random.integer(1, 4)), smem, smem + 1024, size_t{1} << 20, 80});
-  } else if (random.chance(0.3)) {  // enough memory for the clusters that the launcher uses
+  } else if (random.chance(0.3)) {  // room for the clusters that the launcher takes
     const size_t smem = size_t{227} << 10;
     simt::host::set_device({static_cast<int>(random.integer(8, 20)), smem, smem + 1024, size_t{1} << 20, 90});
   }
@@ -608,7 +608,7 @@ void check(Random& random) {
                       static_cast<int64_t>(device.smem_sm),
                       static_cast<int64_t>(device.l2),
                       device.capability,
-                      random.chance(0.7)};            // above one block's limit a grid, or the LU path
+                      random.chance(0.7)};            // a grid where one block ends, or a library
   const int64_t little = plan::grid_smem(100, 8, 1);  // for a grid's elimination, and a block's of some 50 classes
   if (static_cast<int64_t>(device.smem_block) >= little) {
     if (random.chance(0.5)) return check_grid(random, device);
