@@ -112,7 +112,7 @@ def test_keeps_its_precision(dtype: torch.dtype, convert: str) -> None:
 
 
 def test_on_a_device_without_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state follows the device; here the device "meta" plays that part."""
+    """The state follows the device; "meta" stands for one here."""
     monkeypatch.setattr(composite, "accumulator", lambda device: torch.float32 if device.type == "meta" else torch.float64)
     metric = DMI(4)
     metric.update(torch.randn(20, 4), torch.arange(20) % 4)
