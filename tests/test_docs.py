@@ -96,6 +96,7 @@ def test_readme_has_the_whole_api() -> None:
     missing = [name for name in ldmi_fast.__all__ if not name.startswith("_") and name not in text]
     assert not missing, f"README.md does not name {missing}"
     options = ldmi_fast.DMILoss.__init__.__kwdefaults__
+    assert options
     for option, default in options.items():
         row = re.search(rf"^\| `{option}` \| (.*?) \|", text, flags=re.MULTILINE)
         assert row, f"README.md has no row for the option {option}"

@@ -72,7 +72,7 @@ def test_rows_that_do_not_count(engine: str, device: torch.device, ignore_index:
 def test_probabilities(engine: str, device: torch.device) -> None:
     here = batch(30, 40).to(device=device)
     here = Problem(here.logits.softmax(-1), here.target)
-    options = {"input": "probs", "cross_entropy_weight": 0.2}
+    options: dict[str, Any] = {"input": "probs", "cross_entropy_weight": 0.2}
     assert_matches(run(here, engine, **options), here.answer(**options), torch.float64)
 
 

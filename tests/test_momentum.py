@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldmi_fast import DMILoss, dmi_loss, joint_matrix
 from tests.support.compare import DERIVATIVE, EXACT, REORDERED, SECOND_DERIVATIVE, assert_gradient, loss_dtype
-from tests.support.problems import Problem, as_array, problem
+from tests.support.problems import Problem, as_array, gradient_of, problem
 
 STATE = ("average_joint", "average_counts", "average_weight", "average_steps")
 
@@ -26,11 +26,19 @@ def several(count: int, n: int = 60, classes: int = 6, **build: Any) -> list[Pro
     return [problem(n, classes, seed=seed, dtype=torch.float64, **build) for seed in range(count)]
 
 
+def mean_of(criterion: DMILoss) -> tuple[Tensor, Tensor]:
+    """B and the class shares of a criterion that has an average."""
+    assert criterion.average is not None
+    return criterion.average.mean()
+
+
 class Definition:
     """The average and the loss straight from the formulas, in numpy, with the class counts and W of the oracle."""
 
     def __init__(self, momentum: float) -> None:
-        self.m, self.A, self.a, self.t = momentum, 0.0, 0.0, 0
+        self.m, self.t = momentum, 0
+        self.A: Any = 0.0
+        self.a: Any = 0.0
 
     def step(self, batch: Problem, *, eps: float = 0.0, normalize: bool = True, ce: float = 0.0, **options: Any) -> tuple[float, Any]:
         answer = batch.answer(**options)
@@ -119,7 +127,7 @@ def test_fewer_samples_than_classes(engine: str, device: torch.device) -> None:
         logits = whole.logits[rows].to(device).requires_grad_()
         loss = criterion(logits, whole.target[rows].to(device))
         loss.backward()
-    B, counts = criterion.average.mean()
+    B, counts = mean_of(criterion)
     assert (counts > 0).all()
     assert loss.item() == pytest.approx(-torch.linalg.slogdet(B)[1].item(), rel=REORDERED)
     assert logits.grad is not None
@@ -131,7 +139,7 @@ def test_classes_that_were_never_seen_are_left_out(engine: str, device: torch.de
     for batch in several(3, absent=(2,)):
         here = batch.to(device=device)
         loss = criterion(here.logits, here.target)
-    B = criterion.average.mean()[0].cpu()
+    B = mean_of(criterion)[0].cpu()
     kept = [0, 1, 3, 4, 5]
     assert loss.item() == pytest.approx(-torch.linalg.slogdet(B[kept][:, kept])[1].item(), rel=REORDERED)
     strict = DMILoss(6, momentum=0.5, absent="strict", engine=engine).to(device)
@@ -280,7 +288,7 @@ def test_checkpointed_model_and_loss_together(device: torch.device) -> None:
                 return criterion(model(x), target)
 
             (checkpoint(head, features, use_reentrant=False) if use else head(features)).backward()
-        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+        grads.append([gradient_of(parameter).clone() for parameter in model.parameters()])
         assert criterion.average_steps.item() == 3
     for plain, repeated in zip(*grads, strict=True):
         torch.testing.assert_close(plain, repeated)
@@ -436,10 +444,10 @@ def test_second_derivative(engine: str, device: torch.device) -> None:
     logits = second.leaf()
     ours = penalty(criterion(logits, second.target, second.sample_weight), logits)
     logits = second.leaf()
-    U = joint_matrix(logits, second.target, sample_weight=second.sample_weight.double(), engine="composite")
-    B = criterion.average.mean()[0]
-    ce = torch.nn.functional.cross_entropy(logits, second.target, reduction="none") * second.sample_weight.double()
-    loss = -(torch.linalg.det(B + U - U.detach()).abs() + 1e-4).log() + 0.2 * ce.sum() / second.sample_weight.double().sum()
+    U = joint_matrix(logits, second.target, sample_weight=second.weight.double(), engine="composite")
+    B = mean_of(criterion)[0]
+    ce = torch.nn.functional.cross_entropy(logits, second.target, reduction="none") * second.weight.double()
+    loss = -(torch.linalg.det(B + U - U.detach()).abs() + 1e-4).log() + 0.2 * ce.sum() / second.weight.double().sum()
     expected = penalty(loss, logits)
     assert (expected - ours).abs().max() < SECOND_DERIVATIVE * expected.abs().max()
 
@@ -497,12 +505,12 @@ def test_calibration_is_the_joint_of_the_data() -> None:
     model.eval()
     x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
     U = joint_matrix(model(x).detach().double(), y)
-    torch.testing.assert_close(criterion.average.mean()[0], U, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean_of(criterion)[0], U, rtol=1e-6, atol=0)
     assert criterion.average_steps.item() == 0
     batch = problem(60, 6, dtype=torch.float64)
     criterion(batch.logits, batch.target)
     expected = 0.9 * U + 0.1 * joint_matrix(batch.logits, batch.target)
-    torch.testing.assert_close(criterion.average.mean()[0], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean_of(criterion)[0], expected, rtol=1e-6, atol=0)
     criterion.reset()
     assert not any(getattr(criterion, name).any() for name in STATE)
 
@@ -512,7 +520,7 @@ def test_calibration_takes_weights_and_functions() -> None:
     criterion = DMILoss(6, momentum=0.9)
     criterion.calibrate([(batch.logits, batch.target, batch.sample_weight)], lambda z: z)
     expected = joint_matrix(batch.logits, batch.target, sample_weight=batch.sample_weight)
-    torch.testing.assert_close(criterion.average.mean()[0], expected)
+    torch.testing.assert_close(mean_of(criterion)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_stacked_problems(device: torch.device, problems: int, classes: int, row
     log_abs_det, _, _, V = OPS.logdet_inverse(S.view(problems, classes, classes), n.view(problems, classes), "present")
     scale, ce_scale = (torch.tensor(value, dtype=torch.float64, device=device) for value in (1.25, 0.5))
     grad = OPS.logits_grad(logits, target, weight, lse, V.flatten(0, 1), scale, ce_scale, -100, input)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": DERIVATIVE, "atol": DERIVATIVE}
+    tolerance: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": DERIVATIVE, "atol": DERIVATIVE}
     total_ce = torch.zeros((), dtype=torch.float64, device=device)
     for b in range(problems):
         rows_of = slice(b * rows, (b + 1) * rows)

@@ -156,7 +156,8 @@ def test_one_hot_soft_targets_are_labels(engine: str, device: torch.device) -> N
 
 def test_probabilities_and_logits_agree(engine: str, device: torch.device) -> None:
     batch = problem(200, 9, weighted=True, dtype=torch.float64).to(device=device)
-    for options in ({}, {"eps": 1e-3}, {"cross_entropy_weight": 0.5}):
+    chosen: list[dict[str, Any]] = [{}, {"eps": 1e-3}, {"cross_entropy_weight": 0.5}]
+    for options in chosen:
         logits = run(batch, engine, **options)
         leaf = batch.leaf()
         loss = dmi_loss(leaf.softmax(1), batch.target, sample_weight=batch.sample_weight, input="probs", engine=engine, **options)

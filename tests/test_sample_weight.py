@@ -19,7 +19,7 @@ OPTIONS = [{}, {"eps": 1e-6}, {"normalize": False}, {"cross_entropy_weight": 0.5
 
 def by_weight(batch: Problem, loss_of: Any) -> Tensor:
     assert batch.sample_weight is not None
-    weight = batch.sample_weight.detach().clone().requires_grad_()
+    weight = batch.weight.detach().clone().requires_grad_()
     return torch.autograd.grad(loss_of(weight), weight)[0]
 
 
@@ -33,11 +33,11 @@ def test_is_the_definition(
     batch = problem(*size, soft=soft, weighted=True, dtype=torch.float64).to(dtype)
     if options == {"absent": "strict"}:  # singular: no gradient
         batch = problem(*size, soft=soft, weighted=True, absent=(1,), dtype=torch.float64).to(dtype)
-    batch = Problem(batch.logits, batch.target, batch.sample_weight.clamp(min=0.01))  # the oracle has none for rows of weight 0
+    batch = Problem(batch.logits, batch.target, batch.weight.clamp(min=0.01))  # the oracle has none for rows of weight 0
     answer = batch.answer(**options)
     here = batch.to(device=device)
     ours = by_weight(here, lambda w: dmi_loss(here.logits, here.target, sample_weight=w, engine=engine, **options))
-    assert ours.dtype == here.sample_weight.dtype
+    assert ours.dtype == here.weight.dtype
     # terms of the size of <p, V[y]> cancel against k / W
     assert_gradient("weight gradient", ours, answer.weight_grad, 20 * budget(answer, dtype))
 
@@ -111,7 +111,7 @@ def test_other_forms_agree(engine: str, device: torch.device, options: dict[str,
                 ),
             )
         )
-    values = batch.sample_weight.detach()
+    values = batch.weight.detach()
     same(torch.func.grad(lambda w: dmi_loss(batch.logits, batch.target, sample_weight=w, engine=engine, **options))(values))
 
 
@@ -147,7 +147,7 @@ def test_joint_matrix(engine: str, device: torch.device) -> None:
             ).sum(),
         )
         S_grad = (upstream[batch.target] * batch.logits.softmax(-1)).sum(-1)
-        W = batch.sample_weight.sum()
+        W = batch.weight.sum()
         U = joint_matrix(batch.logits, batch.target, sample_weight=batch.sample_weight)
         expected = (S_grad - (upstream * U).sum()) / W if normalize else S_grad
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
@@ -155,7 +155,7 @@ def test_joint_matrix(engine: str, device: torch.device) -> None:
 
 def test_where_no_gradient_is_wanted_none_is_kept(engine: str, device: torch.device) -> None:
     batch = problem(40, 4, weighted=True).to(device=device)
-    weight = batch.sample_weight.clone().requires_grad_()
+    weight = batch.weight.clone().requires_grad_()
     plain = dmi_loss(batch.logits, batch.target, sample_weight=batch.sample_weight, engine=engine)
     with torch.no_grad():
         assert torch.equal(dmi_loss(batch.logits, batch.target, sample_weight=weight, engine=engine), plain)

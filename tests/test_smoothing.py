@@ -156,6 +156,7 @@ def test_a_class_that_leaves_the_average(engine: str, device: torch.device) -> N
     for step in range(60):
         ours, theirs = smooth(logits, target[left]), hard(logits, batch.target[left])
         assert ours.isfinite(), step
+        assert smooth.average is not None
         if smooth.average.mean()[1][4] == 0:
             theirs = dmi_loss(logits, batch.target[left], engine=engine)
             absent_since = step if absent_since is None else absent_since

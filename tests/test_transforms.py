@@ -253,8 +253,8 @@ def test_joint_matrix_under_transforms(engine: str, device: torch.device) -> Non
     def joint(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         return joint_matrix(logits, target, sample_weight=weight, engine=engine)
 
-    together = vmap(joint)(logits, target, weight)
     assert weight is not None
+    together = vmap(joint)(logits, target, weight)
     for index in range(3):
         assert torch.allclose(together[index], joint(logits[index], target[index], weight[index]), rtol=REORDERED, atol=0)
     jacobian = jacrev(joint)(logits[0], target[0], weight[0])

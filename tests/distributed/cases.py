@@ -14,7 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from ldmi_fast import DMILoss, JointState, RNGReplay, diagnose, distributed, dmi_loss, dmi_score, linear_dmi_loss
-from tests.support.problems import Problem, problem
+from tests.support.problems import Problem, gradient_of, problem
 
 
 def part(batch: Problem, cuts: list[int], rank: int) -> Problem:
@@ -47,14 +47,14 @@ def loss_and_gradient(
         step = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=False)
     loss = step(logits, target)
     loss.backward()
-    return loss.detach(), logits.grad, target.grad
+    return loss.detach(), gradient_of(logits), target.grad
 
 
 def gradient_of_weights(group: Any, options: dict[str, Any]) -> list[Tensor]:
     """The gradient of the sample weights of this rank's rows, of dmi_loss and of linear_dmi_loss."""
     whole = problem(100, 6, weighted=True, dtype=torch.float64)
     mine = part(whole, cuts(group.size(), 100), group.rank())
-    weight = mine.sample_weight.clone().requires_grad_()
+    weight = mine.weight.clone().requires_grad_()
     eye = torch.eye(6, dtype=torch.float64)
     losses = [
         dmi_loss(mine.logits, mine.target, sample_weight=weight, group=group, **options),
@@ -92,10 +92,10 @@ def gradient_penalty(group: Any, build: dict[str, Any], options: dict[str, Any])
     loss = dmi_loss(logits, mine.target, sample_weight=mine.sample_weight, group=group, **options)
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
     (grad / group.size()).square().sum().backward()
-    return logits.grad
+    return gradient_of(logits)
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5)).double()
 
@@ -112,7 +112,7 @@ def data(step: int) -> tuple[Tensor, Tensor]:
 def train(group: Any, wrap: str, momentum: float | None) -> dict[str, Any]:
     """Three steps of SGD; ``wrap``: how the ranks share the work. Without a group: one process on the whole batches."""
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    model = network()
+    model: Any = network()
     if wrap == "ddp":
         model = DistributedDataParallel(model, process_group=group)
     elif wrap == "ddp-with-criterion":  # the average's buffers are then broadcast by DDP
@@ -203,7 +203,7 @@ def joint_state(group: Any, options: dict[str, Any]) -> dict[str, Any]:
         total += loss.item()
     summed = torch.tensor(total)
     dist.all_reduce(summed, group=group)
-    grads = [p.grad.clone() for p in model.parameters()]
+    grads = [gradient_of(p).clone() for p in model.parameters()]
     return {"loss": solution.loss, "grads": grads, "sum": summed.item() / size, "repr": repr(state)}
 
 
@@ -216,6 +216,7 @@ def passes_over_data(group: Any) -> dict[str, Any]:
     criterion.calibrate(mine, network())
     score = dmi_score(network(), mine, 5, group=group)
     report = diagnose(network()(mine[0][0]), mine[0][1], group=group)
+    assert criterion.average is not None
     return {"joint": criterion.average.mean()[0], "score": score.log_abs_det.item(), "report": report.log_abs_det}
 
 
@@ -293,7 +294,7 @@ def linear(group: Any, options: dict[str, Any]) -> list[Tensor]:
     hidden = mine.leaf()
     loss = linear_dmi_loss(hidden, weight, mine.target, sample_weight=mine.sample_weight, chunk_size=20, group=group, **options)
     loss.backward()
-    return [loss.detach(), hidden.grad, weight.grad]
+    return [loss.detach(), gradient_of(hidden), gradient_of(weight)]
 
 
 def metric(group: Any) -> float:

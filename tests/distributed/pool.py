@@ -34,7 +34,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=PATIENCE))
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, SIZE)}
+    groups: dict[int, Any] = {size: dist.new_group(list(range(size))) for size in range(1, SIZE)}
     groups[SIZE] = dist.group.WORLD
     while (work := pipe.recv()) is not None:
         module, name, size, arguments = work

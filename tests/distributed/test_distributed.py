@@ -11,7 +11,7 @@ from ldmi_fast import DMILoss, JointState, dmi_loss, joint_matrix, linear_dmi_lo
 from tests.distributed import cases
 from tests.distributed.pool import SHORT, Pool
 from tests.support.compare import DERIVATIVE, EXACT, REORDERED
-from tests.support.problems import problem
+from tests.support.problems import gradient_of, problem
 
 SIZES = [1, 2, 3, 4]
 OPTIONS: list[Any] = [
@@ -42,16 +42,18 @@ def test_all_ranks_have_the_loss_of_the_whole_batch(
     for loss, _, _ in results:
         assert torch.equal(loss, results[0][0])
         torch.testing.assert_close(loss, expected.detach(), rtol=REORDERED, atol=0)
-    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * logits.grad, rtol=DERIVATIVE, atol=EXACT)
+    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * gradient_of(logits), rtol=DERIVATIVE, atol=EXACT)
     if target is not whole.target:
-        torch.testing.assert_close(torch.cat([grad for _, _, grad in results]), size * target.grad, rtol=DERIVATIVE, atol=EXACT)
+        torch.testing.assert_close(
+            torch.cat([grad for _, _, grad in results]), size * gradient_of(target), rtol=DERIVATIVE, atol=EXACT
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("options", [{}, {"cross_entropy_weight": 0.4, "eps": 1e-6}], ids=str)
 def test_gradient_of_sample_weights(pool: Pool, engine: str, size: int, options: dict[str, Any]) -> None:
     whole = problem(100, 6, weighted=True, dtype=torch.float64)
-    weight = whole.sample_weight.clone().requires_grad_()
+    weight = whole.weight.clone().requires_grad_()
     (expected,) = torch.autograd.grad(dmi_loss(whole.logits, whole.target, sample_weight=weight, **options), weight)
     assert expected.any()
     for found in zip(*pool.run(size, cases.gradient_of_weights, {"engine": engine, **options}), strict=True):
@@ -75,7 +77,7 @@ def test_dtypes(pool: Pool, dtype: torch.dtype) -> None:
     results = pool.run(2, cases.loss_and_gradient, {"n": 100, "classes": 6, "dtype": dtype}, {})
     ours = torch.cat([grad for _, grad, _ in results])
     assert ours.dtype == dtype
-    torch.testing.assert_close(ours, 2 * logits.grad)
+    torch.testing.assert_close(ours, 2 * gradient_of(logits))
 
 
 def test_one_graph(pool: Pool, engine: str) -> None:
@@ -109,7 +111,8 @@ def test_groups_by_name_and_by_mesh(pool: Pool) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_second_derivatives(pool: Pool, engine: str, size: int) -> None:
     """A gradient penalty: every rank's gradient depends on the rows of all ranks."""
-    build, options = full({"n": 40, "weighted": True}), {"cross_entropy_weight": 0.5, "eps": 1e-4}
+    build = full({"n": 40, "weighted": True})
+    options: dict[str, Any] = {"cross_entropy_weight": 0.5, "eps": 1e-4}
     whole = problem(**build)
     logits = whole.leaf()
     loss = dmi_loss(logits, whole.target, sample_weight=whole.sample_weight, **options)
@@ -169,7 +172,7 @@ def test_joint_state(pool: Pool, size: int, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_linear(pool: Pool, engine: str, size: int) -> None:
-    options = {"cross_entropy_weight": 0.5, "engine": engine}
+    options: dict[str, Any] = {"cross_entropy_weight": 0.5, "engine": engine}
     whole = problem(90, 5, weighted=True, dtype=torch.float64)
     weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     hidden = whole.leaf()
@@ -178,8 +181,8 @@ def test_linear(pool: Pool, engine: str, size: int) -> None:
     results = pool.run(size, cases.linear, options)
     assert all(torch.equal(loss, results[0][0]) for loss, _, _ in results)
     torch.testing.assert_close(results[0][0], expected.detach())
-    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * hidden.grad)
-    torch.testing.assert_close(sum(grad for _, _, grad in results), size * weight.grad)
+    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * gradient_of(hidden))
+    torch.testing.assert_close(sum(grad for _, _, grad in results), size * gradient_of(weight))
 
 
 def test_metric(pool: Pool) -> None:

@@ -16,6 +16,7 @@ from ldmi_fast.options import ENGINE_VARIABLE, ENGINES, Options
 from tests.support.compare import DERIVATIVE, REORDERED
 from tests.support.problems import problem
 
+COMPILED: Any = ops.compiled
 needs_compiled = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
 
@@ -197,7 +198,7 @@ def test_explain_over_ranks(rows: int, engine: str) -> None:
 def test_explain_where_weights_learn(rows: int) -> None:
     """Weights that get a gradient need the sums between two ops; without grad mode they are ordinary weights."""
     batch = problem(rows, 10, weighted=True)
-    weight = batch.sample_weight.clone().requires_grad_()
+    weight = batch.weight.clone().requires_grad_()
     plan = explain(batch.logits, batch.target, sample_weight=weight)
     ran = [
         op.split(".")[1]
@@ -215,7 +216,7 @@ def test_explain_where_weights_learn(rows: int) -> None:
 
 
 def kernels(rows: int, classes: int, labels: int | None = None, soft: bool = False, value_bytes: int = 4) -> tuple[str, ...]:
-    plan = ops.compiled.plan(rows, classes, labels or classes, soft, value_bytes, False)
+    plan = COMPILED.plan(rows, classes, labels or classes, soft, value_bytes, False)
     assert plan["reason"]
     assert plan["workspace_bytes"] > 0
     return tuple(plan["kernels"])
@@ -247,7 +248,7 @@ def assert_engines_agree(rows: int, classes: int, soft: bool = False) -> None:
 @needs_compiled
 @pytest.mark.parametrize("classes", [3, 10, 50])
 def test_plan_fused_by_elements(classes: int) -> None:
-    elements, _ = ops.compiled.fused_limits()
+    elements, _ = COMPILED.fused_limits()
     last = elements // classes
     assert kernels(last, classes)[0].startswith("fused")
     assert [kernel.split(" ")[0] for kernel in kernels(last + 1, classes)] == ["joint", "logdet_inverse", "logits_grad"]
@@ -258,7 +259,7 @@ def test_plan_fused_by_elements(classes: int) -> None:
 @needs_compiled
 def test_plan_fused_by_rows_per_class() -> None:
     """Few rows for their classes are fused, however many elements they have."""
-    elements, rows_per_class = ops.compiled.fused_limits()
+    elements, rows_per_class = COMPILED.fused_limits()
     classes = next(c for c in range(2, 10**4) if rows_per_class * c * c > elements)
     last = rows_per_class * classes
     assert kernels(last, classes)[0].startswith("fused")
@@ -291,7 +292,7 @@ def test_plan_order(op: str) -> None:
 
     last = last_before(by_label, 1, 5000)
     assert kernels(rows, last)[at] == f"{op} (natural order)"
-    elements, _ = ops.compiled.fused_limits()
+    elements, _ = COMPILED.fused_limits()
     for classes in (last, last + 1):
         staged = max(elements // classes, 2 * classes) + 300
         assert not kernels(staged, classes)[0].startswith("fused")
@@ -304,7 +305,7 @@ def test_plan_soft_blocks(classes: int) -> None:
     """Soft targets are processed one block of rows at a time; a block that is not full gives the same."""
 
     def regime(rows: int) -> str:
-        return ops.compiled.plan(rows, classes, classes, True, 8, False)["regime"]
+        return COMPILED.plan(rows, classes, classes, True, 8, False)["regime"]
 
     assert kernels(100, classes, soft=True)[0] == "joint (soft targets)"
     block = int(regime(10**7).removeprefix("soft targets, ").removesuffix(" rows at a time"))
@@ -320,7 +321,7 @@ def test_plan_is_bounded() -> None:
         for classes in (1, 10, 128, 129, 1000, 10**4):
             for soft in (False, True):
                 for value_bytes in (2, 4, 8):
-                    plan = ops.compiled.plan(rows, classes, classes, soft, value_bytes, False)
+                    plan = COMPILED.plan(rows, classes, classes, soft, value_bytes, False)
                     allowed = 0.05 * rows * classes * value_bytes + 1.05 * (16 * classes * classes + 16 * rows) + 4 * 2**20
                     assert plan["workspace_bytes"] <= allowed, (rows, classes, soft, value_bytes, plan)
 

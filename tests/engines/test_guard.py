@@ -189,7 +189,12 @@ def test_what_is_right_is_checked_once(engine: Engine, monkeypatch: pytest.Monke
     checks: list[str] = []
     for name in ("joint", "logdet_inverse", "logits_grad", "loss_forward", "fused"):
         right = getattr(verify, name)
-        monkeypatch.setattr(verify, name, lambda *args, name=name, right=right: checks.append(name) or right(*args))
+
+        def check(*args: Any, name: str = name, right: Any = right) -> Any:
+            checks.append(name)
+            return right(*args)
+
+        monkeypatch.setattr(verify, name, check)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):

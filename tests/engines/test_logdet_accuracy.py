@@ -9,6 +9,8 @@ need a pivot at every step or let entries grow, of real label noise; and which m
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -45,7 +47,7 @@ def norm(matrix: npt.NDArray[np.floating]) -> float:
 
 def backward_error(hard: Hard, V: Tensor, precise: bool) -> float:
     """||R X - I|| / (||R|| ||X||), with X the inverse of R = diag(1/n) S according to V, in units of C eps."""
-    real = np.longdouble if precise else np.float64
+    real: Any = np.longdouble if precise else np.float64
     R = hard.S.astype(real) / hard.n[:, None]
     X = (V.numpy().astype(real) * hard.n[:, None]).T
     C = len(R)

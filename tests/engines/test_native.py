@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ import torch
 import ldmi_fast
 from ldmi_fast import dmi_loss, ops
 from tests.support.compare import DERIVATIVE
-from tests.support.problems import problem
+from tests.support.problems import gradient_of, problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
 OPS = torch.ops.ldmi_fast
 
+COMPILED: Any = ops.compiled
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
 
@@ -72,7 +74,7 @@ def test_every_number_of_threads_gives_the_same_bits(rows: int, classes: int, so
         logits = batch.leaf()
         loss = dmi_loss(logits, batch.target, sample_weight=batch.sample_weight, cross_entropy_weight=0.5, engine="cpu")
         loss.backward()
-        results.append((count, loss, logits.grad))
+        results.append((count, loss, gradient_of(logits)))
     _, first_loss, first_grad = results[0]
     for count, loss, grad in results[1:]:
         assert torch.equal(loss, first_loss), f"the loss differs with {count} threads"
@@ -116,8 +118,9 @@ def test_loss_scaling_reaches_small_gradients(rows: int) -> None:
     (scale * dmi_loss(logits, batch.target, engine="cpu")).backward()
     exact = batch.to(torch.float64).leaf()
     (scale * dmi_loss(exact, batch.target, engine="composite")).backward()
-    assert exact.grad.abs().max() < 60_000, "the scale fits"
-    error = (logits.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    wanted = gradient_of(exact)
+    assert wanted.abs().max() < 60_000, "the scale fits"
+    error = (gradient_of(logits).double() - wanted).abs().max() / wanted.abs().max()
     assert error <= 2.0**-11 + 1e-5
 
 
@@ -135,7 +138,7 @@ for rows, classes, soft in [(300, 10, False), (60_000, 10, False), (900, 33, Tru
         loss = dmi_loss(logits, batch.target, sample_weight=batch.sample_weight, engine="cpu")
         loss.backward()
         results.append((loss.detach(), logits.grad))
-torch.save((ops.compiled.build_info()["isa"], results), sys.argv[1])
+torch.save((COMPILED.build_info()["isa"], results), sys.argv[1])
 """
 
 
@@ -151,7 +154,7 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         chosen, results[isa] = torch.load(file)
         assert chosen == isa
-    default = ops.compiled.build_info()["isa"]
+    default = COMPILED.build_info()["isa"]
     assert default in results or os.environ.get("LDMI_FAST_ISA")
     if len(results) == 1:
         pytest.skip("this processor has only the baseline")
@@ -176,7 +179,7 @@ def test_an_unknown_instruction_set() -> None:
 
 
 def test_build_info() -> None:
-    info = ops.compiled.build_info()
+    info = COMPILED.build_info()
     assert set(info) == {"version", "compiler", "torch", "cuda", "cuda_archs", "isa"}
     assert info["version"] == ldmi_fast.__version__
     assert info["isa"] in ("baseline", "avx2", "avx512")

@@ -4,6 +4,7 @@ the range of a double must not overflow."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ldmi_fast import dmi_loss
 from ldmi_fast.engines import composite
 from ldmi_fast.engines.choose import engine_module
 from tests.support.compare import DERIVATIVE, EXACT, REORDERED
-from tests.support.problems import problem
+from tests.support.problems import gradient_of, problem
 
 #: On both sides of the edges between the algorithms for few classes and for many
 CLASSES = [2, 5, 17, 33, 70, 130]
@@ -147,13 +148,13 @@ def test_samples_that_hardly_weigh_anything(
     target = torch.nn.functional.one_hot(batch.target, classes).to(dtype) if kind == "soft" else batch.target
     gone = batch.target % 3 == 0
     weight = torch.ones(rows, dtype=torch.float64, device=device).masked_fill(gone, share)
-    options = {"input": "probs" if kind == "probs" else "logits", "engine": engine}
+    options: dict[str, Any] = {"input": "probs" if kind == "probs" else "logits", "engine": engine}
 
-    def value_and_gradient(rows: Tensor | slice, weight: Tensor | None, **more: str) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(rows: Tensor | slice, weight: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
         leaf = logits[rows].detach().requires_grad_()
         loss = dmi_loss(leaf, target[rows], sample_weight=weight, **options, **more)
         loss.backward()
-        return loss.detach(), leaf.grad
+        return loss.detach(), gradient_of(leaf)
 
     loss, grad = value_and_gradient(slice(None), weight)
     want, want_grad = value_and_gradient(~gone, None)

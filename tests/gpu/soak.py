@@ -126,8 +126,8 @@ def evaluate(batch: Batch, engine: str, device: torch.device) -> tuple[Tensor, T
     except (IndexError, ValueError):
         return torch.tensor(math.nan), None, None
     loss.backward()
-    grads = (logits.grad, target.grad)
-    return (loss.detach().cpu(), *(None if grad is None else grad.cpu() for grad in grads))
+    grad, target_grad = (None if leaf.grad is None else leaf.grad.cpu() for leaf in (logits, target))
+    return loss.detach().cpu(), grad, target_grad
 
 
 def detached(batch: Batch, double: bool) -> Batch:

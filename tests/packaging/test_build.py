@@ -135,9 +135,24 @@ def test_editable_install(tree: Path, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = venv / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-e",
+        ".",
+    ]
     site = next((venv / "lib").glob("python*/site-packages"))
-    (site / "of_the_tests.pth").write_text(str(Path(importlib.util.find_spec("torch").origin).parents[1]) + "\n")
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    (site / "of_the_tests.pth").write_text(str(Path(torch.origin).parents[1]) + "\n")
     done = run(*pip, cwd=tree, LDMI_FAST_NATIVE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((tree / "ldmi_fast").glob("_C.*.so"))

@@ -134,7 +134,7 @@ def singular(classes: int, rng: np.random.Generator) -> Iterator[Hard]:
     if classes > 1:
         yield _plain("rank one", np.outer(2.0 ** rng.integers(-3, 3, classes), 2.0 ** rng.integers(-3, 3, classes)))
         R = rng.dirichlet(np.full(classes, 20.0))
-        n = 2.0 ** rng.integers(0, 8, classes)
+        n = np.ldexp(1.0, rng.integers(0, 8, classes))
         yield Hard("the same prediction for all", n[:, None] * R, n)
 
 

@@ -19,6 +19,7 @@ where the factorisation is LAPACK's. ``test_oracle.py`` compares it with mpmath 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,7 @@ def dmi(
     classes = logits.shape[1]
     z = _rows(logits)
     extended = classes <= EXTENDED_CLASSES and z.size <= EXTENDED_ELEMENTS
-    real = np.longdouble if extended else np.float64
+    real: Any = np.longdouble if extended else np.float64
     z = z.astype(real)
     rows = len(z)
     weight = np.ones(rows, real) if sample_weight is None else np.asarray(sample_weight).reshape(rows).astype(real)
@@ -89,7 +90,7 @@ def dmi(
         membership[used, labels[used]] = 1
     z, membership, weight = z[used], membership[used], weight[used]
 
-    def answer(loss: float, grad: Array, target_grad: Array, weight_grad: Array | None = None, **rest: object) -> Answer:
+    def answer(loss: float, grad: Array, target_grad: Array, weight_grad: Array | None = None, **rest: Any) -> Answer:
         by_weight = np.zeros(rows)
         if weight_grad is not None:
             by_weight[used] = weight_grad

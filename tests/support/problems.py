@@ -28,6 +28,12 @@ class Problem:
         weight = None if self.sample_weight is None else self.sample_weight.to(device)
         return Problem(self.logits.to(device=device, dtype=dtype), target, weight)
 
+    @property
+    def weight(self) -> Tensor:
+        """The sample weights of a batch that has them."""
+        assert self.sample_weight is not None
+        return self.sample_weight
+
     def with_target(self, target: Tensor) -> Problem:
         return replace(self, target=target)
 
@@ -38,6 +44,12 @@ class Problem:
         """The oracle's answer for exactly these numbers (half precision inputs are exact in float64)."""
         weight = None if self.sample_weight is None else as_array(self.sample_weight)
         return oracle.dmi(as_array(self.logits), as_array(self.target), sample_weight=weight, **options)
+
+
+def gradient_of(leaf: Tensor | torch.nn.Parameter) -> Tensor:
+    """The gradient that a backward has left in ``leaf``."""
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def as_array(tensor: Tensor) -> Any:

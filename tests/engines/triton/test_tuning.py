@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -131,8 +132,13 @@ def test_nothing_is_measured_on_tensors_without_data(monkeypatch: pytest.MonkeyP
     with FakeTensorMode() as mode:
         assert not launch.has_data(mode.from_tensor(tensor))
     seen: list[bool] = []
-    torch.func.functionalize(lambda x: (seen.append(launch.has_data(x)), x)[1])(tensor)
-    make_fx(lambda x: (seen.append(launch.has_data(x)), x + 1)[1], tracing_mode="fake")(tensor)
+
+    def step(x: Tensor) -> Tensor:
+        seen.append(launch.has_data(x))
+        return x + 1
+
+    torch.func.functionalize(step)(tensor)
+    make_fx(step, tracing_mode="fake")(tensor)
     assert seen[-1] is False
 
 
