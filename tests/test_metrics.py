@@ -263,7 +263,8 @@ def test_bad_input() -> None:
     assert not metric.joint.any()
     with pytest.raises(ValueError, match="at least 1"):
         DMI(0)
-    for wrong in ({"logits": batch.logits}, None, [1.0]):
+    unusable: list[Any] = [{"logits": batch.logits}, None, [1.0]]
+    for wrong in unusable:
         with pytest.raises(TypeError, match="logits must be a floating point tensor, got"):
             metric.update(wrong, batch.target)
         with pytest.raises(TypeError, match="target must be an integer"):
@@ -277,7 +278,7 @@ def test_bad_input() -> None:
 
 
 def test_numbers_of_numpy() -> None:
-    metric = DMI(np.int64(5), ignore_index=np.int16(-1))
+    metric = DMI(np.int64(5), ignore_index=np.int16(-1))  # type: ignore[arg-type]
     assert type(metric.num_classes) is int
     assert metric.joint.shape == (5, 5)
 

@@ -417,7 +417,7 @@ def test_states_of_other_versions_and_shapes() -> None:
     criterion = DMILoss(6, momentum=0.9)
     batch = problem(60, 6)
     criterion(batch.logits, batch.target)
-    old = DMILoss(6).state_dict()
+    old: Any = DMILoss(6).state_dict()
     old._metadata[""]["version"] = 1
     before = criterion.average_joint.clone()
     criterion.load_state_dict(old)
@@ -601,7 +601,7 @@ def test_recommended_is_a_class_method_of_subclasses() -> None:
     ("call", "error", "message"),
     [
         (lambda: DMILoss.recommended(10, 0), ValueError, "batch_size must be at least 1, got 0"),
-        (lambda: DMILoss.recommended(10, 64.0), TypeError, "batch_size must be an int, got float: 64.0"),
+        (lambda: DMILoss.recommended(10, 64.0), TypeError, "batch_size must be an int, got float: 64.0"),  # type: ignore[arg-type]
         (lambda: DMILoss.recommended(10, True), TypeError, "batch_size must be an int, got bool"),
         (lambda: DMILoss.recommended(0, 64), ValueError, "num_classes"),
         (lambda: DMILoss.recommended(10, 64, momentum=0.5), TypeError, "chooses the momentum"),

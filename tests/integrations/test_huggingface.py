@@ -68,7 +68,7 @@ class Gradients(TrainerCallback):
         self.seen.append(model.layer.weight.grad.clone())
 
 
-def trainer(folder: Path, criterion: Any, *callbacks: TrainerCallback, data: Any = None, model: Any = None, **given: Any) -> Trainer:
+def trainer(folder: Path, criterion: Any, *callbacks: TrainerCallback, data: Any = None, model: Any = None, **given: Any) -> Any:
     options: dict[str, Any] = {
         "num_train_epochs": 1,
         "per_device_train_batch_size": 40,
@@ -95,16 +95,16 @@ def trainer(folder: Path, criterion: Any, *callbacks: TrainerCallback, data: Any
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_accumulation_is_a_mean(tmp_path: Path, momentum: float | None) -> None:
-    """With a learning rate of 0: loss and gradient of a step are means over its micro-batches, of which the last step has fewer."""
+    """With a learning rate of 0: loss and gradient of a step are means over its micro-batches; the last step has fewer."""
     results = {}
     for steps in (1, 4):
-        gradients = Gradients()
+        recorder = Gradients()
         model = Classifier()
         model.dropout.p = 0.0
         criterion = DMILoss(4, momentum=momentum)
-        run = trainer(tmp_path, criterion, gradients, model=model, gradient_accumulation_steps=steps)
+        run = trainer(tmp_path, criterion, recorder, model=model, gradient_accumulation_steps=steps)
         run.train()
-        results[steps] = ([entry["loss"] for entry in run.state.log_history if "loss" in entry], gradients.seen)
+        results[steps] = ([entry["loss"] for entry in run.state.log_history if "loss" in entry], recorder.seen)
     (losses, gradients), (ours, summed) = results[1], results[4]
     assert len(losses) == 6
     assert ours == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2], rel=1e-3)
@@ -164,7 +164,7 @@ def test_tokens_have_their_classes_last() -> None:
 
 def test_wrong_use_is_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="hf\\(\\) takes a criterion"):
-        hf(DMILoss)
+        hf(DMILoss)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="HFCallback takes the DMILoss"):
         HFCallback(F.cross_entropy)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="the model must return logits"):
