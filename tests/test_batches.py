@@ -150,7 +150,7 @@ def test_other_batches_are_named(batch: Any, error: type[Exception], message: st
         DMILoss(4, momentum=0.9).calibrate([batch], lambda x: x)
 
 
-def test_nothing_to_see_is_on_the_device_of_the_model() -> None:
+def test_no_data_gives_a_result_on_the_device_of_the_model() -> None:
     model = nn.Linear(3, 4, device="meta")
     assert JointState(4).update_from([], model).sums.S.device.type == "meta"
     assert JointState(4, device="cpu").update_from([], model).sums.S.device.type == "cpu"

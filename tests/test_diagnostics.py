@@ -315,7 +315,7 @@ def test_advice_on_noisy_batches(device: torch.device) -> None:
     assert f"+- {report.spread:.2g}" in str(report)
 
 
-def test_rank_and_the_classes_that_are_alike(device: torch.device) -> None:
+def test_rank_and_the_classes_that_are_similar(device: torch.device) -> None:
     batch = problem(300, 6, dtype=torch.float64)
     logits = batch.logits.clone()
     pair = (batch.target == 1) | (batch.target == 4)
@@ -512,7 +512,7 @@ def test_advice_on_one_class(engine: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_advice_on_probabilities_in_the_place_of_logits(engine: str, device: torch.device, dtype: torch.dtype) -> None:
+def test_advice_on_probabilities_in_place_of_logits(engine: str, device: torch.device, dtype: torch.dtype) -> None:
     batch = problem(400, 5, weighted=True).to(device=device)
     assert batch.sample_weight is not None
     probs = batch.logits.softmax(1).to(dtype)
@@ -525,7 +525,7 @@ def test_advice_on_probabilities_in_the_place_of_logits(engine: str, device: tor
     assert "input='probs'" not in advice(some, batch.target, **options)
 
 
-def test_advice_on_logits_in_the_place_of_probabilities(engine: str, device: torch.device) -> None:
+def test_advice_on_logits_in_place_of_probabilities(engine: str, device: torch.device) -> None:
     batch = problem(400, 5).to(device=device)
     for rows in (batch.logits, batch.logits.sigmoid()):
         words = advice(rows, batch.target, input="probs", engine=engine)
@@ -533,7 +533,7 @@ def test_advice_on_logits_in_the_place_of_probabilities(engine: str, device: tor
         assert "leave out input" in words
 
 
-def test_advice_on_several_labels_a_sample(engine: str, device: torch.device) -> None:
+def test_advice_on_several_labels_per_sample(engine: str, device: torch.device) -> None:
     batch = problem(400, 5).to(device=device)
     labels = torch.nn.functional.one_hot(batch.target, 5).float()
     labels[:100, 0] = 1

@@ -183,7 +183,7 @@ def test_weights_that_require_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_probabilities_in_the_place_of_logits_are_noticed(dtype: torch.dtype) -> None:
+def test_probabilities_in_place_of_logits_are_noticed(dtype: torch.dtype) -> None:
     batch = problem(200, 6)
     probs = batch.logits.softmax(1).to(dtype)
     target = batch.target.clone()
@@ -203,7 +203,7 @@ def test_probabilities_in_the_place_of_logits_are_noticed(dtype: torch.dtype) ->
     assert right.compute().item() == pytest.approx(logits.compute().item(), rel=0.02)
 
 
-def test_logits_in_the_place_of_probabilities_are_an_error() -> None:
+def test_logits_in_place_of_probabilities_are_an_error() -> None:
     batch = problem(200, 6)
     metric = DMI(6, input="probs")
     for rows in (batch.logits, batch.logits.sigmoid()):

@@ -98,7 +98,7 @@ def test_is_the_definition(engine: str, device: torch.device, momentum: float, b
         assert criterion.average_steps.item() == step
 
 
-def test_momentum_zero_is_the_batch_by_itself(engine: str, device: torch.device) -> None:
+def test_momentum_zero_is_the_batch_alone(engine: str, device: torch.device) -> None:
     criterion = DMILoss(6, momentum=0.0, engine=engine).to(device)
     for batch in several(3):
         here = batch.to(torch.float32, device)
@@ -395,7 +395,7 @@ def test_meta_device_and_back() -> None:
     assert criterion(batch.logits, batch.target).item() == pytest.approx(dmi_loss(batch.logits, batch.target).item(), rel=1e-6)
 
 
-def test_copies_states_and_files_go_on_alike() -> None:
+def test_copies_states_and_files_continue_identically() -> None:
     first, second = several(2)
     criterion = DMILoss(6, momentum=0.9)
     criterion(first.logits, first.target)

@@ -166,7 +166,7 @@ def test_a_class_that_leaves_the_average(engine: str, device: torch.device) -> N
     assert absent_since is not None
 
 
-def test_rows_that_do_not_count_do_not_tell(engine: str, device: torch.device) -> None:
+def test_rows_that_do_not_count_say_nothing_about_classes(engine: str, device: torch.device) -> None:
     batch = problem(60, 5, absent=(4,), dtype=torch.float64).to(device=device)
     soft = smoothed(batch, 0.1).target
     soft[:6] = torch.eye(5, dtype=torch.float64, device=device)[4]  # the only samples of class 4, of weight 0

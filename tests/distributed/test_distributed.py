@@ -214,7 +214,7 @@ def test_calibration_scores_and_reports(pool: Pool) -> None:
         ("state", "the number of classes differs: rank 0: 4 classes, rank 1: 5"),
     ],
 )
-def test_ranks_that_want_different_things_are_told_so(pool: Pool, kind: str, message: str) -> None:
+def test_ranks_with_different_settings_get_an_error(pool: Pool, kind: str, message: str) -> None:
     """On every rank; afterwards the group still works."""
     for rank, (first, then) in enumerate(pool.run(2, cases.mismatch, kind)):
         assert message in first

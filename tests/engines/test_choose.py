@@ -161,7 +161,7 @@ def test_explain_runs_nothing(engine: str | None, soft: bool) -> None:
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=["float16", "float32", "float64"])
 @pytest.mark.parametrize(("rows", "classes"), [(64, 10), (100_000, 10), (100, 150), (3000, 150)])
-def test_explain_tells_what_runs(rows: int, classes: int, dtype: torch.dtype, soft: bool) -> None:
+def test_explain_reports_what_runs(rows: int, classes: int, dtype: torch.dtype, soft: bool) -> None:
     """The ops that run are those of the plan."""
     batch = problem(rows, classes, soft=soft, dtype=dtype)
     logits = batch.leaf()

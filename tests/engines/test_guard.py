@@ -134,7 +134,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("op", "fault", "batch", "words"), FAULTS)
-def test_a_fault_is_found_told_once_and_remembered(engine: Engine, op: str, fault: Any, batch: Problem, words: str) -> None:
+def test_a_fault_is_found_reported_once_and_remembered(engine: Engine, op: str, fault: Any, batch: Problem, words: str) -> None:
     engine.break_op(op, fault)
     if op in ("joint", "logdet_inverse"):  # reached when the op before is refused, or through stages
         engine.break_op("loss_forward", refuse("cooperative launch"))
@@ -255,7 +255,7 @@ def test_nothing_is_checked_while_a_graph_is_traced(engine: Engine) -> None:
     assert not guard.refused
 
 
-def test_explain_tells_what_is_not_used(engine: Engine) -> None:
+def test_explain_reports_what_is_not_used(engine: Engine) -> None:
     engine.break_op("fused", refuse("cluster launch"))
     with pytest.warns(UserWarning, match="does not use a kernel"):
         assert_right(SMALL)

@@ -150,7 +150,7 @@ def test_the_current_stream_is_the_one_that_is_used(engine: str, device: torch.d
 
 
 @pytest.mark.parametrize(("n", "classes"), SHAPES)
-def test_bitwise_the_same_beside_other_work(engine: str, device: torch.device, n: int, classes: int) -> None:
+def test_bitwise_the_same_next_to_other_work(engine: str, device: torch.device, n: int, classes: int) -> None:
     """The bits are the same whatever else the GPU does and in whatever order blocks run."""
     batch = problem(n, classes, weighted=True).to(device=device)
     _, step = stepper(batch, engine)

@@ -97,7 +97,7 @@ def test_an_sdist_needs_no_torch(bare: Path, tree: Path, tmp_path: Path, native:
 
 
 @pytest.mark.parametrize(("version", "enough"), [("2.9.1+cpu", False), ("2.10.0", True), ("2.14.1+cu130", True), ("3.0.0a0", True)])
-def test_an_old_torch_is_none(bare: Path, tree: Path, version: str, enough: bool) -> None:
+def test_an_old_torch_counts_as_none(bare: Path, tree: Path, version: str, enough: bool) -> None:
     """The headers of torch before 2.10 lack declarations that the module needs: the build requires a newer torch."""
     pretend_torch(bare, version)
     done = run(bare, "-c", REQUIREMENTS, cwd=tree)

@@ -105,7 +105,7 @@ def test_without_a_compiler(tree: Path, tmp_path: Path) -> None:
     assert "LDMI_FAST_NATIVE=1, but no C++ compiler found" in refused.stdout + refused.stderr
 
 
-def test_without_a_compiler_it_is_seen_without_asking(tree: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_the_user_sees_it(tree: Path, tmp_path: Path) -> None:
     """Without a terminal, pip prints only the name of the wheel; then the first call warns, once."""
     empty = tmp_path / "bin"
     empty.mkdir()
@@ -125,7 +125,7 @@ def test_without_a_compiler_it_is_seen_without_asking(tree: Path, tmp_path: Path
     assert "UserWarning" not in silenced.stderr
 
 
-def test_a_compiler_that_cannot(tree: Path, tmp_path: Path) -> None:
+def test_a_compiler_that_is_too_old(tree: Path, tmp_path: Path) -> None:
     """A compiler that is too old is detected by a small program, before the build."""
     old = tmp_path / "bin" / "oldcc"
     old.parent.mkdir()
