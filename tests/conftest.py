@@ -11,16 +11,16 @@ import torch
 from ldmi_fast.engines.choose import available
 from ldmi_fast.engines.triton.engine import INTERPRET_VARIABLE
 
-# cuBLAS reads it once; without it torch refuses matrix products where deterministic algorithms are asked for.
+# cuBLAS reads this once. Without it torch refuses matrix products under deterministic algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# A kernel that is wrong is to fail its test, and not to be replaced by one that is right: tests/engines/test_guard.py turns this on.
+# A wrong kernel has to fail its test instead of being replaced by a right one. tests/engines/test_guard.py turns the check on.
 os.environ.setdefault("LDMI_FAST_VERIFY", "0")
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 PLACES = [(name, device) for device in DEVICES for name, reason in available(device).items() if not reason]
 if os.environ.get(INTERPRET_VARIABLE) == "1":
-    PLACES = [("triton", "cpu")]  # a run of its own (tests/engines/triton): the other engines have theirs
+    PLACES = [("triton", "cpu")]  # a separate run (tests/engines/triton) of this engine alone
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
@@ -38,15 +38,15 @@ def engine(place: tuple[str, str]) -> str:
 
 @pytest.fixture
 def device(place: tuple[str, str]) -> torch.device:
-    """Where the tensors of a test with this engine live."""
+    """The device of the tensors of a test with this engine."""
     return torch.device(place[1])
 
 
 @pytest.fixture(autouse=True)
 def _composite_repeats_itself(request: pytest.FixtureRequest) -> Iterator[None]:
-    """composite sums as torch does, on a GPU in an order that varies unless torch is told otherwise; tests compare bits."""
+    """Make composite deterministic on a GPU, where torch otherwise adds in an order that varies: tests compare bits."""
     names = request.fixturenames
-    composite = "device" in names and "engine" not in names  # tests of the ops hold them against it
+    composite = "device" in names and "engine" not in names  # tests of the ops compare them with it
     if "place" in names:
         composite = request.getfixturevalue("place") == ("composite", "cuda")
     if not composite or not torch.cuda.is_available():

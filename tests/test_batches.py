@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmi_fast import DMILoss, JointState, dmi_score
-from tests.problems import problem
+from tests.support.problems import problem
 
 BATCH = problem(60, 4)
 WEIGHT = torch.linspace(0, 1, 60)
@@ -19,7 +19,7 @@ WEIGHT = torch.linspace(0, 1, 60)
 
 @dataclass
 class Output:
-    """As Hugging Face's ModelOutput, which is a dict besides."""
+    """Like Hugging Face's ModelOutput, which is also a dict."""
 
     logits: Tensor
     loss: Tensor | None = None
@@ -60,7 +60,7 @@ def test_mappings(kind: Any, name: str) -> None:
 
 
 def test_tokens_have_their_classes_last() -> None:
-    """As the loss of Hugging Face's Trainer takes them: token classification calibrates, and has a score."""
+    """In the layout of the loss of Hugging Face's Trainer: token classification can be calibrated, and scored."""
     logits, target = BATCH.logits.reshape(6, 10, 4), BATCH.target.reshape(6, 10)
     soft = nn.functional.one_hot(target, 4).float()
     for labels in (target, soft):
@@ -150,7 +150,7 @@ def test_other_batches_are_named(batch: Any, error: type[Exception], message: st
         DMILoss(4, momentum=0.9).calibrate([batch], lambda x: x)
 
 
-def test_nothing_to_see_is_on_the_device_of_the_model() -> None:
+def test_no_data_gives_a_result_on_the_device_of_the_model() -> None:
     model = nn.Linear(3, 4, device="meta")
     assert JointState(4).update_from([], model).sums.S.device.type == "meta"
     assert JointState(4, device="cpu").update_from([], model).sums.S.device.type == "cpu"

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ldmi_fast import DMILoss, dmi_loss, joint_matrix
-from tests.compare import Result, assert_gradient, assert_matches, budget
-from tests.problems import Problem, problem
+from tests.support.compare import DERIVATIVE, REORDERED, SECOND_DERIVATIVE, Result, assert_gradient, assert_matches, budget
+from tests.support.problems import Problem, as_array, gradient_of, problem
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_one_graph_of_static_shape(engine: str, device: torch.device, build: dic
 
 @pytest.mark.parametrize("classes", [pytest.param(6, id="few-classes"), pytest.param(70, id="many-classes")])
 def test_one_graph_for_all_batch_sizes(engine: str, device: torch.device, classes: int) -> None:
-    """Dynamic shapes: also across the size at which a compiled engine changes its ways, without compiling again."""
+    """Dynamic shapes: also across the size at which a compiled engine changes its algorithm, without compiling again."""
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
@@ -66,7 +66,7 @@ def test_one_graph_for_all_batch_sizes(engine: str, device: torch.device, classe
     before = counter.frame_count
     for n in (101, 257, 4000):
         check(run, problem(n, classes), device)
-    assert counter.frame_count - before <= 1, "one more graph at the most, where an engine changes its ways"
+    assert counter.frame_count - before <= 1, "at most one more graph, where an engine changes its algorithm"
 
 
 def test_extra_dimensions_under_compile(engine: str, device: torch.device) -> None:
@@ -159,7 +159,7 @@ def test_compile_of_vmap_is_right_or_refused(engine: str, device: torch.device) 
             raise
         return
     expected = torch.tensor([batch.answer().loss for batch in batches], dtype=torch.float64, device=device)
-    assert torch.allclose(values, expected, rtol=1e-12, atol=0)
+    assert torch.allclose(values, expected, rtol=REORDERED, atol=0)
 
 
 def test_double_backward_through_a_compiled_loss_is_right_or_refused(engine: str, device: torch.device) -> None:
@@ -183,7 +183,7 @@ def test_double_backward_through_a_compiled_loss_is_right_or_refused(engine: str
         if "double backward" not in str(error) and "does not require grad" not in str(error):
             raise
         return
-    assert torch.allclose(ours, expected, rtol=1e-9)
+    assert_gradient("second derivative", ours, as_array(expected), SECOND_DERIVATIVE)
 
 
 def test_two_backwards_through_a_compiled_loss(engine: str, device: torch.device) -> None:
@@ -215,9 +215,9 @@ def test_fp64_under_compile(engine: str, device: torch.device) -> None:
         logits = batch.leaf()
         loss = wrap(lambda z, y: dmi_loss(z, y, sample_weight=batch.sample_weight, engine=engine))(logits, batch.target)
         loss.backward()
-        results.append((loss.detach(), logits.grad))
-    assert torch.allclose(results[0][0], results[1][0], rtol=1e-13)
-    assert torch.allclose(results[0][1], results[1][1], rtol=1e-12)
+        results.append((loss.detach(), gradient_of(logits)))
+    assert torch.allclose(results[0][0], results[1][0], rtol=REORDERED, atol=0)
+    assert_gradient("gradient", results[1][1], as_array(results[0][1]), DERIVATIVE)
 
 
 def test_joint_matrix_under_compile(engine: str, device: torch.device) -> None:
@@ -228,6 +228,6 @@ def test_joint_matrix_under_compile(engine: str, device: torch.device) -> None:
         logits = batch.leaf()
         joint = wrap(lambda z, y: joint_matrix(z, y, sample_weight=batch.sample_weight, engine=engine))(logits, *arguments)
         joint.square().sum().backward()
-        results.append((joint.detach(), logits.grad))
-    assert torch.allclose(results[0][0], results[1][0], rtol=1e-13)
-    assert torch.allclose(results[0][1], results[1][1], rtol=1e-12)
+        results.append((joint.detach(), gradient_of(logits)))
+    assert torch.allclose(results[0][0], results[1][0], rtol=REORDERED, atol=0)
+    assert_gradient("gradient", results[1][1], as_array(results[0][1]), DERIVATIVE)

@@ -1,4 +1,4 @@
-"""joint_matrix, diagnose and explain: what they return, and that their words fit the batch."""
+"""joint_matrix, diagnose and explain: what they return, and that their advice fits the batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import ldmi_fast
 from ldmi_fast import JointReport, Plan, diagnose, dmi_loss, explain, joint_matrix
-from tests.compare import loss_dtype
-from tests.problems import Problem, as_array, conditioned, problem
+from tests.support.compare import DERIVATIVE, EXACT, REORDERED, loss_dtype
+from tests.support.problems import Problem, as_array, conditioned, gradient_of, problem
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -36,9 +36,8 @@ def test_joint_matrix_values(engine: str, device: torch.device, n: int, classes:
     batch = problem(n, classes, soft=soft, weighted=True, dtype=dtype)
     here = batch.to(device=device)
     exact = batch.answer().joint
-    assert batch.sample_weight is not None
-    total = batch.sample_weight.double().sum().item()
-    allowed = {"rtol": 2e-6 if loss_dtype(dtype) == torch.float32 else 1e-13, "atol": 0}
+    total = batch.weight.double().sum().item()
+    allowed: dict[str, Any] = {"rtol": 2e-6 if loss_dtype(dtype) == torch.float32 else REORDERED, "atol": 0}
     joint = joint_matrix(here.logits, here.target, sample_weight=here.sample_weight, engine=engine)
     assert joint.shape == (classes, classes)
     assert joint.dtype == loss_dtype(dtype)
@@ -91,9 +90,9 @@ def test_a_loss_of_ones_own_on_the_joint_matrix(engine: str, device: torch.devic
         logits = batch.leaf()
         loss = build(logits)
         loss.backward()
-        results.append((loss.item(), logits.grad))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
-    assert torch.allclose(results[0][1], results[1][1], rtol=1e-9, atol=1e-13)
+        results.append((loss.item(), gradient_of(logits)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=REORDERED)
+    assert torch.allclose(results[0][1], results[1][1], rtol=DERIVATIVE, atol=EXACT)
 
 
 def test_joint_matrix_edge_cases(engine: str, device: torch.device) -> None:
@@ -131,15 +130,15 @@ def test_report_numbers(engine: str, device: torch.device, kind: str) -> None:
     report = diagnose(here.logits, here.target, sample_weight=here.sample_weight, engine=engine, **options)
     answer = batch.answer(**options)
     assert isinstance(report, JointReport)
-    assert report.loss == pytest.approx(answer.loss, rel=1e-12)
-    assert report.log_abs_det == pytest.approx(answer.log_abs_det, rel=1e-12)
+    assert report.loss == pytest.approx(answer.loss, rel=REORDERED)
+    assert report.log_abs_det == pytest.approx(answer.log_abs_det, rel=REORDERED)
     assert report.sign == answer.sign
     assert isinstance(report.sign, int)
-    assert report.condition_number == pytest.approx(answer.cond, rel=1e-9)
+    assert report.condition_number == pytest.approx(answer.cond, rel=DERIVATIVE)
     assert report.counts.shape == (14,)
     assert report.counts.dtype == torch.float64
     assert report.counts.device.type == "cpu"
-    np.testing.assert_allclose(as_array(report.counts), answer.counts, rtol=1e-12, atol=0)
+    np.testing.assert_allclose(as_array(report.counts), answer.counts, rtol=EXACT, atol=0)
     assert report.absent_classes == answer.absent
     assert report.num_absent == len(answer.absent)
     assert report.kept == answer.kept
@@ -316,7 +315,7 @@ def test_advice_on_noisy_batches(device: torch.device) -> None:
     assert f"+- {report.spread:.2g}" in str(report)
 
 
-def test_rank_and_the_classes_that_are_alike(device: torch.device) -> None:
+def test_rank_and_the_classes_that_are_similar(device: torch.device) -> None:
     batch = problem(300, 6, dtype=torch.float64)
     logits = batch.logits.clone()
     pair = (batch.target == 1) | (batch.target == 4)
@@ -356,12 +355,13 @@ def test_a_batch_and_the_average(device: torch.device) -> None:
     before = criterion.average_joint.clone()
     reports = [criterion.diagnose(*batch) for batch in batches[50:]]
     assert torch.equal(criterion.average_joint, before)
+    assert criterion.average is not None
     B = criterion.average.mean()[0]
     for report in reports:
         assert report.average is not None
         assert report.average.steps == 50
         assert report.average.kept == 5
-        assert report.average.log_abs_det == pytest.approx(torch.linalg.slogdet(B)[1].item(), rel=1e-10)
+        assert report.average.log_abs_det == pytest.approx(torch.linalg.slogdet(B)[1].item(), rel=REORDERED)
         assert report.average.spread == pytest.approx(report.spread * math.sqrt(0.1 / 1.9))
     drifts = [report.average.drift for report in reports if report.average is not None]
     # this batch's noise and B's own: the root of 1 + 0.1 / 1.9
@@ -408,7 +408,7 @@ def test_smoothed_targets_of_a_class_that_is_missing(engine: str, device: torch.
 
 
 def test_smoothed_targets_of_some_classes_that_are_missing(engine: str, device: torch.device) -> None:
-    """Beside one whose targets are 0: the two kinds are told apart."""
+    """Together with a class whose targets are 0: the report distinguishes the two kinds."""
     batch = problem(300, 8, absent=(2, 5, 7))
     target = smoothed(batch.target, 8)
     target[:, 7] = 0
@@ -423,7 +423,7 @@ def test_smoothed_targets_of_some_classes_that_are_missing(engine: str, device: 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_mixed_targets_of_a_class_that_is_missing(engine: str, device: torch.device, dtype: torch.dtype) -> None:
-    """A mixing that differs from class to class: no column is constant, and yet the targets lack a rank."""
+    """A mixing that differs between classes: no column is constant, but the rank of the targets is too low by one."""
     batch = problem(576, 6, absent=(3,), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     mixing = torch.eye(6, dtype=torch.float64) + 0.3 * torch.rand(6, 6, generator=generator, dtype=torch.float64)
@@ -446,20 +446,20 @@ def test_strict_names_the_cause_alone(engine: str, device: torch.device) -> None
 
 
 def test_a_class_of_next_to_no_weight_is_absent(engine: str, device: torch.device) -> None:
-    """As to the loss."""
+    """The report and the loss agree on that."""
     batch = problem(300, 6, dtype=torch.float64).to(device=device)
     weight = torch.where(batch.target == 4, 1e-14, 1.0).double()
     report = diagnose(batch.logits, batch.target, sample_weight=weight, engine=engine)
     without = diagnose(batch.logits, batch.target, sample_weight=(weight == 1).double(), engine=engine)
     assert report.absent_classes == without.absent_classes == [4]
     assert report.kept == without.kept == 5
-    assert report.log_abs_det == pytest.approx(without.log_abs_det, rel=1e-9)
+    assert report.log_abs_det == pytest.approx(without.log_abs_det, rel=REORDERED)
     assert report.log_abs_det == pytest.approx(-dmi_loss(batch.logits, batch.target, sample_weight=weight, engine=engine).item())
 
 
 @pytest.mark.parametrize("share", [1e-14, 1e-300, 1e-320, 0.0])
 def test_the_average_is_that_of_the_loss(engine: str, device: torch.device, share: float) -> None:
-    """Also where a class left the data long ago."""
+    """Also when a class left the data long ago."""
     batch = problem(300, 6, dtype=torch.float64).to(device=device)
     criterion = ldmi_fast.DMILoss(6, momentum=0.9, engine=engine).to(device)
     criterion.calibrate([(batch.logits, batch.target)], lambda x: x)
@@ -470,7 +470,7 @@ def test_the_average_is_that_of_the_loss(engine: str, device: torch.device, shar
     assert report.average is not None
     assert (report.average.kept, report.average.sign) == (5, 1)
     rest = criterion.average_joint[:5, :5]
-    assert report.average.log_abs_det == pytest.approx(torch.linalg.slogdet(rest)[1].item(), rel=1e-9)
+    assert report.average.log_abs_det == pytest.approx(torch.linalg.slogdet(rest)[1].item(), rel=REORDERED)
 
 
 def test_an_average_that_is_elsewhere() -> None:
@@ -512,7 +512,7 @@ def test_advice_on_one_class(engine: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_advice_on_probabilities_in_the_place_of_logits(engine: str, device: torch.device, dtype: torch.dtype) -> None:
+def test_advice_on_probabilities_in_place_of_logits(engine: str, device: torch.device, dtype: torch.dtype) -> None:
     batch = problem(400, 5, weighted=True).to(device=device)
     assert batch.sample_weight is not None
     probs = batch.logits.softmax(1).to(dtype)
@@ -525,7 +525,7 @@ def test_advice_on_probabilities_in_the_place_of_logits(engine: str, device: tor
     assert "input='probs'" not in advice(some, batch.target, **options)
 
 
-def test_advice_on_logits_in_the_place_of_probabilities(engine: str, device: torch.device) -> None:
+def test_advice_on_logits_in_place_of_probabilities(engine: str, device: torch.device) -> None:
     batch = problem(400, 5).to(device=device)
     for rows in (batch.logits, batch.logits.sigmoid()):
         words = advice(rows, batch.target, input="probs", engine=engine)
@@ -533,7 +533,7 @@ def test_advice_on_logits_in_the_place_of_probabilities(engine: str, device: tor
         assert "leave out input" in words
 
 
-def test_advice_on_several_labels_a_sample(engine: str, device: torch.device) -> None:
+def test_advice_on_several_labels_per_sample(engine: str, device: torch.device) -> None:
     batch = problem(400, 5).to(device=device)
     labels = torch.nn.functional.one_hot(batch.target, 5).float()
     labels[:100, 0] = 1
@@ -549,7 +549,8 @@ def test_advice_on_several_labels_a_sample(engine: str, device: torch.device) ->
 
 
 def test_advice_on_negative_targets(device: torch.device) -> None:
-    """Of one class: the loss of the others is a number. On the CPU it is an error, elsewhere that would wait for the device."""
+    """The targets of one class are negative: the loss of the others is a number. This is an error only on the CPU: elsewhere the check
+    would wait for the device."""
     batch = problem(400, 5).to(device=device)
     labels = torch.nn.functional.one_hot(batch.target, 5).double()
     labels[:, 2] *= -1

@@ -1,4 +1,4 @@
-"""The documents keep their word: their examples run and print what they say, their links and commands exist."""
+"""The documents are right: their examples run and print what the text says, their links and commands exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOCUMENTS = [
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 GPU_RESULTS = sorted((ROOT / "bench" / "results").glob("gpu-*/summary.json"))
-# Says of the tests that they passed, all of them.
+# A claim that all tests passed.
 ALL_PASSED = re.compile(r"\b(?:pass(?:es|ed)?|passing) (?:(?:the|its|their|all|every one of) )*tests?\b")
 
 
@@ -42,7 +42,7 @@ def prose(document: Path) -> str:
 
 
 def anchors(document: Path) -> set[str]:
-    """The anchors of a document's headings, as GitHub and its kin make them."""
+    """The anchors of a document's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", prose(document), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
@@ -52,7 +52,7 @@ def test_examples_run_and_print_what_they_say(
     document: Path, line: int, source: str, expected: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small matrices are slower on several threads, very much so on a busy machine
+    torch.set_num_threads(1)  # small matrices are slower on several threads, and much slower on a busy machine
     try:
         # the blank lines make a traceback show the document's line numbers
         exec(compile("\n" * (line - 1) + source, str(document), "exec"), {"__name__": "__example__"})
@@ -96,6 +96,7 @@ def test_readme_has_the_whole_api() -> None:
     missing = [name for name in ldmi_fast.__all__ if not name.startswith("_") and name not in text]
     assert not missing, f"README.md does not name {missing}"
     options = ldmi_fast.DMILoss.__init__.__kwdefaults__
+    assert options
     for option, default in options.items():
         row = re.search(rf"^\| `{option}` \| (.*?) \|", text, flags=re.MULTILINE)
         assert row, f"README.md has no row for the option {option}"
@@ -109,11 +110,11 @@ def test_changelog_has_this_version() -> None:
     assert re.search(rf"^## \[{re.escape(ldmi_fast.__version__)}\] - ", text, flags=re.MULTILINE)
 
 
-# --- what is said of a run on a GPU is what its summary.json says --------------------------------------------------------------
+# --- what the documents say about a run on a GPU is what its summary.json says ------------------------------------------------
 
 
 def outcomes(summary: Path) -> dict[str, dict[str, int]]:
-    """Of each part that ran tests: how many passed, failed and so on, by the last line that pytest wrote."""
+    """For each part that ran tests, how many passed, failed and so on, from the last line that pytest wrote."""
     found = {}
     for part in json.loads(summary.read_text(encoding="utf-8"))["parts"]:
         counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", part["last_line"])}
@@ -129,7 +130,7 @@ def sentences(text: str) -> list[str]:
 
 
 def wrong_claims(text: str, tests: dict[str, dict[str, int]]) -> list[str]:
-    """What ``text`` says of a run on a GPU that is not so: that the tests passed though some failed, or another number."""
+    """The wrong claims of ``text`` about a run on a GPU: that all tests passed although some failed, or a wrong number."""
     failed = sum(counts.get("failed", 0) + counts.get("errors", 0) + counts.get("error", 0) for counts in tests.values())
     wrong = []
     for sentence in sentences(text):

@@ -1,4 +1,4 @@
-"""Batches with fewer samples than classes, of many classes: what they cost follows the classes that are there."""
+"""Batches of many classes with fewer samples than classes: their cost depends on the classes that occur."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmi_fast import dmi_loss, few_rows, linear_dmi_loss
-from tests.compare import assert_matches, run
-from tests.problems import Problem
+from tests.support.compare import DERIVATIVE, SECOND_DERIVATIVE, assert_matches, run
+from tests.support.problems import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_rows_that_do_not_count(engine: str, device: torch.device, ignore_index:
 def test_probabilities(engine: str, device: torch.device) -> None:
     here = batch(30, 40).to(device=device)
     here = Problem(here.logits.softmax(-1), here.target)
-    options = {"input": "probs", "cross_entropy_weight": 0.2}
+    options: dict[str, Any] = {"input": "probs", "cross_entropy_weight": 0.2}
     assert_matches(run(here, engine, **options), here.answer(**options), torch.float64)
 
 
@@ -117,11 +117,11 @@ def test_derivatives_of_the_gradient(engine: str, device: torch.device, monkeypa
 
     ours = second()
     monkeypatch.setattr(few_rows, "_LEAST_CLASSES", 1000)
-    torch.testing.assert_close(ours, second(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(ours, second(), rtol=SECOND_DERIVATIVE, atol=DERIVATIVE)
 
 
 def test_transforms(engine: str, device: torch.device) -> None:
-    """torch.func, of one batch and of several with other labels."""
+    """torch.func, for one batch and for several with different labels."""
     batches = [batch(6, 9, seed=seed).to(device=device) for seed in range(3)]
     logits, target = torch.stack([b.logits for b in batches]), torch.stack([b.target for b in batches])
 
@@ -131,11 +131,11 @@ def test_transforms(engine: str, device: torch.device) -> None:
     gradients = torch.func.vmap(torch.func.grad(loss))(logits, target)
     for b, found in zip(batches, gradients, strict=True):
         leaf = b.leaf()
-        torch.testing.assert_close(found, torch.autograd.grad(loss(leaf, b.target), leaf)[0], rtol=1e-8, atol=1e-11)
+        torch.testing.assert_close(found, torch.autograd.grad(loss(leaf, b.target), leaf)[0], rtol=DERIVATIVE, atol=DERIVATIVE)
     first = batches[0]
     hessian = torch.func.hessian(lambda z: loss(z, first.target))(first.logits)
     expected = torch.autograd.functional.hessian(lambda z: loss(z, first.target), first.logits)
-    torch.testing.assert_close(hessian, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(hessian, expected, rtol=SECOND_DERIVATIVE, atol=SECOND_DERIVATIVE)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -149,7 +149,7 @@ def test_one_graph(engine: str, device: torch.device, dynamic: bool) -> None:
         expected = dmi_loss(logits, here.target, engine=engine)
         torch.testing.assert_close(loss, expected)
         for got, want in zip(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
+            torch.testing.assert_close(got, want, rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -163,11 +163,11 @@ def test_linear(engine: str, device: torch.device, chunk: int | None, options: d
     theirs = dmi_loss(F.linear(hidden, weight), here.target, **common)
     torch.testing.assert_close(ours, theirs)
     for got, expected in zip(torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight)), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(got, expected, rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation returns."""
+    """Records the number of elements of the largest tensor that an operation returns."""
 
     elements = 0
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ldmi_fast import dmi_loss
-from tests import oracle
-from tests.compare import Result, assert_matches, run
-from tests.problems import Problem, problem
+from tests.support import oracle
+from tests.support.compare import Result, assert_matches, run
+from tests.support.problems import Problem, gradient_of, problem
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
@@ -33,19 +33,19 @@ SHAPES = [
     pytest.param(255, 8, id="8-lanes-exactly"),
     pytest.param(256, 9, id="just-over-8-lanes"),
     pytest.param(9, 10, id="one-sample-short-of-C"),
-    pytest.param(10, 10, id="one-sample-a-class"),
+    pytest.param(10, 10, id="one-sample-per-class"),
     pytest.param(256, 10, id="cifar10-batch"),
     pytest.param(256, 14, id="clothing1m-batch"),
-    pytest.param(32, 14, id="clothing1m-share-of-one-of-8-devices"),
+    pytest.param(32, 14, id="clothing1m-batch-over-8-devices"),
     pytest.param(65536, 14, id="many-rows-few-classes"),
     pytest.param(257, 16, id="16-lanes-exactly"),
     pytest.param(255, 17, id="just-over-16-lanes"),
     pytest.param(300, 31, id="just-under-a-warp-of-classes"),
     pytest.param(300, 32, id="a-warp-of-classes"),
     pytest.param(301, 33, id="just-over-a-warp-of-classes"),
-    pytest.param(400, 63, id="just-under-largest-own-elimination"),
-    pytest.param(400, 64, id="largest-own-elimination"),
-    pytest.param(401, 65, id="smallest-lapack"),
+    pytest.param(400, 63, id="just-under-64-classes"),
+    pytest.param(400, 64, id="64-classes"),
+    pytest.param(401, 65, id="just-over-64-classes"),
     pytest.param(1024, 100, id="cifar100-batch"),
     pytest.param(64, 100, id="fewer-samples-than-classes"),
     pytest.param(777, 128, id="power-of-two-classes"),
@@ -76,7 +76,7 @@ OPTIONS: list[Any] = [
     pytest.param({"weighted": True}, {"normalize": False, "eps": 1e-3}, id="published-on-weighted-counts"),
     pytest.param({}, {"eps": 1e-3}, id="eps-far-above-the-determinant"),
     pytest.param({}, {"normalize": False, "eps": 1e-3}, id="eps-far-below-the-determinant"),
-    pytest.param({}, {"eps": 1e-19}, id="eps-about-the-determinant"),
+    pytest.param({}, {"eps": 1e-19}, id="eps-near-the-determinant"),
     pytest.param({}, {"cross_entropy_weight": 0.5}, id="ce"),
     pytest.param({"weighted": True}, {"cross_entropy_weight": 3.0, "normalize": False}, id="weighted-counts-ce"),
     pytest.param({"soft": True, "weighted": True}, {"cross_entropy_weight": 0.5, "eps": 1e-3}, id="soft-weighted-ce-eps"),
@@ -99,7 +99,7 @@ def test_every_option(
 ) -> None:
     batch = problem(203, 14, dtype=dtype, **build)
     if input == "probs":
-        # Not quite normalised, as a product of experts might be: taken as they are.
+        # Not quite normalised, as a product of experts might be: the loss takes them as they are.
         batch = Problem(0.9 * batch.logits.softmax(1), batch.target, batch.sample_weight)
     answer = batch.answer(input=input, **options)
     assert_matches(run(batch.to(device=device), engine, input=input, **options), answer, dtype)
@@ -182,7 +182,7 @@ def test_memory_layouts(engine: str, device: torch.device, kind: str, soft: bool
 
 
 def test_expanded_rows_and_weights(engine: str, device: torch.device) -> None:
-    """Stride 0: the same rows four times over, one weight for all."""
+    """Stride 0: the same rows four times, one weight for all."""
     small = problem(40, 6).to(device=device)
     logits = small.leaf()
     weight = torch.full((), 0.5, device=device).expand(40, 4)
@@ -193,7 +193,7 @@ def test_expanded_rows_and_weights(engine: str, device: torch.device) -> None:
         engine=engine,
     )
     loss.backward()
-    assert_matches(Result(loss.detach(), logits.grad, None), small.answer(), torch.float32)
+    assert_matches(Result(loss.detach(), gradient_of(logits), None), small.answer(), torch.float32)
 
 
 def test_negated_views(engine: str, device: torch.device) -> None:
@@ -211,7 +211,7 @@ def test_negated_views(engine: str, device: torch.device) -> None:
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
 def test_extra_dimensions(engine: str, device: torch.device, soft: bool, layout: torch.memory_format) -> None:
-    """Segmentation: logits (N, C, H, W), a label or a distribution a pixel."""
+    """Segmentation: logits (N, C, H, W), one label or one distribution per pixel."""
     flat = problem(2 * 5 * 7, 6, soft=soft, weighted=True)
     assert flat.sample_weight is not None
     logits = flat.logits.view(2, 5, 7, 6).permute(0, 3, 1, 2).contiguous(memory_format=layout)
@@ -255,14 +255,14 @@ def _all_equal() -> Problem:
 
 
 def _same_row_everywhere(weighted: bool) -> Problem:
-    """A collapsed model: every sample gets the same prediction, which is not a round number."""
+    """A collapsed model: every sample gets the same prediction, whose entries are not round numbers."""
     batch = labels14()
     logits = batch.logits[:1].expand(203, 14).contiguous()
     return Problem(logits, batch.target, batch.sample_weight if weighted else None)
 
 
 def _twins() -> Problem:
-    """Classes 3 and 8 get the same predictions, met in another order."""
+    """Classes 3 and 8 get the same predictions, in another order."""
     labels = torch.arange(210) % 14
     logits = problem(210, 14).logits
     logits[labels == 8] = logits[labels == 3].flip(0)
@@ -505,6 +505,6 @@ def batches(draw: st.DrawFn) -> tuple[Problem, dict[str, Any]]:
 def test_any_combination(engine: str, device: torch.device, drawn: tuple[Problem, dict[str, Any]]) -> None:
     batch, options = drawn
     answer = batch.answer(**options)
-    # Few rows and many classes can be all but singular by chance: a matter of rounding, not of options.
+    # A batch of few rows and many classes can be nearly singular by chance: then rounding decides, not the options.
     hypothesis.assume(not math.isfinite(answer.cond) or answer.cond < 1e6)
     assert_matches(run(batch.to(device=device), engine, **options), answer, batch.logits.dtype)

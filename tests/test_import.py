@@ -1,4 +1,4 @@
-"""What importing the package needs and says: torch, its version, and compiled kernels."""
+"""Importing the package: which torch it needs, and what it reports about torch and compiled kernels."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def pure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_told", False)
 
 
-def test_no_kernels_are_told_once(pure: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_kernels_are_reported_once(pure: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     with pytest.warns(UserWarning, match=r"without compiled kernels, 10 to 20 times slower.*no C\+\+ compiler found") as caught:
         ops.warn_if_slow()
@@ -77,14 +77,14 @@ def test_no_kernels_are_told_once(pure: None, monkeypatch: pytest.MonkeyPatch) -
         ops.warn_if_slow()
 
 
-def test_no_kernels_where_there_can_be_none(pure: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_kernels_can_exist_no_reinstall_is_suggested(pure: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.warns(UserWarning, match="There are kernels for Linux only") as caught:
         ops.warn_if_slow()
     assert "reinstall" not in str(caught[0].message)
 
 
-def test_with_kernels_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_kernels_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "compiled", object())
     monkeypatch.setattr(ops, "_told", False)
     with warnings.catch_warnings():
@@ -92,7 +92,7 @@ def test_with_kernels_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.warn_if_slow()
 
 
-def test_a_graph_tells_nothing(pure: None) -> None:
+def test_a_graph_reports_nothing(pure: None) -> None:
     """A warning would break it."""
 
     @torch.compile(backend="eager", fullgraph=True)

@@ -13,7 +13,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmi_fast import dmi_loss, linear_dmi_loss
-from tests.problems import Problem, problem
+from tests.support.compare import DERIVATIVE
+from tests.support.problems import Problem, problem
 
 OPTIONS: list[Any] = [
     pytest.param({}, {}, id="hard"),
@@ -22,7 +23,7 @@ OPTIONS: list[Any] = [
     pytest.param({"absent": (2,)}, {"normalize": False}, id="absent-counts"),
     pytest.param({"soft": True}, {"absent": "strict"}, id="soft-strict"),
 ]
-#: How the rows are cut: none, one chunk; a few with a remainder; chunks smaller than the number of classes.
+#: How the rows are cut: not at all; into a few chunks with a remainder; into chunks smaller than the number of classes.
 CHUNKS = [pytest.param(None, id="one-chunk"), pytest.param(37, id="chunks"), pytest.param(5, id="small-chunks")]
 
 
@@ -58,13 +59,13 @@ def test_is_the_loss_of_the_logits(
     ours = results(linear_dmi_loss(hidden, weight, target, shift, chunk_size=chunk, **arguments), *leaves)
     theirs = results(dmi_loss(F.linear(hidden, weight, shift), target, **arguments), *leaves)
     for name, got, expected in zip(("loss", "hidden", "weight", "bias or target", "target"), ours, theirs, strict=False):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got, expected, rtol=DERIVATIVE, atol=DERIVATIVE, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_half_and_single_precision(engine: str, device: torch.device, dtype: torch.dtype, chunk: int | None) -> None:
-    """No further from the exact gradients than the materialised path in the same dtype, up to a rounding."""
+    """As close to the exact gradients as the materialised path in the same dtype, up to one rounding."""
     batch = problem(300, 7, dtype=torch.float64)
     hidden, weight, bias = layer(batch, device, dtype)
     target = batch.target.to(device)
@@ -93,7 +94,7 @@ def test_autocast(engine: str, device: torch.device) -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """The most elements that a tensor made here has."""
+    """Records the number of elements of the largest tensor that is made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("classes", [30, 400])
 def test_the_logits_are_never_there(engine: str, device: torch.device, classes: int) -> None:
-    """No tensor of N x C, nor larger than a chunk of logits, S, hidden or weight."""
+    """No tensor is N x C, nor larger than a chunk of logits, S, hidden or weight."""
     generator = torch.Generator().manual_seed(0)
     n, width, chunk = 5000, 16, 128
     hidden = torch.randn(n, width, generator=generator).to(device).requires_grad_()
@@ -131,11 +132,11 @@ def test_only_what_is_asked_for(device: torch.device, which: int) -> None:
     hidden, weight, bias, target = leaves
     ours = results(linear_dmi_loss(hidden, weight, target, bias, chunk_size=20, cross_entropy_weight=0.2), leaves[which])
     theirs = results(dmi_loss(F.linear(hidden, weight, bias), target, cross_entropy_weight=0.2), leaves[which])
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 def test_more_dimensions(device: torch.device) -> None:
-    """(batch, sequence, D), as of a language model: classes last, everywhere."""
+    """(batch, sequence, D), as in a language model: the classes are last in every argument."""
     batch = problem(60, 5, weighted=True, dtype=torch.float64)
     hidden, weight, bias = layer(batch, device)
     assert batch.sample_weight is not None
@@ -262,20 +263,21 @@ def test_hidden_rows_that_do_not_count_may_hold_anything(
         sample_weight = torch.ones(40, dtype=torch.float64, device=device)
         sample_weight[:3] = 0
     options: dict[str, Any] = {"engine": engine, "chunk_size": chunk, "cross_entropy_weight": 0.3}
+    square = lambda parts: torch.stack([part.square().sum() for part in parts]).sum()  # noqa: E731
     for order in (1, 2):
         ours = linear_dmi_loss(broken, weight, target, bias, sample_weight=sample_weight, **options)
         theirs = linear_dmi_loss(hidden[3:], weight, batch.target[3:], bias, **options)
         got = torch.autograd.grad(ours, (broken, weight, bias), create_graph=order == 2)
         expected = torch.autograd.grad(theirs, (hidden, weight, bias), create_graph=order == 2)
         if order == 2:
-            got = torch.autograd.grad(sum((part**2).sum() for part in got[1:]), (broken, weight, bias))
-            expected = torch.autograd.grad(sum((part**2).sum() for part in expected[1:]), (hidden, weight, bias))
+            got = torch.autograd.grad(square(got[1:]), (broken, weight, bias))
+            expected = torch.autograd.grad(square(expected[1:]), (hidden, weight, bias))
         assert not got[0][:3].any()
         for mine, other in zip(got, expected, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-11)
+            torch.testing.assert_close(mine, other, rtol=DERIVATIVE, atol=DERIVATIVE)
     functional = torch.func.grad(lambda w: linear_dmi_loss(broken, w, target, bias, sample_weight=sample_weight, **options))
     (expected_weight,) = torch.autograd.grad(linear_dmi_loss(hidden[3:], weight, batch.target[3:], bias, **options), weight)
-    torch.testing.assert_close(functional(weight.detach()), expected_weight, rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(functional(weight.detach()), expected_weight, rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 def test_meta_tensors(engine: str) -> None:

@@ -22,7 +22,8 @@ import torchmetrics
 
 from ldmi_fast import dmi_loss, metrics
 from ldmi_fast.metrics import DMI
-from tests.problems import problem
+from tests.support.compare import EXACT, REORDERED
+from tests.support.problems import problem
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_permuted_predictions_score_the_same_and_the_sign_tells_of_odd_ones() ->
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("convert", ["to", "parent", "set_dtype", "type", "half", "to-device-and-dtype"])
 def test_keeps_its_precision(dtype: torch.dtype, convert: str) -> None:
-    """Whatever dtype it, or the module that holds it, is converted to: before, between and after updates."""
+    """To whatever dtype it or the module that holds it is converted, before, between and after updates."""
     batch = problem(640, 10)
     expected = DMI(10)
     expected.update(batch.logits, batch.target)
@@ -100,10 +101,10 @@ def test_keeps_its_precision(dtype: torch.dtype, convert: str) -> None:
     metric.update(batch.logits[:100], batch.target[:100])
     converted()
     metric.update(batch.logits[100:], batch.target[100:])
-    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=EXACT, atol=0)
     converted()
     assert metric.compute().dtype == torch.float64  # the stored value
-    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=EXACT, atol=0)
     metric.reset()
     metric.update(batch.logits, batch.target)
     assert torch.equal(metric.compute(), expected.compute())
@@ -163,7 +164,7 @@ def test_inference_mode() -> None:
     metric.update(batch.logits[20:40], batch.target[20:40])
     with torch.inference_mode():
         metric.update(batch.logits[40:], batch.target[40:])
-    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=EXACT, atol=0)
     with torch.inference_mode():
         metric.reset()
     metric.update(batch.logits, batch.target)
@@ -181,7 +182,7 @@ def test_weights_that_require_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_probabilities_in_the_place_of_logits_are_noticed(dtype: torch.dtype) -> None:
+def test_probabilities_in_place_of_logits_are_noticed(dtype: torch.dtype) -> None:
     batch = problem(200, 6)
     probs = batch.logits.softmax(1).to(dtype)
     target = batch.target.clone()
@@ -201,7 +202,7 @@ def test_probabilities_in_the_place_of_logits_are_noticed(dtype: torch.dtype) ->
     assert right.compute().item() == pytest.approx(logits.compute().item(), rel=0.02)
 
 
-def test_logits_in_the_place_of_probabilities_are_an_error() -> None:
+def test_logits_in_place_of_probabilities_are_an_error() -> None:
     batch = problem(200, 6)
     metric = DMI(6, input="probs")
     for rows in (batch.logits, batch.logits.sigmoid()):
@@ -212,7 +213,7 @@ def test_logits_in_the_place_of_probabilities_are_an_error() -> None:
 
 
 def test_looks_at_the_first_batch_alone() -> None:
-    """``forward`` resets at every step, and must not look at every step."""
+    """``forward`` resets at every step, and still must not check every step."""
     batch = problem(60, 4)
     metric = DMI(4)
     metric(batch.logits, batch.target)
@@ -232,7 +233,7 @@ def test_the_sign_after_compute_is_that_of_the_score() -> None:
     assert metric.sign == 1
     both = DMI(5)
     both.update(torch.cat((batch.logits, batch.logits[:, [1, 0, 2, 3, 4]].repeat(3, 1))), batch.target.repeat(4))
-    torch.testing.assert_close(metric.compute(), both.compute(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(metric.compute(), both.compute(), rtol=REORDERED, atol=0)
     assert metric.sign == both.sign == -1
     metric.update(batch.logits, batch.target)
     assert metric.sign == 1
@@ -261,7 +262,8 @@ def test_bad_input() -> None:
     assert not metric.joint.any()
     with pytest.raises(ValueError, match="at least 1"):
         DMI(0)
-    for wrong in ({"logits": batch.logits}, None, [1.0]):
+    unusable: list[Any] = [{"logits": batch.logits}, None, [1.0]]
+    for wrong in unusable:
         with pytest.raises(TypeError, match="logits must be a floating point tensor, got"):
             metric.update(wrong, batch.target)
         with pytest.raises(TypeError, match="target must be an integer"):
@@ -275,7 +277,7 @@ def test_bad_input() -> None:
 
 
 def test_numbers_of_numpy() -> None:
-    metric = DMI(np.int64(5), ignore_index=np.int16(-1))
+    metric = DMI(np.int64(5), ignore_index=np.int16(-1))  # type: ignore[arg-type]
     assert type(metric.num_classes) is int
     assert metric.joint.shape == (5, 5)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ldmi_fast import DMILoss, dmi_loss
-from tests.compare import loss_dtype
-from tests.problems import Problem, problem
+from tests.support.compare import loss_dtype
+from tests.support.problems import Problem, problem
 
 OPTION_SETS: list[dict[str, Any]] = [
     {},
@@ -48,7 +48,7 @@ def test_probabilities(engine: str, device: torch.device) -> None:
 
 
 def test_trains(engine: str, device: torch.device) -> None:
-    """A linear model on labels of which 40% moved to the next class: the loss falls, and the true classes are found."""
+    """A linear model on labels of which 40% moved to the next class: the loss falls, and the model finds the true classes."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.arange(900) % 3
     features = torch.nn.functional.one_hot(clean, 3) + 0.3 * torch.randn(900, 3, generator=generator)
@@ -131,7 +131,7 @@ def test_target_and_weight_by_keyword() -> None:
 
 
 def test_what_libraries_look_for() -> None:
-    """fastai calls activation and decodes for predictions, and asks for a reduction that there cannot be."""
+    """fastai calls activation and decodes for predictions, and asks for a reduction that this loss cannot have."""
     logits = torch.randn(6, 4, 5)
     criterion = DMILoss(4)
     torch.testing.assert_close(criterion.activation(logits), logits.softmax(1))

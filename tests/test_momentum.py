@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ldmi_fast import DMILoss, dmi_loss, joint_matrix
-from tests.compare import assert_gradient, loss_dtype
-from tests.problems import Problem, as_array, problem
+from tests.support.compare import DERIVATIVE, EXACT, REORDERED, SECOND_DERIVATIVE, assert_gradient, loss_dtype
+from tests.support.problems import Problem, as_array, gradient_of, problem
 
 STATE = ("average_joint", "average_counts", "average_weight", "average_steps")
 
@@ -26,11 +26,19 @@ def several(count: int, n: int = 60, classes: int = 6, **build: Any) -> list[Pro
     return [problem(n, classes, seed=seed, dtype=torch.float64, **build) for seed in range(count)]
 
 
+def mean_of(criterion: DMILoss) -> tuple[Tensor, Tensor]:
+    """B and the class shares of a criterion that has an average."""
+    assert criterion.average is not None
+    return criterion.average.mean()
+
+
 class Definition:
     """The average and the loss straight from the formulas, in numpy, with the class counts and W of the oracle."""
 
     def __init__(self, momentum: float) -> None:
-        self.m, self.A, self.a, self.t = momentum, 0.0, 0.0, 0
+        self.m, self.t = momentum, 0
+        self.A: Any = 0.0
+        self.a: Any = 0.0
 
     def step(self, batch: Problem, *, eps: float = 0.0, normalize: bool = True, ce: float = 0.0, **options: Any) -> tuple[float, Any]:
         answer = batch.answer(**options)
@@ -84,13 +92,13 @@ def test_is_the_definition(engine: str, device: torch.device, momentum: float, b
         logits = here.leaf()
         ours = criterion(logits, here.target, here.sample_weight)
         ours.backward()
-        assert ours.item() == pytest.approx(loss, rel=1e-11)
+        assert ours.item() == pytest.approx(loss, rel=REORDERED)
         assert logits.grad is not None
-        assert_gradient("gradient", logits.grad, grad, 1e-10)
+        assert_gradient("gradient", logits.grad, grad, DERIVATIVE)
         assert criterion.average_steps.item() == step
 
 
-def test_momentum_zero_is_the_batch_by_itself(engine: str, device: torch.device) -> None:
+def test_momentum_zero_is_the_batch_alone(engine: str, device: torch.device) -> None:
     criterion = DMILoss(6, momentum=0.0, engine=engine).to(device)
     for batch in several(3):
         here = batch.to(torch.float32, device)
@@ -111,7 +119,7 @@ def test_dtypes(engine: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def test_fewer_samples_than_classes(engine: str, device: torch.device) -> None:
-    """40 classes, 16 samples a batch: after some batches every class is in the average, and the determinant is of all of them."""
+    """40 classes, 16 samples per batch: soon every class is in the average, and the determinant is that of all classes."""
     criterion = DMILoss(40, momentum=0.95, engine=engine).to(device)
     whole = problem(16 * 30, 40, dtype=torch.float64)
     for part in range(30):
@@ -119,9 +127,9 @@ def test_fewer_samples_than_classes(engine: str, device: torch.device) -> None:
         logits = whole.logits[rows].to(device).requires_grad_()
         loss = criterion(logits, whole.target[rows].to(device))
         loss.backward()
-    B, counts = criterion.average.mean()
+    B, counts = mean_of(criterion)
     assert (counts > 0).all()
-    assert loss.item() == pytest.approx(-torch.linalg.slogdet(B)[1].item(), rel=1e-9)
+    assert loss.item() == pytest.approx(-torch.linalg.slogdet(B)[1].item(), rel=REORDERED)
     assert logits.grad is not None
     assert logits.grad.abs().sum(1).all()
 
@@ -131,15 +139,15 @@ def test_classes_that_were_never_seen_are_left_out(engine: str, device: torch.de
     for batch in several(3, absent=(2,)):
         here = batch.to(device=device)
         loss = criterion(here.logits, here.target)
-    B = criterion.average.mean()[0].cpu()
+    B = mean_of(criterion)[0].cpu()
     kept = [0, 1, 3, 4, 5]
-    assert loss.item() == pytest.approx(-torch.linalg.slogdet(B[kept][:, kept])[1].item(), rel=1e-11)
+    assert loss.item() == pytest.approx(-torch.linalg.slogdet(B[kept][:, kept])[1].item(), rel=REORDERED)
     strict = DMILoss(6, momentum=0.5, absent="strict", engine=engine).to(device)
     assert strict(here.logits, here.target).item() == torch.inf
 
 
 def test_what_does_not_enter_the_average(engine: str, device: torch.device) -> None:
-    """An evaluation, an empty batch, one that is ignored, and one with NaN; what the loss is then."""
+    """An evaluation, an empty batch, one that is ignored, and one with NaN; and which loss each of them has."""
     criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
     first, second = (batch.to(device=device) for batch in several(2))
     assert criterion(first.logits[:0], first.target[:0]).item() == 0
@@ -166,7 +174,7 @@ def test_what_does_not_enter_the_average(engine: str, device: torch.device) -> N
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 def test_nothing_enters_where_no_gradient_can_be_asked_for(engine: str, device: torch.device, off: Any) -> None:
-    """An evaluation loop that puts the model into eval mode, and not the criterion: the loss is that of the batch alone."""
+    """An evaluation loop that puts the model into eval mode but not the criterion: the loss is that of the batch alone."""
     criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
     first, second = (batch.to(device=device) for batch in several(2))
     criterion(first.leaf(), first.target)
@@ -178,7 +186,7 @@ def test_nothing_enters_where_no_gradient_can_be_asked_for(engine: str, device: 
         outputs = second.leaf() * 1.0
         # activation checkpointing does not make it training
         assert torch.equal(checkpoint(lambda z: criterion(z, second.target), outputs, use_reentrant=True), expected)
-    if outputs.is_inference():  # the loss of outputs that were made there
+    if outputs.is_inference():  # the loss of outputs that were computed there
         assert torch.equal(criterion(outputs, second.target), expected)
     for name, value in criterion.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -200,7 +208,7 @@ def test_nothing_enters_a_compiled_evaluation(engine: str, device: torch.device,
 
 
 def test_a_class_that_leaves_the_data(engine: str, device: torch.device) -> None:
-    """Its share decays; below 1e-12 of the weight it is absent, and the loss is that of the classes that are left."""
+    """Its share decays; below 1e-12 of the weight it is absent, and the loss is that of the remaining classes."""
     criterion = DMILoss(5, momentum=0.5, engine=engine).to(device)
     batch = problem(100, 5, dtype=torch.float64).to(device=device)
     criterion(batch.logits, batch.target)
@@ -217,17 +225,17 @@ def test_a_class_that_leaves_the_data(engine: str, device: torch.device) -> None
     # 0.2 * 2^-45 of the weight is below 1e-12; until then each step costs log 2
     assert rising[1] - rising[0] == pytest.approx(5 * np.log(2), rel=1e-6)
     (grad,) = torch.autograd.grad(loss, logits)
-    assert loss.item() == pytest.approx(alone.item(), rel=1e-9)
-    torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-12)
+    assert loss.item() == pytest.approx(alone.item(), rel=REORDERED)
+    torch.testing.assert_close(grad, expected, rtol=DERIVATIVE, atol=DERIVATIVE)
     report = criterion.diagnose(logits, target)
     assert report.average is not None
     assert report.average.kept == 4
-    assert report.average.log_abs_det == pytest.approx(-alone.item(), rel=1e-9)
+    assert report.average.log_abs_det == pytest.approx(-alone.item(), rel=REORDERED)
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
 def test_an_average_from_long_ago(engine: str, device: torch.device, momentum: float) -> None:
-    """As after a hundred thousand steps: the weight of a class is subnormal. The loss neither is inf nor stays where it was."""
+    """The weight of a class is subnormal, as after a hundred thousand steps: the loss is that of the other classes."""
     criterion = DMILoss(5, momentum=momentum, engine=engine).to(device)
     batch = problem(100, 5, dtype=torch.float64).to(device=device)
     left = batch.target != 4
@@ -240,14 +248,14 @@ def test_an_average_from_long_ago(engine: str, device: torch.device, momentum: f
         loss = criterion(logits, batch.target[left])
         (grad,) = torch.autograd.grad(loss, logits)
         expected = dmi_loss(logits, batch.target[left], engine=engine)
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
-        torch.testing.assert_close(grad, torch.autograd.grad(expected, logits)[0], rtol=1e-8, atol=1e-12)
+        assert loss.item() == pytest.approx(expected.item(), rel=REORDERED)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected, logits)[0], rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "hooks"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_activation_checkpointing(engine: str, device: torch.device, mode: str, compiled: bool) -> None:
-    """The forward that the backward repeats does not enter again, and has the same gradient."""
+    """The forward that the backward repeats does not enter the average again, and has the same gradient."""
     plain, checkpointed = (DMILoss(6, momentum=0.9, engine=engine).to(device) for _ in range(2))
     loss_of = torch.compile(checkpointed, backend="aot_eager", fullgraph=True) if compiled else checkpointed
     torch._dynamo.reset()
@@ -280,7 +288,7 @@ def test_checkpointed_model_and_loss_together(device: torch.device) -> None:
                 return criterion(model(x), target)
 
             (checkpoint(head, features, use_reentrant=False) if use else head(features)).backward()
-        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+        grads.append([gradient_of(parameter).clone() for parameter in model.parameters()])
         assert criterion.average_steps.item() == 3
     for plain, repeated in zip(*grads, strict=True):
         torch.testing.assert_close(plain, repeated)
@@ -361,7 +369,7 @@ def test_a_rounded_state_is_named(engine: str, device: torch.device) -> None:
 
 
 def test_a_compiled_forward_names_the_cast(engine: str, device: torch.device) -> None:
-    """It cannot bring the digits back, and does not go on without them."""
+    """A graph cannot restore the digits, so it raises an error."""
     torch._dynamo.reset()
     criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
     cast_buffers(criterion, torch.bfloat16)
@@ -387,7 +395,7 @@ def test_meta_device_and_back() -> None:
     assert criterion(batch.logits, batch.target).item() == pytest.approx(dmi_loss(batch.logits, batch.target).item(), rel=1e-6)
 
 
-def test_copies_states_and_files_go_on_alike() -> None:
+def test_copies_states_and_files_continue_identically() -> None:
     first, second = several(2)
     criterion = DMILoss(6, momentum=0.9)
     criterion(first.logits, first.target)
@@ -405,11 +413,11 @@ def test_copies_states_and_files_go_on_alike() -> None:
 
 
 def test_states_of_other_versions_and_shapes() -> None:
-    """A checkpoint from before there was an average loads, and leaves it as it is; one of other classes does not."""
+    """A checkpoint without an average loads, and leaves the average as it is; one with another number of classes does not load."""
     criterion = DMILoss(6, momentum=0.9)
     batch = problem(60, 6)
     criterion(batch.logits, batch.target)
-    old = DMILoss(6).state_dict()
+    old: Any = DMILoss(6).state_dict()
     old._metadata[""]["version"] = 1
     before = criterion.average_joint.clone()
     criterion.load_state_dict(old)
@@ -424,7 +432,7 @@ def test_states_of_other_versions_and_shapes() -> None:
 
 
 def test_second_derivative(engine: str, device: torch.device) -> None:
-    """As the formula says, with the stop_gradient in it: of -log|det(B + U - constant)|."""
+    """That of the formula with its stop_gradient: -log|det(B + U - constant)|."""
     criterion = DMILoss(4, momentum=0.8, cross_entropy_weight=0.2, eps=1e-4, engine=engine).to(device)
     first, second = (batch.to(device=device) for batch in several(2, n=20, classes=4, weighted=True))
     criterion(first.logits, first.target, first.sample_weight)
@@ -436,12 +444,12 @@ def test_second_derivative(engine: str, device: torch.device) -> None:
     logits = second.leaf()
     ours = penalty(criterion(logits, second.target, second.sample_weight), logits)
     logits = second.leaf()
-    U = joint_matrix(logits, second.target, sample_weight=second.sample_weight.double(), engine="composite")
-    B = criterion.average.mean()[0]
-    ce = torch.nn.functional.cross_entropy(logits, second.target, reduction="none") * second.sample_weight.double()
-    loss = -(torch.linalg.det(B + U - U.detach()).abs() + 1e-4).log() + 0.2 * ce.sum() / second.sample_weight.double().sum()
+    U = joint_matrix(logits, second.target, sample_weight=second.weight.double(), engine="composite")
+    B = mean_of(criterion)[0]
+    ce = torch.nn.functional.cross_entropy(logits, second.target, reduction="none") * second.weight.double()
+    loss = -(torch.linalg.det(B + U - U.detach()).abs() + 1e-4).log() + 0.2 * ce.sum() / second.weight.double().sum()
     expected = penalty(loss, logits)
-    assert (expected - ours).abs().max() < 1e-9 * expected.abs().max()
+    assert (expected - ours).abs().max() < SECOND_DERIVATIVE * expected.abs().max()
 
 
 @pytest.fixture
@@ -497,12 +505,12 @@ def test_calibration_is_the_joint_of_the_data() -> None:
     model.eval()
     x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
     U = joint_matrix(model(x).detach().double(), y)
-    torch.testing.assert_close(criterion.average.mean()[0], U, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean_of(criterion)[0], U, rtol=1e-6, atol=0)
     assert criterion.average_steps.item() == 0
     batch = problem(60, 6, dtype=torch.float64)
     criterion(batch.logits, batch.target)
     expected = 0.9 * U + 0.1 * joint_matrix(batch.logits, batch.target)
-    torch.testing.assert_close(criterion.average.mean()[0], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean_of(criterion)[0], expected, rtol=1e-6, atol=0)
     criterion.reset()
     assert not any(getattr(criterion, name).any() for name in STATE)
 
@@ -512,7 +520,7 @@ def test_calibration_takes_weights_and_functions() -> None:
     criterion = DMILoss(6, momentum=0.9)
     criterion.calibrate([(batch.logits, batch.target, batch.sample_weight)], lambda z: z)
     expected = joint_matrix(batch.logits, batch.target, sample_weight=batch.sample_weight)
-    torch.testing.assert_close(criterion.average.mean()[0], expected)
+    torch.testing.assert_close(mean_of(criterion)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -569,16 +577,16 @@ def test_bad_use() -> None:
 @pytest.mark.parametrize(
     ("classes", "batch", "momentum"),
     [
-        (2, 128, 0.9),  # an average of 10 batches has samples enough
+        (2, 128, 0.9),  # an average of 10 batches has enough samples
         (14, 256, 0.9),
-        (100, 64, 1 - 2 / (250 * 100 / 64 + 1)),  # 250 samples a class
+        (100, 64, 1 - 2 / (250 * 100 / 64 + 1)),  # 250 samples per class
         (1000, 256, 1 - 2 / (250 * 1000 / 256 + 1)),
         (10_000, 32, 0.999),  # more would lag too far behind
     ],
 )
 def test_recommended(classes: int, batch: int, momentum: float) -> None:
     criterion = DMILoss.recommended(classes, batch, ignore_index=255, group="world")
-    assert criterion.momentum == pytest.approx(momentum, rel=1e-12)
+    assert criterion.momentum == pytest.approx(momentum, rel=EXACT)
     assert (criterion.num_classes, criterion.options.ignore_index, criterion.options.group) == (classes, 255, "world")
 
 
@@ -593,7 +601,7 @@ def test_recommended_is_a_class_method_of_subclasses() -> None:
     ("call", "error", "message"),
     [
         (lambda: DMILoss.recommended(10, 0), ValueError, "batch_size must be at least 1, got 0"),
-        (lambda: DMILoss.recommended(10, 64.0), TypeError, "batch_size must be an int, got float: 64.0"),
+        (lambda: DMILoss.recommended(10, 64.0), TypeError, "batch_size must be an int, got float: 64.0"),  # type: ignore[arg-type]
         (lambda: DMILoss.recommended(10, True), TypeError, "batch_size must be an int, got bool"),
         (lambda: DMILoss.recommended(0, 64), ValueError, "num_classes"),
         (lambda: DMILoss.recommended(10, 64, momentum=0.5), TypeError, "chooses the momentum"),

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import oracle
-from tests.compare import UNIT_ROUNDOFF, Result, assert_gradient, assert_matches, budget, loss_budget, relative, run
-from tests.problems import Problem, as_array, conditioned, problem
+from tests.support import oracle
+from tests.support.compare import UNIT_ROUNDOFF, Result, assert_gradient, assert_matches, budget, loss_budget, relative, run
+from tests.support.problems import Problem, as_array, conditioned, problem
 
 CONDITIONS = [
     pytest.param(256, 2, 1e6, id="binary-1e6"),
@@ -22,7 +22,7 @@ CONDITIONS = [
     pytest.param(256, 10, 1e6, id="ten-classes-1e6"),
     pytest.param(256, 14, 1e6, id="clothing1m-batch-1e6"),
     pytest.param(65536, 14, 1e6, id="many-rows-1e6"),
-    pytest.param(1024, 64, 1e6, id="largest-own-elimination-1e6"),
+    pytest.param(1024, 64, 1e6, id="64-classes-1e6"),
     pytest.param(1024, 100, 1e5, id="cifar100-1e5"),
     pytest.param(2500, 1000, 1e6, id="imagenet-classes-1e6"),
 ]
@@ -52,7 +52,7 @@ def test_ill_conditioned_joint_in_double(engine: str, device: torch.device, n: i
 @pytest.mark.parametrize("kind", ["flat", "twins"])
 @pytest.mark.parametrize(("classes", "usual"), [(2, 2.0), (10, 0.8)])
 def test_usual_error_in_double(engine: str, device: torch.device, classes: int, usual: float, kind: str) -> None:
-    """The budget has room for the worst of many draws: the median of some has to be that of the rounding of R, in units of cond(R) u.
+    """The budget allows for the worst of many draws. The median of several must be that of the rounding of R, in units of cond(R) u.
     Measured over 300 draws: 1.1 to 1.2 at C = 2, 0.3 to 0.5 at C = 10."""
     errors = []
     for seed in range(32):
@@ -75,7 +75,7 @@ def test_determinant_that_underflows_or_overflows_fp32(engine: str, device: torc
 
 
 def eager(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """What people write: one-hot product in the dtype of the logits, then the determinant in fp32."""
+    """The usual implementation: a one-hot product in the dtype of the logits, then the determinant in fp32."""
     probs = logits.softmax(1)
     onehot = torch.nn.functional.one_hot(target, logits.shape[1]).to(logits.dtype)
     joint = (onehot.t() @ probs).float() / len(target)
@@ -105,7 +105,7 @@ def test_half_precision_is_no_worse_than_eager_in_it(
     assert theirs.grad is not None
     assert relative(ours.grad, answer.grad) <= relative(theirs.grad, answer.grad) + rounding
     assert abs(ours.loss.item() - answer.loss) <= abs(loss.item() - answer.loss) + rounding * abs(answer.loss)
-    # The op computes in fp32 whatever the logits are stored in, so it can promise much more.
+    # The op computes in fp32 whatever the logits are stored in, so its guarantee is much stronger.
     assert_matches(ours, answer, dtype)
 
 
@@ -129,7 +129,7 @@ def test_shifted_logits(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [12.0, 25.0])
 def test_confident_predictions(engine: str, device: torch.device, gap: float, dtype: torch.dtype) -> None:
-    """p within 1e-5 or 1e-11 of one-hot: gradients far smaller than V, which the rounding of p in fp32 then rules."""
+    """p within 1e-5 or 1e-11 of one-hot: gradients far smaller than V, whose error is then mostly the rounding of p in fp32."""
     batch = problem(140, 14, signal=gap, dtype=dtype)
     answer = batch.answer()
     ours = run(batch.to(device=device), engine)
@@ -140,7 +140,7 @@ def test_confident_predictions(engine: str, device: torch.device, gap: float, dt
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 def test_a_few_heavy_weights(engine: str, device: torch.device, soft: bool) -> None:
-    """Weights over twelve orders of magnitude, as importance weights come."""
+    """Weights over twelve orders of magnitude, as importance weights may be."""
     batch = problem(210, 7, soft=soft)
     weight = 10 ** torch.linspace(-6, 6, 210)
     heavy = Problem(batch.logits, batch.target, weight[torch.randperm(210, generator=torch.Generator().manual_seed(1))])
@@ -182,7 +182,7 @@ def test_loss_scaling_saves_small_half_precision_gradients(
 DETERMINISM = [
     pytest.param(256, 14, id="small"),
     pytest.param(20000, 14, id="split-over-threads"),
-    pytest.param(3000, 100, id="lapack"),
+    pytest.param(3000, 100, id="hundred-classes"),
     pytest.param(900, 300, id="many-classes"),
 ]
 
@@ -199,7 +199,7 @@ def assert_bitwise(results: list[Result]) -> None:
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 def test_bitwise_the_same_again_and_at_any_thread_count(engine: str, device: torch.device, n: int, classes: int, soft: bool) -> None:
     if engine == "composite":
-        pytest.skip("composite does as torch does: see the test below")
+        pytest.skip("composite is as deterministic as torch: see the test below")
     batch = problem(n, classes, soft=soft, weighted=True).to(device=device)
     threads = torch.get_num_threads()
     results = []

@@ -1,4 +1,4 @@
-"""Parity with the published formula, in fp64 where its determinant neither underflows nor overflows."""
+"""Agreement with the published formula, in fp64 where its determinant neither underflows nor overflows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ldmi_fast import dmi_loss
-from tests.compare import relative, run
-from tests.problems import as_array, problem
+from tests.support.compare import DERIVATIVE, REORDERED, relative, run
+from tests.support.problems import as_array, problem
 
 
 def published(outputs: Tensor, targets: Tensor, classes: int, *, mean: bool) -> Tensor:
@@ -38,9 +38,9 @@ def test_published_formula(engine: str, device: torch.device, n: int, classes: i
     loss = published(theirs, batch.target, classes, mean=mean)
     loss.backward()
     ours = run(batch.to(device=device), engine, normalize=mean, eps=1e-3)
-    assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert ours.loss.item() == pytest.approx(loss.item(), rel=REORDERED)
     assert theirs.grad is not None
-    assert relative(ours.grad, as_array(theirs.grad)) < 1e-10
+    assert relative(ours.grad, as_array(theirs.grad)) < DERIVATIVE
 
 
 def test_published_formula_fails_where_this_one_does_not(engine: str, device: torch.device) -> None:
@@ -58,7 +58,7 @@ def test_published_formula_fails_where_this_one_does_not(engine: str, device: to
     assert ours.grad.any()
 
 
-#: What docs/from-the-paper.md tells to put in the place of the scripts' DMI_loss.
+#: The replacement for the scripts' DMI_loss that docs/from-the-paper.md recommends.
 IN_ITS_PLACE = {
     "counts": functools.partial(dmi_loss, eps=1e-3, normalize=False),
     "mean": functools.partial(dmi_loss, eps=1e-3),
@@ -68,7 +68,7 @@ IN_ITS_PLACE = {
 @pytest.mark.parametrize("form", IN_ITS_PLACE)
 @pytest.mark.parametrize(("n", "classes"), [(128, 2), (256, 2), (256, 10), (256, 14)])
 def test_what_replaces_the_published_code(device: torch.device, n: int, classes: int, form: str) -> None:
-    """In fp32, as the scripts run it: loss and gradient are equal but for the rounding of their fp32 determinant."""
+    """In fp32, as the scripts run it: loss and gradient are equal up to the rounding of their fp32 determinant."""
     batch = problem(n, classes)
     theirs, ours = batch.leaf(), batch.to(device=device).leaf()
     published(theirs, batch.target, classes, mean=form == "mean").backward()

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from ldmi_fast import DMILoss, JointState, diagnose, dmi_loss, explain, few_rows, joint_matrix, linear_dmi_loss
-from tests.compare import assert_gradient, budget
-from tests.problems import Problem, problem
+from tests.support.compare import DERIVATIVE, assert_gradient, budget
+from tests.support.problems import Problem, problem
 
 OPTIONS = [{}, {"eps": 1e-6}, {"normalize": False}, {"cross_entropy_weight": 0.5}, {"absent": "strict"}]
 
 
 def by_weight(batch: Problem, loss_of: Any) -> Tensor:
     assert batch.sample_weight is not None
-    weight = batch.sample_weight.detach().clone().requires_grad_()
+    weight = batch.weight.detach().clone().requires_grad_()
     return torch.autograd.grad(loss_of(weight), weight)[0]
 
 
@@ -33,18 +33,18 @@ def test_is_the_definition(
     batch = problem(*size, soft=soft, weighted=True, dtype=torch.float64).to(dtype)
     if options == {"absent": "strict"}:  # singular: no gradient
         batch = problem(*size, soft=soft, weighted=True, absent=(1,), dtype=torch.float64).to(dtype)
-    batch = Problem(batch.logits, batch.target, batch.sample_weight.clamp(min=0.01))  # the oracle has none for rows of weight 0
+    batch = Problem(batch.logits, batch.target, batch.weight.clamp(min=0.01))  # the oracle has none for rows of weight 0
     answer = batch.answer(**options)
     here = batch.to(device=device)
     ours = by_weight(here, lambda w: dmi_loss(here.logits, here.target, sample_weight=w, engine=engine, **options))
-    assert ours.dtype == here.sample_weight.dtype
+    assert ours.dtype == here.weight.dtype
     # terms of the size of <p, V[y]> cancel against k / W
     assert_gradient("weight gradient", ours, answer.weight_grad, 20 * budget(answer, dtype))
 
 
 @pytest.mark.parametrize("options", [{}, {"cross_entropy_weight": 0.5}], ids=str)
 def test_a_weight_of_zero_has_a_derivative(engine: str, device: torch.device, options: dict[str, Any]) -> None:
-    """It is where learning to reweight begins. Rows that hold no numbers, or are ignored, have none."""
+    """Learning to reweight starts there. Rows that hold no numbers, or are ignored, have no derivative."""
     batch = problem(60, 4, dtype=torch.float64).to(device=device)
     weight = torch.ones(60, dtype=torch.float64, device=device)
     weight[:8] = 0
@@ -54,7 +54,7 @@ def test_a_weight_of_zero_has_a_derivative(engine: str, device: torch.device, op
     logits[3] = torch.nan
     logits[4, 1] = torch.inf
     logits[5] = -torch.inf
-    logits[6, (int(target[6]) + 1) % 4] = -torch.inf  # a class that cannot be: a probability of 0 is a number
+    logits[6, (int(target[6]) + 1) % 4] = -torch.inf  # an impossible class: a probability of 0 is a number
 
     def loss(w: Tensor) -> Tensor:
         return dmi_loss(logits, target, sample_weight=w, engine=engine, **options)
@@ -94,7 +94,7 @@ def test_other_forms_agree(engine: str, device: torch.device, options: dict[str,
     assert expected.any()
 
     def same(found: Tensor) -> None:
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, expected, rtol=DERIVATIVE, atol=DERIVATIVE)
 
     same(by_weight(batch, lambda w: dmi_loss(batch.logits, batch.target, sample_weight=w, engine=engine, **options)))
     same(by_weight(batch, lambda w: DMILoss(5, engine=engine, **options)(batch.logits, batch.target, w)))
@@ -111,7 +111,7 @@ def test_other_forms_agree(engine: str, device: torch.device, options: dict[str,
                 ),
             )
         )
-    values = batch.sample_weight.detach()
+    values = batch.weight.detach()
     same(torch.func.grad(lambda w: dmi_loss(batch.logits, batch.target, sample_weight=w, engine=engine, **options))(values))
 
 
@@ -133,7 +133,7 @@ def test_fewer_samples_than_classes(engine: str, device: torch.device, absent: s
     expected = gradient()
     monkeypatch.setattr(few_rows, "_LEAST_CLASSES", 2)
     monkeypatch.setattr(few_rows, "_CLASSES_PER_ROW", 1)
-    torch.testing.assert_close(gradient(), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient(), expected, rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 def test_joint_matrix(engine: str, device: torch.device) -> None:
@@ -147,7 +147,7 @@ def test_joint_matrix(engine: str, device: torch.device) -> None:
             ).sum(),
         )
         S_grad = (upstream[batch.target] * batch.logits.softmax(-1)).sum(-1)
-        W = batch.sample_weight.sum()
+        W = batch.weight.sum()
         U = joint_matrix(batch.logits, batch.target, sample_weight=batch.sample_weight)
         expected = (S_grad - (upstream * U).sum()) / W if normalize else S_grad
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
@@ -155,7 +155,7 @@ def test_joint_matrix(engine: str, device: torch.device) -> None:
 
 def test_where_no_gradient_is_wanted_none_is_kept(engine: str, device: torch.device) -> None:
     batch = problem(40, 4, weighted=True).to(device=device)
-    weight = batch.sample_weight.clone().requires_grad_()
+    weight = batch.weight.clone().requires_grad_()
     plain = dmi_loss(batch.logits, batch.target, sample_weight=batch.sample_weight, engine=engine)
     with torch.no_grad():
         assert torch.equal(dmi_loss(batch.logits, batch.target, sample_weight=weight, engine=engine), plain)
@@ -167,7 +167,7 @@ def test_where_no_gradient_is_wanted_none_is_kept(engine: str, device: torch.dev
 
 
 def test_learning_to_reweight_finds_the_wrong_labels(engine: str, device: torch.device) -> None:
-    """One step of learning to reweight: weights that would lower the loss on clean data rise for right labels."""
+    """One step of learning to reweight: descent on the loss of clean data raises the weights of right labels above the others."""
     generator = torch.Generator().manual_seed(0)
     clean = torch.randint(0, 3, (600,), generator=generator)
     inputs = F.one_hot(clean, 3).double() * 2 + torch.randn(600, 3, generator=generator, dtype=torch.float64)

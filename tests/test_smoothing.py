@@ -1,4 +1,4 @@
-"""Soft targets that say nothing about a class: smoothed labels of a batch in which the class does not occur."""
+"""Soft targets without information about a class: smoothed labels of a batch in which the class does not occur."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmi_fast import DMILoss, JointState, dmi_loss, linear_dmi_loss
-from tests.compare import assert_matches, run
-from tests.problems import Problem, problem
+from tests.support.compare import DERIVATIVE, REORDERED, SECOND_DERIVATIVE, assert_matches, run
+from tests.support.problems import Problem, problem
 
 
 def smoothed(batch: Problem, rate: float, dtype: torch.dtype = torch.float64) -> Problem:
@@ -24,7 +24,7 @@ def gradient(loss: Tensor, leaf: Tensor) -> Tensor:
 
 
 def log_det_of_smoothing(kept: int, classes: int, rate: float) -> float:
-    """log|det| of (1 - rate) I + rate / C 1 1^T over the classes kept."""
+    """log|det| of (1 - rate) I + rate / C 1 1^T over the kept classes."""
     mixing = (1 - rate) * torch.eye(kept, dtype=torch.float64) + rate / classes
     return torch.linalg.slogdet(mixing)[1].item()
 
@@ -42,8 +42,8 @@ def test_gradient_is_that_of_the_hard_labels(
     theirs = dmi_loss(logits, hard.target, sample_weight=hard.sample_weight, engine=engine)
     ours = dmi_loss(logits, soft.target, sample_weight=soft.sample_weight, engine=engine)
     kept = len(hard.target[hard.sample_weight != 0].unique()) if weighted else len(hard.target.unique())
-    assert ours.item() == pytest.approx(theirs.item() - log_det_of_smoothing(kept, classes, 0.1), rel=1e-9)
-    torch.testing.assert_close(gradient(ours, logits), gradient(theirs, logits), rtol=1e-7, atol=1e-12)
+    assert ours.item() == pytest.approx(theirs.item() - log_det_of_smoothing(kept, classes, 0.1), rel=REORDERED)
+    torch.testing.assert_close(gradient(ours, logits), gradient(theirs, logits), rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -95,18 +95,18 @@ def test_one_sample_and_one_class(engine: str, device: torch.device) -> None:
         assert soft.item() == pytest.approx(hard.item() - torch.tensor(0.925).log().item(), rel=1e-6)
         torch.testing.assert_close(gradient(soft, logits), gradient(hard, logits))
     uniform = torch.full((3, 4), 0.25, device=device, dtype=torch.float64)
-    assert dmi_loss(logits, uniform, engine=engine).item() == float("inf")  # nothing is told about any class
+    assert dmi_loss(logits, uniform, engine=engine).item() == float("inf")  # the targets say nothing about any class
     assert dmi_loss(logits[:0], uniform[:0], engine=engine).item() == 0
 
 
 def test_rows_that_are_no_distributions(engine: str, device: torch.device) -> None:
-    """A label that every sample has, beside a number of others that varies: there the constant column is information."""
+    """A label that every sample has, together with a varying number of others: here the constant column is information."""
     batch = problem(60, 4, soft=True, dtype=torch.float64).to(device=device)
     target = batch.target.clone()
     target[:, 3] = 1.0
     loss = dmi_loss(batch.logits, target, engine=engine)
     S = target.T @ batch.logits.softmax(-1) / 60
-    assert loss.item() == pytest.approx(-torch.linalg.slogdet(S)[1].item(), rel=1e-9)
+    assert loss.item() == pytest.approx(-torch.linalg.slogdet(S)[1].item(), rel=REORDERED)
 
 
 @pytest.mark.parametrize("kind", ["padding", "weights"])
@@ -139,12 +139,12 @@ def test_micro_batches_of_any_size(engine: str, device: torch.device, size: int)
         state.update(logits[part], target[part])
     assert state.solve().kept.item() == 3
     found = gradient(torch.stack([state.loss(logits[part], target[part]) for part in parts]).sum(), logits)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(found, expected, rtol=SECOND_DERIVATIVE, atol=SECOND_DERIVATIVE)
 
 
 def test_a_class_that_leaves_the_average(engine: str, device: torch.device) -> None:
-    """What is left of it beside its smoothing decays. Until it is absent the gradient is that of the average of hard labels, then that
-    of the classes that are left; never is it large, nor the loss inf."""
+    """Its part of the average beyond the smoothing decays. The gradient is that of the average of hard labels until the class is
+    absent, then that of the remaining classes. It is never large, and the loss is never inf."""
     batch = problem(120, 5).to(device=device)
     hard, smooth = (DMILoss(5, momentum=0.5, engine=engine).to(device) for _ in range(2))
     target = smoothed(batch, 0.1).target
@@ -156,6 +156,7 @@ def test_a_class_that_leaves_the_average(engine: str, device: torch.device) -> N
     for step in range(60):
         ours, theirs = smooth(logits, target[left]), hard(logits, batch.target[left])
         assert ours.isfinite(), step
+        assert smooth.average is not None
         if smooth.average.mean()[1][4] == 0:
             theirs = dmi_loss(logits, batch.target[left], engine=engine)
             absent_since = step if absent_since is None else absent_since
@@ -165,7 +166,7 @@ def test_a_class_that_leaves_the_average(engine: str, device: torch.device) -> N
     assert absent_since is not None
 
 
-def test_rows_that_do_not_count_do_not_tell(engine: str, device: torch.device) -> None:
+def test_rows_that_do_not_count_say_nothing_about_classes(engine: str, device: torch.device) -> None:
     batch = problem(60, 5, absent=(4,), dtype=torch.float64).to(device=device)
     soft = smoothed(batch, 0.1).target
     soft[:6] = torch.eye(5, dtype=torch.float64, device=device)[4]  # the only samples of class 4, of weight 0
@@ -176,7 +177,7 @@ def test_rows_that_do_not_count_do_not_tell(engine: str, device: torch.device) -
     ours = gradient(dmi_loss(logits, soft, sample_weight=weight, engine=engine), logits)
     theirs = gradient(dmi_loss(logits, batch.target, sample_weight=weight, engine=engine), logits)
     assert theirs.any()
-    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 def test_average_state_and_linear_follow(engine: str, device: torch.device) -> None:
@@ -189,18 +190,18 @@ def test_average_state_and_linear_follow(engine: str, device: torch.device) -> N
     criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
     for _ in range(3):
         loss = criterion(logits, soft.target)
-        torch.testing.assert_close(gradient(loss, logits), expected, rtol=1e-7, atol=1e-12)
+        torch.testing.assert_close(gradient(loss, logits), expected, rtol=DERIVATIVE, atol=DERIVATIVE)
 
     state = JointState(6, engine=engine)
     for part in (slice(0, 50), slice(50, 51), slice(51, 120)):
         state.update(logits[part], soft.target[part])
     assert state.solve().kept.item() == 5
     parts = [state.loss(logits[part], soft.target[part]) for part in (slice(0, 50), slice(50, 51), slice(51, 120))]
-    torch.testing.assert_close(gradient(sum(parts[1:], parts[0]), logits), expected, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(gradient(sum(parts[1:], parts[0]), logits), expected, rtol=DERIVATIVE, atol=DERIVATIVE)
 
     weight = torch.eye(6, dtype=torch.float64, device=device)
     loss = linear_dmi_loss(logits, weight, soft.target, engine=engine, chunk_size=7)
-    torch.testing.assert_close(gradient(loss, logits), expected, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(gradient(loss, logits), expected, rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 def test_a_class_that_comes_back_into_the_average(engine: str, device: torch.device) -> None:
@@ -213,7 +214,7 @@ def test_a_class_that_comes_back_into_the_average(engine: str, device: torch.dev
         grads[0].append(gradient(criterion(logits, batch.target), logits))
         grads[1].append(gradient(smooth(logits, smoothed(batch, 0.1).target), logits))
     for hard, soft in zip(*grads, strict=True):
-        torch.testing.assert_close(soft, hard, rtol=1e-7, atol=1e-12)
+        torch.testing.assert_close(soft, hard, rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 def test_derivatives_of_the_gradient(engine: str, device: torch.device) -> None:
@@ -224,7 +225,7 @@ def test_derivatives_of_the_gradient(engine: str, device: torch.device) -> None:
     for target in (hard.target, soft.target):
         (first,) = torch.autograd.grad(dmi_loss(logits, target, engine=engine), logits, create_graph=True)
         seconds.append(gradient((first**2).sum(), logits))
-    torch.testing.assert_close(seconds[1], seconds[0], rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(seconds[1], seconds[0], rtol=SECOND_DERIVATIVE, atol=SECOND_DERIVATIVE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,4 +1,4 @@
-"""Programs that trace the loss instead of running it: torch.export, make_fx, fake tensors. Nothing may look at data then."""
+"""Programs that trace the loss instead of running it: torch.export, make_fx, fake tensors. Nothing may read data then."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ldmi_fast import DMILoss, JointState, dmi_loss, few_rows, joint_matrix, linear_dmi_loss
-from tests.problems import problem
+from tests.support.problems import problem
 
 
 class Step(nn.Module):
@@ -46,7 +46,7 @@ def test_export_with_gradients(engine: str, device: torch.device, dynamic: Any, 
             target = torch.randn(n, classes, generator=generator).softmax(-1)
         return torch.randn(n, 10, generator=generator).to(device), target.to(device)
 
-    program = export(step, batch(64), dynamic_shapes=({0: dynamic}, {0: dynamic}), strict=strict).module()
+    program: Any = export(step, batch(64), dynamic_shapes=({0: dynamic}, {0: dynamic}), strict=strict).module()
     for n in (7, 640, 60_000 if classes == 5 else 900):
         step.criterion.reset() if kind == "average" else None
         program.criterion.average_weight.zero_() if kind == "average" else None
@@ -72,7 +72,7 @@ FORMS = {
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @pytest.mark.parametrize("form", FORMS)
-def test_make_fx(device: torch.device, mode: str, form: str) -> None:
+def test_make_fx(device: torch.device, mode: Any, form: str) -> None:
     batch, other = (problem(60, 6, seed=seed).to(device=device) for seed in (0, 1))
     graph = make_fx(FORMS[form], tracing_mode=mode)(batch.leaf(), batch.target)
     for here in (batch, other):
@@ -110,7 +110,7 @@ def test_fake_tensors_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Renamed(Tensor):
-    """A subclass that changes nothing, as torchvision's masks."""
+    """A subclass that changes nothing, like torchvision's masks."""
 
 
 @pytest.mark.parametrize("which", ["logits", "target", "both"])

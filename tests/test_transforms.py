@@ -21,10 +21,10 @@ from torch.func import (
 )
 
 from ldmi_fast import DMILoss, dmi_loss, joint_matrix, linear_dmi_loss
-from tests.compare import Result, assert_gradient, assert_matches, budget
-from tests.problems import Problem, as_array, problem
+from tests.support.compare import DERIVATIVE, EXACT, REORDERED, SECOND_DERIVATIVE, Result, assert_gradient, assert_matches, budget
+from tests.support.problems import Problem, as_array, problem
 
-# As in test_autograd: problems that a compiled engine does in one call, and in stages.
+# As in test_autograd: problems that a compiled engine computes in one call, and in stages.
 SIZES = [pytest.param(64, 5, id="one-call"), pytest.param(700, 70, id="in-stages")]
 OPTIONS: list[Any] = [
     pytest.param({}, {}, id="hard"),
@@ -114,11 +114,11 @@ def test_vmap_over_the_last_dimension_and_twice(engine: str, device: torch.devic
     twice = vmap(vmap(loss))(logits.view(2, 3, 40, 5), target.view(2, 3, 40)).flatten()
     chunked = vmap(loss, chunk_size=4)(logits, target)
     for values in (last, twice, chunked):
-        assert torch.allclose(values, expected, rtol=1e-12, atol=0)
+        assert torch.allclose(values, expected, rtol=REORDERED, atol=0)
 
 
 def test_vmap_of_batches_in_different_states(engine: str, device: torch.device) -> None:
-    """Side by side: an ordinary batch, one that lacks classes, one that is ignored, one singular, one poisoned."""
+    """In one call: an ordinary batch, one that lacks classes, one that is ignored, a singular one, and one with NaN."""
     plain, lacking, ignored, singular, poisoned = several(5)
     lacking = lacking.with_target(lacking.target % 3)
     ignored = ignored.with_target(torch.full_like(ignored.target, -100))
@@ -148,7 +148,7 @@ def test_vmap_of_soft_targets_and_their_gradient(engine: str, device: torch.devi
 
 
 def test_a_bad_label_under_vmap_poisons_its_own_batch_only(engine: str, device: torch.device) -> None:
-    """Values cannot be read under a transform, so it is a NaN loss there and not an IndexError."""
+    """Values cannot be read under a transform, so the result is a NaN loss instead of an IndexError."""
     logits, target, _ = stacked(several(3), device)
     target[1, 4] = 5
     values = vmap(lambda z, t: dmi_loss(z, t, engine=engine))(logits, target)
@@ -156,7 +156,7 @@ def test_a_bad_label_under_vmap_poisons_its_own_batch_only(engine: str, device: 
 
 
 def test_ensemble_of_models(engine: str, device: torch.device) -> None:
-    """The use that vmap is for: the gradients of several models' parameters at once."""
+    """The main use of vmap: the gradients of several models' parameters at once."""
     torch.manual_seed(0)
     models = [torch.nn.Linear(7, 4, dtype=torch.float64).to(device) for _ in range(3)]
     features = torch.randn(60, 7, dtype=torch.float64).to(device)
@@ -171,7 +171,7 @@ def test_ensemble_of_models(engine: str, device: torch.device) -> None:
     for index, model in enumerate(models):
         expected = torch.autograd.grad(criterion(model(features), target), list(model.parameters()))
         for name, exact in zip(("weight", "bias"), expected, strict=True):
-            assert torch.allclose(grads[name][index], exact, rtol=1e-9, atol=1e-12), name
+            assert torch.allclose(grads[name][index], exact, rtol=DERIVATIVE, atol=DERIVATIVE), name
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_ensemble_of_models(engine: str, device: torch.device) -> None:
 def test_second_order(engine: str, device: torch.device, build: dict[str, Any], options: dict[str, Any]) -> None:
     """Every order of forward and reverse mode, against differences of the oracle's gradient.
 
-    torch.linalg.slogdet is wrong in silence where forward mode comes first (pytorch/pytorch#196697).
+    torch.linalg.slogdet is silently wrong where forward mode comes first (pytorch/pytorch#196697).
     """
     batch = problem(12, 3, dtype=torch.float64, **build)
     here = batch.to(device=device)
@@ -209,11 +209,11 @@ def test_second_order(engine: str, device: torch.device, build: dict[str, Any], 
         "jvp of grad": jvp(grad(loss), (here.logits,), (direction,))[1],
     }
     for name, product in products.items():
-        assert_gradient(name, product, exact, 1e-8)
+        assert_gradient(name, product, exact, 1e-8)  # the differences are good to that
     slope = jvp(loss, (here.logits,), (direction,))[1]
     answer = batch.answer(**options)
-    assert slope.item() == pytest.approx((answer.grad * as_array(direction)).sum(), rel=1e-9)
-    assert_gradient("jacfwd", jacfwd(loss)(here.logits), answer.grad, 1e-10)
+    assert slope.item() == pytest.approx((answer.grad * as_array(direction)).sum(), rel=DERIVATIVE)
+    assert_gradient("jacfwd", jacfwd(loss)(here.logits), answer.grad, DERIVATIVE)
 
 
 @pytest.mark.parametrize("outer", [jacfwd, jacrev])
@@ -229,9 +229,9 @@ def test_vmap_of_jacobians_and_hessians(engine: str, device: torch.device, outer
     first = vmap(lambda z, y: inner(loss(y))(z))(logits, target)
     second = vmap(lambda z, y: outer(inner(loss(y)))(z))(logits, target)
     for index, batch in enumerate(batches):
-        assert_gradient("Jacobian", first[index], batch.answer().grad, 1e-12)
+        assert_gradient("Jacobian", first[index], batch.answer().grad, DERIVATIVE)
         alone = jacrev(jacrev(loss(target[index])))(logits[index])
-        assert_gradient("Hessian", second[index], as_array(alone), 1e-10)
+        assert_gradient("Hessian", second[index], as_array(alone), SECOND_DERIVATIVE)
 
 
 def test_backward_through_a_transform(engine: str, device: torch.device) -> None:
@@ -243,7 +243,7 @@ def test_backward_through_a_transform(engine: str, device: torch.device) -> None
     (through,) = torch.autograd.grad(penalty, scale)
     h = 1e-5
     values = [(inner(batch.logits * (1 + sign * h)).square().sum()).item() for sign in (1, -1)]
-    assert through.item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-7)
+    assert through.item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-7)  # a difference
 
 
 def test_joint_matrix_under_transforms(engine: str, device: torch.device) -> None:
@@ -253,14 +253,14 @@ def test_joint_matrix_under_transforms(engine: str, device: torch.device) -> Non
     def joint(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         return joint_matrix(logits, target, sample_weight=weight, engine=engine)
 
-    together = vmap(joint)(logits, target, weight)
     assert weight is not None
+    together = vmap(joint)(logits, target, weight)
     for index in range(3):
-        assert torch.allclose(together[index], joint(logits[index], target[index], weight[index]), rtol=1e-12)
+        assert torch.allclose(together[index], joint(logits[index], target[index], weight[index]), rtol=REORDERED, atol=0)
     jacobian = jacrev(joint)(logits[0], target[0], weight[0])
     forward = jacfwd(joint)(logits[0], target[0], weight[0])
     assert jacobian.shape == (5, 5, 40, 5)
-    assert torch.allclose(jacobian, forward, rtol=1e-10, atol=1e-14)
+    assert torch.allclose(jacobian, forward, rtol=DERIVATIVE, atol=EXACT)
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian, torch.func.jacrev], ids=lambda f: f.__name__)

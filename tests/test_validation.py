@@ -1,5 +1,8 @@
 """Bad input: each kind raises the error F.cross_entropy would, and the message says what was given and expected."""
 
+# Most arguments here are wrong on purpose.
+# mypy: disable-error-code="arg-type, call-arg, attr-defined"
+
 from __future__ import annotations
 
 import inspect
@@ -17,14 +20,14 @@ import ldmi_fast
 from ldmi_fast import DMILoss, JointState, diagnose, dmi_loss, explain, joint_matrix, linear_dmi_loss
 from ldmi_fast.checks import raise_for_values
 from ldmi_fast.options import as_float, as_int, check_num_classes, make_options
-from tests.problems import problem
+from tests.support.problems import gradient_of, problem
 
 LOGITS = torch.zeros(6, 3)
 LABELS = torch.arange(6) % 3
 SOFT = torch.full((6, 3), 1 / 3)
 WEIGHTS = torch.ones(6)
 
-# what a mask of a segmentation and the tokens of a transformer look like
+# shapes of a segmentation mask and of the tokens of a transformer
 MASKS = torch.zeros(2, 3, 4, 5)
 TOKENS = torch.zeros(2, 7, 3)
 BINARY = ("one class", "torch.cat([torch.zeros_like(z), z], 1)")
@@ -33,13 +36,13 @@ Call = Callable[[], Any]
 
 
 class Output:
-    """A model's output, as of transformers."""
+    """A model's output, as in transformers."""
 
     logits = LOGITS
 
 
 class Subclass(torch.Tensor):
-    """A tensor that other libraries have given a name."""
+    """A tensor subclass, as other libraries define."""
 
 
 def nested(layout: torch.layout = torch.strided) -> torch.Tensor:
@@ -58,7 +61,7 @@ def labels(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
-# name, call, error, what the message must hold: what was given, and what is expected.
+# name, call, error, texts in the message: what was given, and what is expected.
 BAD: list[Any] = [
     # logits
     case("logits-list", lambda: dmi_loss([[0.0, 1.0]], LABELS), TypeError, "logits", "tensor", "list"),
@@ -447,7 +450,7 @@ def test_bad_input_is_named(call: Call, error: type[Exception], parts: tuple[str
         call()
     message = str(caught.value)
     assert [part for part in parts if part not in message] == [], message
-    # A class of its own: an IndexError is no ValueError, so callers can tell labels out of range from wrong shapes.
+    # An IndexError is not a ValueError, so callers can distinguish labels out of range from wrong shapes.
     assert type(caught.value) is error
 
 
@@ -510,7 +513,7 @@ def test_a_label_out_of_range_in_a_row_that_does_not_count_is_fine(engine: str, 
 
 
 def test_a_nan_in_the_logits_is_no_error(engine: str, device: torch.device) -> None:
-    """NaN out of a good batch of labels is the model's doing: it comes back as a NaN loss, not as an exception."""
+    """NaN in the logits comes from the model: the result is a NaN loss, not an exception."""
     batch = problem(50, 3, weighted=True).to(device=device)
     logits = batch.logits.clone()
     logits[1] = float("nan")
@@ -611,7 +614,7 @@ def test_one_class_is_a_constant_loss() -> None:
     loss = dmi_loss(logits, labels_for((6,)))
     loss.backward()
     assert loss == 0
-    assert not logits.grad.any()
+    assert not gradient_of(logits).any()
 
 
 @pytest.mark.parametrize("which", ["logits", "target", "sample_weight"])
@@ -619,7 +622,7 @@ def test_values_of_subclasses_are_looked_at(engine: str, device: torch.device, w
     if device.type != "cpu":
         pytest.skip("reading labels would synchronise: the loss is NaN there")
     batch = problem(40, 5, weighted=True)
-    tensors = {"logits": batch.logits, "target": batch.target + 9, "sample_weight": batch.sample_weight}
+    tensors = {"logits": batch.logits, "target": batch.target + 9, "sample_weight": batch.weight}
     tensors[which] = tensors[which].as_subclass(Subclass)
     with pytest.raises(IndexError, match=r"target 1[0-9] of sample 1 is out of range"):
         dmi_loss(tensors["logits"], tensors["target"], sample_weight=tensors["sample_weight"], engine=engine)

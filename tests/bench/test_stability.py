@@ -18,7 +18,7 @@ from bench.stability.report import cell
 from bench.stability.tasks import CLASSES, TASKS, read_ten
 from ldmi_fast import dmi_loss, joint_matrix
 from tests.bench.test_demo import write_fashion
-from tests.problems import problem
+from tests.support.problems import problem
 
 
 def data(classes: int = 3, n: int = 96) -> tuple[nn.Module, Tensor, Tensor]:

@@ -53,7 +53,7 @@ Memory allocate(Random& random, Type type, int64_t elements) {
   return memory;
 }
 
-// How many elements a strided matrix reaches over.
+// The number of elements that a strided matrix spans.
 int64_t reach(const Layout& layout, int64_t rows, int64_t columns) {
   return rows == 0 || columns == 0 ? 0 : (rows - 1) * layout.row_stride + (columns - 1) * layout.column_stride + 1;
 }
@@ -93,7 +93,7 @@ Shape draw_shape(Random& random, Regime regime) {
   }
 }
 
-// Labels of every width; out-of-range ones are rare, for one makes the whole joint NaN.
+// Labels of every width; out-of-range ones are rare, because one makes the whole joint NaN.
 void draw_labels(Random& random, Case& out, std::ostringstream& text) {
   Problem& problem = out.problem;
   const int64_t rows = problem.rows;
@@ -135,7 +135,7 @@ void draw_weights(Random& random, Case& out, std::ostringstream& text) {
   const int64_t rows = problem.rows;
   problem.w.assign(rows, 1.0);
   if (rows == 0 || random.chance(0.5)) return;
-  // some labels hardly weigh anything: they are absent, or just not
+  // some labels have hardly any weight: they are absent, or just above the threshold
   const bool stale = !problem.soft && random.chance(0.2);
   const double share = stale ? random.one_of({1e-9, 1e-15, 1e-200, 1e-310}) : 1.0;
   const Type type = stale ? Type::kFloat64 : random.one_of({Type::kFloat16, Type::kBFloat16, Type::kFloat32, Type::kFloat64});
@@ -158,7 +158,7 @@ void draw_weights(Random& random, Case& out, std::ostringstream& text) {
   text << ", weights of type " << static_cast<int>(type) << " and stride " << stride << " of size " << size << ", some " << share;
 }
 
-// Rows that do not count hold anything; a few that count may hold infinities and NaN.
+// Rows that do not count may hold anything; a few that count hold infinities and NaN.
 void draw_values(Random& random, Memory& memory, const Layout& layout, const Problem& problem, int64_t columns, bool logits,
                  std::vector<double>& values, std::ostringstream& text) {
   const int64_t rows = problem.rows;
@@ -289,7 +289,7 @@ Case draw_case(Random& random, Regime regime, const Shape& shape, Type type) {
     out.soft = allocate(random, soft_type, reach(soft_layout, shape.rows, shape.labels));
     text << ", soft targets of type " << static_cast<int>(soft_type) << ", " << soft_layout.name;
     draw_values(random, out.soft, soft_layout, problem, shape.labels, false, problem.t, text);
-    // an address that is not null says that there are soft targets, also when there are no rows
+    // an address that is not null means soft targets, even if there are no rows
     static const double nothing = 0;
     out.batch.soft = {shape.rows == 0 ? &nothing : out.soft.data(),
                       soft_type,

@@ -12,7 +12,7 @@
 
 namespace ldmi::test {
 
-// A strided array of one type on the heap, `lead` elements before the first and none after the last: what lies beyond is
+// A strided array of one type on the heap, `lead` elements before the first and none after the last: beyond is
 // AddressSanitizer's red zone.
 struct Memory {
   cpu::Type type = cpu::Type::kFloat32;
@@ -26,7 +26,7 @@ struct Memory {
 int64_t size_of(cpu::Type);
 double read(const std::byte* data, int64_t at, cpu::Type);
 
-// Which shapes are drawn: named after what they are to reach.
+// Which shapes are drawn, named after the code that they reach.
 enum class Regime {
   kTiny,         // fewer rows and classes than a vector has lanes
   kTransposed,   // up to 64 classes: tiles of transposed rows
@@ -54,10 +54,10 @@ struct Shape {
   bool soft;
 };
 
-// The batch number `number` of those that `seed` stands for.
+// Batch `number` of the sequence that `seed` generates.
 Case make_case(uint64_t seed, int64_t number);
 
-// A batch of that shape and type; all else is drawn.
+// A batch of that shape and type; everything else is drawn.
 Case make_case(uint64_t seed, const Shape& shape, cpu::Type type);
 
 }  // namespace ldmi::test

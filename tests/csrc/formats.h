@@ -1,4 +1,4 @@
-// fp16 and bf16 by arithmetic on doubles, as their definitions read: slow, obvious, and sharing nothing with csrc/cpu/half.h.
+// fp16 and bf16 by arithmetic on doubles, as their definitions say: slow, obvious, and sharing no code with csrc/cpu/half.h.
 #pragma once
 
 #include <algorithm>

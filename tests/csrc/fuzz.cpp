@@ -1,7 +1,7 @@
 // Random batches through the kernels, against plain loops, and under several schedules of their tasks.
 //
-//     fuzz SEED CASES [NUMBER]      all of them, or the one that a message named
-//     fuzz --wide ...               the 64-byte vectors, lowered to what there is, instead of the kernels for this machine
+//     fuzz SEED CASES [NUMBER]      all cases, or the one that a message named
+//     fuzz --wide ...               the 64-byte vectors, lowered to the available ones, instead of this machine's kernels
 //
 // The program ends at the first difference, with a description of the batch.
 
@@ -66,7 +66,7 @@ std::string text(double value) {
   return buffer;
 }
 
-// What rounding to the stored type may do to an answer.
+// The error that rounding to the stored type may add to an answer.
 Bounded stored(Bounded answer, cpu::Type type) {
   if (type == cpu::Type::kFloat16) {
     answer.error += std::fabs(answer.value) * 0x1p-11 + 0x1p-25;
@@ -94,14 +94,14 @@ struct Results {
   }
 };
 
-// What the gradient is asked for.
+// The inputs of a gradient.
 struct Upstream {
   std::vector<double> V;
   double scale, ce_scale;
   cpu::LossOptions options{};
 };
 
-// A whole loss: by fused for hard labels, by its pieces for soft targets.
+// A whole loss: by fused for hard labels, by the separate ops for soft targets.
 bool has_loss(const Problem& problem) { return problem.labels == problem.classes && problem.classes <= kFactoredClasses; }
 
 double loss_in_pieces(const Case& batch, const cpu::LossOptions& options, std::vector<std::byte>& grad) {
@@ -120,7 +120,7 @@ Results run(const Case& batch, const Upstream& upstream) {
   const Problem& problem = batch.problem;
   const cpu::Type type = batch.batch.logits.type;
   const int64_t elements = problem.rows * problem.classes;
-  // filled with what no right answer is, and exactly as large as promised
+  // filled with values that are never right, and exactly as large as the contract says
   constexpr double unset = -1.2345e67;
   const std::byte unset_byte{0x5a};
   Results out;
@@ -147,7 +147,7 @@ Upstream draw_upstream(Random& random, const Problem& problem) {
   const double unweighted = heaviest > 0 ? 1 / heaviest : 1;
   Upstream out;
   out.V.resize(problem.labels * problem.classes);
-  // V grows as the weights shrink; and as long as its product with the scale is moderate it may have any size
+  // V grows as the weights shrink; it may have any size as long as its product with the scale is moderate
   const double size = (random.chance(0.5) ? unweighted : 1) * random.one_of({1e-3, 1.0, 1e3, 1e60});
   out.scale = random.uniform(0.5, 2) * unweighted / size;
   out.ce_scale = random.chance(0.5) ? 0 : random.uniform(0.5, 2) * unweighted;
@@ -192,7 +192,7 @@ void compare_grad(const Case& batch, int64_t number, const char* name, const std
   }
 }
 
-// Whether the joint was far enough from singular for its rounding to leave something to compare.
+// Whether the joint was far enough from singular for the results to have correct digits to compare.
 bool compare_loss(const Case& batch, int64_t number, const Results& got, const JointAnswer& sums, const cpu::LossOptions& options) {
   const Problem& problem = batch.problem;
   const int64_t C = problem.classes;
@@ -219,7 +219,7 @@ bool compare_loss(const Case& batch, int64_t number, const Results& got, const J
     total = 0;
     for (int64_t i = 0; i < problem.rows; ++i) total += problem.w[i];
   }
-  const bool representable = lightest >= 0x1p-1000;  // V, and so the gradient: not where all weights are next to nothing
+  const bool representable = lightest >= 0x1p-1000;  // V, and so the gradient: not if all weights are nearly zero
   const bool empty = total == 0;
   const double loss_error = 2 * inverse.inverse_norm * perturbation + 1e-12 * (1 + std::fabs(inverse.log_abs_det));
   const bool surely_singular = inverse.sign == 0 && inverse.kept == C && inverse.smallest_pivot == 0 && options.strict &&
@@ -278,7 +278,7 @@ int fuzz(uint64_t seed, int64_t first, int64_t last) {
                                   Schedule{"shuffled", 0, random.bits() | 1}}) {
       schedule = other;
       if (!(run(batch, upstream) == got)) fail(batch, number, std::string("other bits when tasks run ") + other.name);
-      // a problem of one task has one schedule; and the sanitizers, which are slow, learn nothing from more
+      // a problem of one task has one schedule; under the slow sanitizers more schedules would find nothing more
       if (kSanitized || batch.problem.rows * batch.problem.classes < 4096) break;
     }
     ++seen[static_cast<int>(batch.regime)];
@@ -310,7 +310,7 @@ int main(int count, char** arguments) {
   const int64_t last = count > 3 ? first + 1 : std::strtoll(arguments[2], nullptr, 10);
   try {
     return ldmi::test::fuzz(seed, first, last);
-  } catch (const std::exception& error) {  // an instruction set that is not there
+  } catch (const std::exception& error) {  // an instruction set that this machine lacks
     std::fprintf(stderr, "%s\n", error.what());
     return 3;
   }

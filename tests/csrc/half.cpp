@@ -1,4 +1,4 @@
-// half.h against the definitions of the formats: every pattern of 16 bits, and narrowing of floats at and round all ties.
+// half.h against the definitions of the formats: every pattern of 16 bits, and narrowing of floats at and near all ties.
 
 #include "../../csrc/cpu/half.h"
 
@@ -55,7 +55,7 @@ void check(Format format, const char* name) {
   }
   ldmi::test::Random random(17);
   for (int i = 0; i < 3000000; ++i) {
-    // every pattern of 32 bits is as likely: all exponents, subnormals, infinities and NaN
+    // all patterns of 32 bits are equally likely: all exponents, subnormals, infinities and NaN
     check_narrow<T>(ldmi::cpu::bits_to_float(static_cast<uint32_t>(random.bits())), format, name);
   }
   for (uint32_t bits = 0; bits < 4000; ++bits) {

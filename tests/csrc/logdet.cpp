@@ -28,7 +28,7 @@ struct Input {
   std::vector<double> S, n;
 };
 
-// Mostly few classes; sometimes several panels, and now and then so many that threads share them.
+// Mostly few classes; sometimes several panels, and rarely enough for threads to share them.
 int64_t draw_classes(Random& random) {
   const double kind = random.uniform();
   return kind < 0.5 ? random.integer(1, 12) : kind < 0.95 ? random.integer(1, 80) : random.integer(81, 270);
@@ -42,9 +42,9 @@ Input draw(Random& random) {
   const double absent = random.one_of({0.0, 0.0, 0.3, 1.0});
   const double signal = random.one_of({0.0, 0.5, 4.0});
   const double size = random.one_of({1.0, 1.0, 1.0, 1.0, 1e-60, 1e60, 1e-305, 1e-310, 1e307});
-  // of a class that left a moving average: so little is absent, or kept
+  // weight of a class that left a moving average: on either side of the threshold
   const double stale = random.one_of({1.0, 1.0, 1.0, 1e-9, 1e-14, 1e-200, 1e-310});
-  std::vector<int64_t> place(C);  // where the large entry of a row stands: pivots are off the diagonal
+  std::vector<int64_t> place(C);  // the column of a row's large entry: pivots are off the diagonal
   for (int64_t i = 0; i < C; ++i) {
     place[i] = i;
     std::swap(place[i], place[random.integer(0, i)]);
@@ -99,7 +99,7 @@ void compare(int64_t number, const Input& in, const cpu::Determinant& got, const
     for (const double v : V) hold("V", v, {0, 0});
     return;
   }
-  if (want.smallest_pivot < 1e-9) return;  // too near to singular to say
+  if (want.smallest_pivot < 1e-9) return;  // too near to singular to decide
   const double C = static_cast<double>(in.C);
   const std::vector<bool> here = present_classes(in.n);
   hold("log_abs_det", got.log_abs_det, {want.log_abs_det, 0x1p-52 * (C * want.condition + 8 * C * 720)});
@@ -150,7 +150,7 @@ int main(int count, char** arguments) {
   }
   try {
     ldmi::test::check(std::strtoull(arguments[1], nullptr, 10), std::strtoll(arguments[2], nullptr, 10));
-  } catch (const std::exception& error) {  // an instruction set that is not there
+  } catch (const std::exception& error) {  // an instruction set that this machine lacks
     std::fprintf(stderr, "%s\n", error.what());
     return 3;
   }

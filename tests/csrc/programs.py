@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Fresh memory holds NaN instead of the zeros that hide what was not initialised.
+#: Fresh memory holds NaN: zeros would hide values that were never initialised.
 SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "max_malloc_fill_size=1000000000:malloc_fill_byte=255",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -20,7 +20,7 @@ SANITIZER_OPTIONS = {
 
 
 def tool(name: str) -> str:
-    """The program ``name`` beside this Python or on the PATH; skips the test where there is none."""
+    """The program ``name`` next to this Python or on the PATH. Skips the test if there is none."""
     found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if found is None:
         pytest.skip(f"{name} is not installed")
@@ -28,7 +28,7 @@ def tool(name: str) -> str:
 
 
 def build(folder: Path, definitions: dict[str, str], targets: tuple[str, ...] = ()) -> Path:
-    """Configure and build in ``folder``; returns where the programs are. All of them unless ``targets`` names some."""
+    """Configure and build ``targets``, by default all programs, in ``folder``; returns the folder of the programs."""
     cmake, ninja = tool("cmake"), tool("ninja")
     settings = {
         "CMAKE_MAKE_PROGRAM": ninja,
@@ -44,7 +44,7 @@ def build(folder: Path, definitions: dict[str, str], targets: tuple[str, ...] = 
 
 
 def execute(command: list[str], *, isa: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run ``command``, on the instruction set ``isa``."""
+    """Run ``command`` with the instruction set ``isa``."""
     environment = {**os.environ, **SANITIZER_OPTIONS}
     environment.pop("LDMI_FAST_ISA", None)
     if isa is not None:
@@ -53,7 +53,7 @@ def execute(command: list[str], *, isa: str | None = None, timeout: float = 300)
 
 
 def run(command: list[str], *, isa: str | None = None) -> str:
-    """What ``command`` printed. Fails the test if it fails; skips it if this machine lacks the instruction set ``isa``."""
+    """Run ``command`` and return its output. Fails the test if it fails; skips it if this machine lacks ``isa``."""
     done = execute(command, isa=isa)
     output = done.stdout + done.stderr
     if isa is not None and done.returncode == 3:
@@ -64,6 +64,6 @@ def run(command: list[str], *, isa: str | None = None) -> str:
 
 
 def counts(output: str) -> dict[str, int]:
-    """The numbers of the line that ``fuzz`` ends with: how many batches of each kind there were."""
+    """The number of batches of each kind, from the last line that ``fuzz`` prints."""
     words = (part.rsplit(" ", 1) for part in output.strip().splitlines()[-1].split("; ")[1:])
     return {name: int(number) for name, number in words}

@@ -1,4 +1,4 @@
-// A seeded generator (splitmix64) and draws from it: the same numbers on every machine, which <random>'s distributions do not promise.
+// A seeded generator (splitmix64) and draws from it: the same numbers on every machine, unlike the distributions of <random>.
 #pragma once
 
 #include <cmath>

@@ -116,7 +116,7 @@ JointAnswer joint(const Problem& problem) {
       add(problem.y[i], 1);
       add_cross_entropy(problem.y[i] % C, 1);
     }
-    // a probability that is not finite makes S NaN; nothing more is promised of the cross entropy
+    // a probability that is not finite makes S NaN; the cross entropy may then be anything
     for (int64_t c = 0; c < C; ++c) {
       if (problem.probs && !std::isfinite(x[c])) out.ce.error = kNaN;
     }

@@ -1,5 +1,5 @@
-// What the kernels must compute, in plain loops over doubles, straight from the formulas; and for every number a bound on the rounding
-// of an implementation that works in precision `unit`. Shares nothing with csrc/.
+// The results that the kernels must compute, in plain loops over doubles, straight from the formulas; and for every number a bound on
+// the rounding of an implementation that works in precision `unit`. Shares no code with csrc/.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Problem {
   bool bad(int64_t i) const;     // counts, but its label or weight is out of range
 };
 
-// A number and how far a right answer may be from it. NaN and infinities are meant exactly; a NaN bound accepts anything.
+// A number and the largest error of a right answer. NaN and infinities must be matched exactly; a NaN bound accepts anything.
 struct Bounded {
   double value;
   double error;

@@ -15,8 +15,8 @@ namespace ldmi::test {
 
 struct Schedule {
   const char* name;
-  int threads;    // 0: on the caller's
-  uint64_t seed;  // of the order; 0: as they come
+  int threads;    // 0: on the caller's thread
+  uint64_t seed;  // of the order; 0: in ascending order
 };
 inline Schedule schedule{"in order", 0, 0};
 

@@ -99,7 +99,7 @@ void check_exp(typename Lane<T>::Int step, double allowed) {
   for (const T x : {nan, -nan, from_bits<T>(to_bits(infinity) + 1)}) {
     if (f(splat(x)).v[0] == f(splat(x)).v[0]) fail("exp", x, f(splat(x)).v[0], nan);
   }
-  // every vector of a group; the compiler may fuse other multiplications and additions in it, so other bits are right as well
+  // every vector of a group; the compiler may fuse multiplications and additions differently, so the last bits may differ
   T in[4 * kLanes<T>], out[4 * kLanes<T>];
   for (int i = 0; i < 4 * kLanes<T>; ++i) in[i] = static_cast<T>(-0.37) * static_cast<T>(i);
   Vec<T> group[4];

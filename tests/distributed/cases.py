@@ -1,4 +1,4 @@
-"""What the ranks do in the distributed tests. Each function runs on every rank of a group, and returns what the test looks at."""
+"""The functions that the ranks run in the distributed tests. Each runs on every rank, and returns what the test compares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from ldmi_fast import DMILoss, JointState, RNGReplay, diagnose, distributed, dmi_loss, dmi_score, linear_dmi_loss
-from tests.problems import Problem, problem
+from tests.support.problems import Problem, gradient_of, problem
 
 
 def part(batch: Problem, cuts: list[int], rank: int) -> Problem:
@@ -47,14 +47,14 @@ def loss_and_gradient(
         step = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=False)
     loss = step(logits, target)
     loss.backward()
-    return loss.detach(), logits.grad, target.grad
+    return loss.detach(), gradient_of(logits), target.grad
 
 
 def gradient_of_weights(group: Any, options: dict[str, Any]) -> list[Tensor]:
     """The gradient of the sample weights of this rank's rows, of dmi_loss and of linear_dmi_loss."""
     whole = problem(100, 6, weighted=True, dtype=torch.float64)
     mine = part(whole, cuts(group.size(), 100), group.rank())
-    weight = mine.sample_weight.clone().requires_grad_()
+    weight = mine.weight.clone().requires_grad_()
     eye = torch.eye(6, dtype=torch.float64)
     losses = [
         dmi_loss(mine.logits, mine.target, sample_weight=weight, group=group, **options),
@@ -92,10 +92,10 @@ def gradient_penalty(group: Any, build: dict[str, Any], options: dict[str, Any])
     loss = dmi_loss(logits, mine.target, sample_weight=mine.sample_weight, group=group, **options)
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
     (grad / group.size()).square().sum().backward()
-    return logits.grad
+    return gradient_of(logits)
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5)).double()
 
@@ -112,7 +112,7 @@ def data(step: int) -> tuple[Tensor, Tensor]:
 def train(group: Any, wrap: str, momentum: float | None) -> dict[str, Any]:
     """Three steps of SGD; ``wrap``: how the ranks share the work. Without a group: one process on the whole batches."""
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    model = network()
+    model: Any = network()
     if wrap == "ddp":
         model = DistributedDataParallel(model, process_group=group)
     elif wrap == "ddp-with-criterion":  # the average's buffers are then broadcast by DDP
@@ -172,7 +172,7 @@ def cast_by_fsdp(group: Any, dtype: torch.dtype | None) -> tuple[list[float], to
 
 
 def go_on(group: Any, state: dict[str, Tensor]) -> float:
-    """The next loss of a module with a state that other processes saved."""
+    """The next loss of a module with a state that a run of another number of processes saved."""
     criterion = DMILoss(5, momentum=0.8, cross_entropy_weight=0.3, group=group)
     criterion.load_state_dict(state)
     x, y = data(7)
@@ -182,7 +182,7 @@ def go_on(group: Any, state: dict[str, Tensor]) -> float:
 
 
 def joint_state(group: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Two micro-batches a rank, two passes, DDP with dropout."""
+    """Two micro-batches per rank, two passes, DDP with dropout."""
     rank, size = group.rank(), group.size()
     model = DistributedDataParallel(network(), process_group=group)
     x, y = data(0)
@@ -203,12 +203,12 @@ def joint_state(group: Any, options: dict[str, Any]) -> dict[str, Any]:
         total += loss.item()
     summed = torch.tensor(total)
     dist.all_reduce(summed, group=group)
-    grads = [p.grad.clone() for p in model.parameters()]
+    grads = [gradient_of(p).clone() for p in model.parameters()]
     return {"loss": solution.loss, "grads": grads, "sum": summed.item() / size, "repr": repr(state)}
 
 
 def passes_over_data(group: Any) -> dict[str, Any]:
-    """calibrate and dmi_score, each rank its own part."""
+    """calibrate and dmi_score, each rank with its part of the data."""
     rank, size = group.rank(), group.size()
     x, y = data(0)
     mine = [(x[rank::size], y[rank::size])]
@@ -216,6 +216,7 @@ def passes_over_data(group: Any) -> dict[str, Any]:
     criterion.calibrate(mine, network())
     score = dmi_score(network(), mine, 5, group=group)
     report = diagnose(network()(mine[0][0]), mine[0][1], group=group)
+    assert criterion.average is not None
     return {"joint": criterion.average.mean()[0], "score": score.log_abs_det.item(), "report": report.log_abs_det}
 
 
@@ -228,7 +229,7 @@ def error_of(function: Any) -> str:
 
 
 def mismatch(group: Any, kind: str) -> list[str]:
-    """What each rank hears when they do not want the same; and afterwards, when they do."""
+    """The error on each rank if their settings differ, and the loss afterwards with equal settings."""
     rank = group.rank()
     batch = problem(30, 4 + rank if kind == "classes" else 4)
     # settings that these ranks have not yet agreed on
@@ -251,7 +252,7 @@ def mismatch(group: Any, kind: str) -> list[str]:
 
 
 def out_of_step(group: Any) -> float:
-    """Both losses are known to both ranks; then each calls another."""
+    """Both ranks have called both losses before; then each calls a different one."""
     batch = problem(30, 4)
     for eps in (0.0, 1e-3):
         assert dmi_loss(batch.logits, batch.target, eps=eps, group=group).isfinite()
@@ -267,7 +268,7 @@ def bad_label(group: Any) -> str:
 
 
 def one_rank_raises(group: Any, when: str) -> tuple[str, float]:
-    """Rank 1 never comes to the all-reduce (its batch is bad, or its program failed); rank 0 must not wait for ever."""
+    """Rank 1 never comes to the all-reduce (its batch is bad, or its program failed); rank 0 must not wait forever."""
     batch = problem(30, 4)
     if when == "later":
         assert dmi_loss(batch.logits, batch.target, group=group).isfinite()
@@ -277,7 +278,7 @@ def one_rank_raises(group: Any, when: str) -> tuple[str, float]:
 
 
 def counts_collectives(group: Any) -> int:
-    """The collectives of a training step, the ranks having agreed on the settings."""
+    """The collectives of a training step after the ranks have agreed on the settings."""
     batch = problem(30, 4)
     distributed.agree(4, DMILoss(group=group).options, torch.device("cpu"))
     with CommDebugMode() as counter:
@@ -293,7 +294,7 @@ def linear(group: Any, options: dict[str, Any]) -> list[Tensor]:
     hidden = mine.leaf()
     loss = linear_dmi_loss(hidden, weight, mine.target, sample_weight=mine.sample_weight, chunk_size=20, group=group, **options)
     loss.backward()
-    return [loss.detach(), hidden.grad, weight.grad]
+    return [loss.detach(), gradient_of(hidden), gradient_of(weight)]
 
 
 def metric(group: Any) -> float:

@@ -12,7 +12,7 @@ from tests.distributed.pool import Pool
 
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    """Four processes with a gloo group."""
+    """A pool of four processes with a gloo group."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch was built without gloo")
     pool = Pool(tmp_path_factory.mktemp("pool"))

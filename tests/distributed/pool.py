@@ -20,26 +20,26 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SIZE = 4
-#: What a test may take; far more than it should.
+#: Time limit of a test in seconds, far more than it needs.
 PATIENCE = 90
 #: How long a rank waits for another in a group that is made to fail.
 SHORT = timedelta(seconds=2)
 
 
 class Failure(Exception):
-    """What went wrong on a rank, with its traceback."""
+    """An error on a rank, with its traceback."""
 
 
 def _serve(rank: int, store: str, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=PATIENCE))
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, SIZE)}
+    groups: dict[int, Any] = {size: dist.new_group(list(range(size))) for size in range(1, SIZE)}
     groups[SIZE] = dist.group.WORLD
     while (work := pipe.recv()) is not None:
         module, name, size, arguments = work
         try:
-            # without a size: a group of its own, which may be broken afterwards
+            # without a size: a separate group, which the test may break
             group = dist.new_group(list(range(2)), timeout=SHORT) if size is None else groups[size]
             result: tuple[bool, Any] = (True, None)
             if rank < (size or 2):
@@ -66,10 +66,10 @@ class Pool:
             self._processes.append(process)
 
     def run(self, size: int | None, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """``function(group, *arguments)`` on the first ``size`` ranks; None: on two, in a group that gives up after ``SHORT``.
+        """``function(group, *arguments)`` on the first ``size`` ranks; None: on two ranks, in a group with the timeout ``SHORT``.
 
         Returns:
-            What each returned, by rank.
+            The results, by rank.
         """
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__name__, size, arguments))

@@ -1,4 +1,4 @@
-"""group=: many processes give the loss and the update of one. Gloo, 1 to 4 processes."""
+"""group=: several processes give the loss and the update of one. Gloo, 1 to 4 processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from ldmi_fast import DMILoss, JointState, dmi_loss, joint_matrix, linear_dmi_loss
 from tests.distributed import cases
 from tests.distributed.pool import SHORT, Pool
-from tests.problems import problem
+from tests.support.compare import DERIVATIVE, EXACT, REORDERED
+from tests.support.problems import gradient_of, problem
 
 SIZES = [1, 2, 3, 4]
 OPTIONS: list[Any] = [
@@ -40,17 +41,19 @@ def test_all_ranks_have_the_loss_of_the_whole_batch(
     results = pool.run(size, cases.loss_and_gradient, full(build), {"engine": engine, **options})
     for loss, _, _ in results:
         assert torch.equal(loss, results[0][0])
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * logits.grad, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(loss, expected.detach(), rtol=REORDERED, atol=0)
+    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * gradient_of(logits), rtol=DERIVATIVE, atol=EXACT)
     if target is not whole.target:
-        torch.testing.assert_close(torch.cat([grad for _, _, grad in results]), size * target.grad, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(
+            torch.cat([grad for _, _, grad in results]), size * gradient_of(target), rtol=DERIVATIVE, atol=EXACT
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("options", [{}, {"cross_entropy_weight": 0.4, "eps": 1e-6}], ids=str)
 def test_gradient_of_sample_weights(pool: Pool, engine: str, size: int, options: dict[str, Any]) -> None:
     whole = problem(100, 6, weighted=True, dtype=torch.float64)
-    weight = whole.sample_weight.clone().requires_grad_()
+    weight = whole.weight.clone().requires_grad_()
     (expected,) = torch.autograd.grad(dmi_loss(whole.logits, whole.target, sample_weight=weight, **options), weight)
     assert expected.any()
     for found in zip(*pool.run(size, cases.gradient_of_weights, {"engine": engine, **options}), strict=True):
@@ -63,7 +66,7 @@ def test_smoothed_labels_of_a_class_that_no_rank_has(pool: Pool, size: int) -> N
     results = pool.run(size, cases.smoothed)
     assert any(hard.any() for hard, _ in results)
     for hard, soft in results:
-        torch.testing.assert_close(soft, hard, rtol=1e-8, atol=1e-14)
+        torch.testing.assert_close(soft, hard, rtol=DERIVATIVE, atol=EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,7 +77,7 @@ def test_dtypes(pool: Pool, dtype: torch.dtype) -> None:
     results = pool.run(2, cases.loss_and_gradient, {"n": 100, "classes": 6, "dtype": dtype}, {})
     ours = torch.cat([grad for _, grad, _ in results])
     assert ours.dtype == dtype
-    torch.testing.assert_close(ours, 2 * logits.grad)
+    torch.testing.assert_close(ours, 2 * gradient_of(logits))
 
 
 def test_one_graph(pool: Pool, engine: str) -> None:
@@ -107,15 +110,16 @@ def test_groups_by_name_and_by_mesh(pool: Pool) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_second_derivatives(pool: Pool, engine: str, size: int) -> None:
-    """A gradient penalty: every rank's gradient depends on the rows of all."""
-    build, options = full({"n": 40, "weighted": True}), {"cross_entropy_weight": 0.5, "eps": 1e-4}
+    """A gradient penalty: every rank's gradient depends on the rows of all ranks."""
+    build = full({"n": 40, "weighted": True})
+    options: dict[str, Any] = {"cross_entropy_weight": 0.5, "eps": 1e-4}
     whole = problem(**build)
     logits = whole.leaf()
     loss = dmi_loss(logits, whole.target, sample_weight=whole.sample_weight, **options)
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
     (expected,) = torch.autograd.grad(grad.square().sum(), logits)
     ours = pool.run(size, cases.gradient_penalty, build, {"engine": engine, **options})
-    torch.testing.assert_close(torch.cat(ours), expected, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(torch.cat(ours), expected, rtol=DERIVATIVE, atol=EXACT)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -130,12 +134,12 @@ def test_training_is_that_of_one_process(pool: Pool, size: int, momentum: float 
     if wrap == "fsdp2" and size != 4:
         pytest.skip("fully_shard makes its mesh from the default group, which has four ranks")
     for result in pool.run(size, cases.train, wrap, momentum):
-        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-10)
+        assert result["losses"] == pytest.approx(expected["losses"], rel=REORDERED)
         for ours, theirs in zip(result["parameters"], expected["parameters"], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(ours, theirs, rtol=DERIVATIVE, atol=DERIVATIVE)
         assert set(result["state"]) == set(expected["state"])
         for name, value in result["state"].items():
-            torch.testing.assert_close(value, expected["state"][name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(value, expected["state"][name], rtol=DERIVATIVE, atol=DERIVATIVE)
 
 
 @pytest.mark.parametrize(("saved_by", "size"), [(4, 1), (1, 4)])
@@ -145,7 +149,7 @@ def test_state_dicts_go_from_four_processes_to_one_and_back(pool: Pool, saved_by
     criterion.load_state_dict(state)
     x, y = cases.data(7)
     expected = criterion(cases.network()(x), y).item()
-    assert pool.run(size, cases.go_on, state) == pytest.approx([expected] * size, rel=1e-11)
+    assert pool.run(size, cases.go_on, state) == pytest.approx([expected] * size, rel=REORDERED)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -158,9 +162,9 @@ def test_joint_state(pool: Pool, size: int, options: dict[str, Any]) -> None:
     loss = dmi_loss(model(x), y, **options)
     loss.backward()
     for result in pool.run(size, cases.joint_state, options):
-        torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-11, atol=0)
+        torch.testing.assert_close(result["loss"], loss.detach(), rtol=REORDERED, atol=0)
         for ours, parameter in zip(result["grads"], model.parameters(), strict=True):
-            torch.testing.assert_close(ours, parameter.grad, rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(ours, parameter.grad, rtol=DERIVATIVE, atol=DERIVATIVE)
         if not options:
             assert result["sum"] == pytest.approx(-5, rel=1e-6)
         assert f"over {size} ranks" in result["repr"]
@@ -168,7 +172,7 @@ def test_joint_state(pool: Pool, size: int, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_linear(pool: Pool, engine: str, size: int) -> None:
-    options = {"cross_entropy_weight": 0.5, "engine": engine}
+    options: dict[str, Any] = {"cross_entropy_weight": 0.5, "engine": engine}
     whole = problem(90, 5, weighted=True, dtype=torch.float64)
     weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     hidden = whole.leaf()
@@ -177,8 +181,8 @@ def test_linear(pool: Pool, engine: str, size: int) -> None:
     results = pool.run(size, cases.linear, options)
     assert all(torch.equal(loss, results[0][0]) for loss, _, _ in results)
     torch.testing.assert_close(results[0][0], expected.detach())
-    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * hidden.grad)
-    torch.testing.assert_close(sum(grad for _, _, grad in results), size * weight.grad)
+    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), size * gradient_of(hidden))
+    torch.testing.assert_close(sum(grad for _, _, grad in results), size * gradient_of(weight))
 
 
 def test_metric(pool: Pool) -> None:
@@ -193,8 +197,8 @@ def test_calibration_scores_and_reports(pool: Pool) -> None:
     U = joint_matrix(cases.network()(x).detach(), y)
     for result in pool.run(3, cases.passes_over_data):
         torch.testing.assert_close(result["joint"], U)
-        assert result["score"] == pytest.approx(torch.linalg.slogdet(U)[1].item(), rel=1e-10)
-        assert result["report"] == pytest.approx(result["score"], rel=1e-10)
+        assert result["score"] == pytest.approx(torch.linalg.slogdet(U)[1].item(), rel=REORDERED)
+        assert result["report"] == pytest.approx(result["score"], rel=REORDERED)
 
 
 @pytest.mark.parametrize(
@@ -210,8 +214,8 @@ def test_calibration_scores_and_reports(pool: Pool) -> None:
         ("state", "the number of classes differs: rank 0: 4 classes, rank 1: 5"),
     ],
 )
-def test_ranks_that_want_different_things_are_told_so(pool: Pool, kind: str, message: str) -> None:
-    """On every rank; and the group is as good as before."""
+def test_ranks_with_different_settings_get_an_error(pool: Pool, kind: str, message: str) -> None:
+    """On every rank; afterwards the group still works."""
     for rank, (first, then) in enumerate(pool.run(2, cases.mismatch, kind)):
         assert message in first
         assert f"this is rank {rank}" in first
@@ -230,7 +234,7 @@ def test_a_bad_label_on_one_rank(pool: Pool) -> None:
 
 @pytest.mark.parametrize("when", ["at-once", "later"])
 def test_a_rank_that_raises_does_not_leave_the_others_waiting(pool: Pool, when: str) -> None:
-    """The others get an error when the group's time limit is over."""
+    """The other ranks get an error when the group's timeout has passed."""
     (waiting, seconds), (raising, _) = pool.run(None, cases.one_rank_raises, when)
     assert raising.startswith("ValueError: target must have shape")
     assert waiting.startswith("RuntimeError: a rank of the group did not come")

@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldmi_fast import Plan, dmi_loss, explain, few_rows, joint_matrix, ops
 from ldmi_fast.engines import choose, composite, native
 from ldmi_fast.options import ENGINE_VARIABLE, ENGINES, Options
-from tests.problems import problem
+from tests.support.compare import DERIVATIVE, REORDERED
+from tests.support.problems import problem
 
+COMPILED: Any = ops.compiled
 needs_compiled = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
 
@@ -43,7 +45,7 @@ def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_compiled(monkeypatch: pytest.MonkeyPatch) -> str:
-    """As if the compiled kernels did not load; returns the reason."""
+    """Make the compiled kernels appear not to load; returns the reason."""
     monkeypatch.setattr(ops, "compiled", None)
     monkeypatch.setattr(ops, "why_not_compiled", "a reason made up for this test")
     monkeypatch.setattr(native, "is_fused", lambda logits, target: False)  # its limits come from the compiled module
@@ -99,7 +101,7 @@ def test_a_forced_engine_that_cannot_run_says_why() -> None:
 @pytest.mark.parametrize("rows", [20, 100_000], ids=["small", "large"])
 @pytest.mark.parametrize("how", ["argument", "variable"])
 def test_forcing(how: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was forced is what runs: the ops of the compiled engine appear, or do not."""
+    """The forced engine is the one that runs: the ops of the compiled engine appear, or do not."""
     batch = problem(rows, 3)
 
     def ran(name: str) -> bool:
@@ -146,7 +148,7 @@ def test_an_unknown_variable(small: bool, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("engine", [None, "composite"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_explain_runs_nothing(engine: str | None, soft: bool) -> None:
-    """No operator, however large the problem: these tensors are one element that stands for 10^12."""
+    """No operator, however large the problem: these tensors are one element, expanded to 10^12."""
     logits = torch.zeros(1).expand(10**9, 1000)
     target = torch.zeros(1).expand(10**9, 1000) if soft else torch.zeros(1, dtype=torch.int64).expand(10**9)
     plans: list[Plan] = []
@@ -159,7 +161,7 @@ def test_explain_runs_nothing(engine: str | None, soft: bool) -> None:
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=["float16", "float32", "float64"])
 @pytest.mark.parametrize(("rows", "classes"), [(64, 10), (100_000, 10), (100, 150), (3000, 150)])
-def test_explain_tells_what_runs(rows: int, classes: int, dtype: torch.dtype, soft: bool) -> None:
+def test_explain_reports_what_runs(rows: int, classes: int, dtype: torch.dtype, soft: bool) -> None:
     """The ops that run are those of the plan."""
     batch = problem(rows, classes, soft=soft, dtype=dtype)
     logits = batch.leaf()
@@ -177,7 +179,7 @@ def test_explain_tells_what_runs(rows: int, classes: int, dtype: torch.dtype, so
 @pytest.mark.parametrize("engine", ["cpu", "composite"])
 @pytest.mark.parametrize("rows", [64, 100_000], ids=["small", "large"])
 def test_explain_over_ranks(rows: int, engine: str) -> None:
-    """The sums are reduced between joint and logdet_inverse, also where one process would need one call only."""
+    """The sums are reduced between joint and logdet_inverse, even where a single process would use one call."""
     batch = problem(rows, 10)
     plan = explain(batch.logits, batch.target, group="world", engine=engine)
     names = [kernel.split(" ")[0] for kernel in plan.kernels]
@@ -194,9 +196,9 @@ def test_explain_over_ranks(rows: int, engine: str) -> None:
 @needs_compiled
 @pytest.mark.parametrize("rows", [64, 100_000], ids=["small", "large"])
 def test_explain_where_weights_learn(rows: int) -> None:
-    """Weights that get a gradient need the sums between two ops; without grad mode they are as any."""
+    """Weights that get a gradient need the sums between two ops; without grad mode they are ordinary weights."""
     batch = problem(rows, 10, weighted=True)
-    weight = batch.sample_weight.clone().requires_grad_()
+    weight = batch.weight.clone().requires_grad_()
     plan = explain(batch.logits, batch.target, sample_weight=weight)
     ran = [
         op.split(".")[1]
@@ -214,7 +216,7 @@ def test_explain_where_weights_learn(rows: int) -> None:
 
 
 def kernels(rows: int, classes: int, labels: int | None = None, soft: bool = False, value_bytes: int = 4) -> tuple[str, ...]:
-    plan = ops.compiled.plan(rows, classes, labels or classes, soft, value_bytes, False)
+    plan = COMPILED.plan(rows, classes, labels or classes, soft, value_bytes, False)
     assert plan["reason"]
     assert plan["workspace_bytes"] > 0
     return tuple(plan["kernels"])
@@ -231,7 +233,7 @@ def last_before(changes: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def assert_engines_agree(rows: int, classes: int, soft: bool = False) -> None:
-    """Both engines, fp64, loss and gradient; whatever the plan does must not show."""
+    """Loss and gradient of both engines agree in fp64, whatever the plan is."""
     batch = problem(rows, classes, soft=soft, weighted=True, dtype=torch.float64)
     found: list[tuple[Tensor, Tensor]] = []
     for engine in ("cpu", "composite"):
@@ -239,14 +241,14 @@ def assert_engines_agree(rows: int, classes: int, soft: bool = False) -> None:
         loss = dmi_loss(logits, batch.target, sample_weight=batch.sample_weight, engine=engine, cross_entropy_weight=0.5)
         found.append((loss, torch.autograd.grad(loss, logits)[0]))
     (loss, grad), (want, want_grad) = found
-    torch.testing.assert_close(loss, want, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(grad, want_grad, rtol=1e-8, atol=1e-10 * want_grad.abs().max().item())
+    torch.testing.assert_close(loss, want, rtol=REORDERED, atol=REORDERED)
+    torch.testing.assert_close(grad, want_grad, rtol=DERIVATIVE, atol=DERIVATIVE * want_grad.abs().max().item())
 
 
 @needs_compiled
 @pytest.mark.parametrize("classes", [3, 10, 50])
 def test_plan_fused_by_elements(classes: int) -> None:
-    elements, _ = ops.compiled.fused_limits()
+    elements, _ = COMPILED.fused_limits()
     last = elements // classes
     assert kernels(last, classes)[0].startswith("fused")
     assert [kernel.split(" ")[0] for kernel in kernels(last + 1, classes)] == ["joint", "logdet_inverse", "logits_grad"]
@@ -257,7 +259,7 @@ def test_plan_fused_by_elements(classes: int) -> None:
 @needs_compiled
 def test_plan_fused_by_rows_per_class() -> None:
     """Few rows for their classes are fused, however many elements they have."""
-    elements, rows_per_class = ops.compiled.fused_limits()
+    elements, rows_per_class = COMPILED.fused_limits()
     classes = next(c for c in range(2, 10**4) if rows_per_class * c * c > elements)
     last = rows_per_class * classes
     assert kernels(last, classes)[0].startswith("fused")
@@ -290,7 +292,7 @@ def test_plan_order(op: str) -> None:
 
     last = last_before(by_label, 1, 5000)
     assert kernels(rows, last)[at] == f"{op} (natural order)"
-    elements, _ = ops.compiled.fused_limits()
+    elements, _ = COMPILED.fused_limits()
     for classes in (last, last + 1):
         staged = max(elements // classes, 2 * classes) + 300
         assert not kernels(staged, classes)[0].startswith("fused")
@@ -300,10 +302,10 @@ def test_plan_order(op: str) -> None:
 @needs_compiled
 @pytest.mark.parametrize("classes", [10, 60])
 def test_plan_soft_blocks(classes: int) -> None:
-    """Soft targets go a block of rows at a time; what does not fill a block is no different."""
+    """Soft targets are processed one block of rows at a time; a block that is not full gives the same."""
 
     def regime(rows: int) -> str:
-        return ops.compiled.plan(rows, classes, classes, True, 8, False)["regime"]
+        return COMPILED.plan(rows, classes, classes, True, 8, False)["regime"]
 
     assert kernels(100, classes, soft=True)[0] == "joint (soft targets)"
     block = int(regime(10**7).removeprefix("soft targets, ").removesuffix(" rows at a time"))
@@ -314,12 +316,12 @@ def test_plan_soft_blocks(classes: int) -> None:
 
 @needs_compiled
 def test_plan_is_bounded() -> None:
-    """Scratch memory stays small beside the gradient, at every size."""
+    """Scratch memory stays small compared with the gradient, at every size."""
     for rows in (1, 100, 10**4, 10**6, 10**8):
         for classes in (1, 10, 128, 129, 1000, 10**4):
             for soft in (False, True):
                 for value_bytes in (2, 4, 8):
-                    plan = ops.compiled.plan(rows, classes, classes, soft, value_bytes, False)
+                    plan = COMPILED.plan(rows, classes, classes, soft, value_bytes, False)
                     allowed = 0.05 * rows * classes * value_bytes + 1.05 * (16 * classes * classes + 16 * rows) + 4 * 2**20
                     assert plan["workspace_bytes"] <= allowed, (rows, classes, soft, value_bytes, plan)
 

@@ -32,7 +32,7 @@ DEVICES = {
     "sm_120": SM_90 | {"sms": 188, "smem_block": 99 * 1024, "smem_sm": 100 * 1024, "l2": 128 << 20, "capability": 120, "clusters": 20},
     "staged": SM_90 | {"cooperative": False},
 }
-#: The most classes that one block factors, and a grid: with 99 KB a block has no room for 8 columns of 2048 rows, a cluster has.
+#: The most classes that one block factors, and a grid: 8 columns of 2048 rows do not fit in the 99 KB of a block, but in a cluster.
 ONE_BLOCK = {"sm_80": 144, "sm_89": 112, "sm_90": 170, "no clusters": 170, "sm_120": 112, "staged": 170}
 GRID = {"sm_80": 2048, "sm_89": 1548, "sm_90": 4096, "no clusters": 2048, "sm_120": 4096, "staged": 170}
 
@@ -102,8 +102,8 @@ def test_clothing1m_is_one_launch_everywhere() -> None:
 
 
 def test_factor() -> None:
-    """A warp up to 32 classes, a block as far as its shared memory goes, a grid as far as 2048, with clusters 4096, if
-    it has room, a library above."""
+    """A warp up to 32 classes, a block up to the size of its shared memory, a grid up to 2048 classes, or 4096 with clusters, if its
+    panels fit, and the LU path above."""
     for device, most in ONE_BLOCK.items():
 
         def factor(classes: int, device: str = device) -> str:
@@ -118,7 +118,7 @@ def test_factor() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_forward_is_one_launch_for_few_classes(device: str) -> None:
-    """Where the device has cooperative grids; where not, the reason says so. Soft targets take launches."""
+    """If the device has cooperative grids; otherwise the reason says so. Soft targets take separate launches."""
 
     def one_launch(classes: int) -> bool:
         return plan(10**6, classes, device)["regime"].startswith("forward in one launch")
@@ -197,7 +197,7 @@ def test_joint_order(device: str) -> None:
 
 def test_plan_is_bounded() -> None:
     """Scratch memory stays within the goal where the factorisation is our own: 5 % of the gradient, 16 bytes for each entry of S
-    and each row, 4 MiB. S and V themselves, 16 bytes an entry, are among it."""
+    and each row, 4 MiB. That includes S and V themselves, 16 bytes per entry."""
     for rows in (0, 1, 100, 10**4, 10**6, 10**8):
         for classes in (1, 10, 64, 65, 128, 170):
             for soft in (False, True):
@@ -210,8 +210,8 @@ def test_plan_is_bounded() -> None:
 
 @pytest.mark.parametrize("classes", [171, 1000, 1024, 1025, 2048, 2049, 4096, 10000])
 def test_large_plan_is_bounded(classes: int) -> None:
-    """V and one more matrix, no more than the goal. The grid factors in the memory of V, S in the workspace; a library in that of S,
-    which becomes V, its solutions in the workspace."""
+    """V and one more matrix, no more than the goal. The grid factors in the memory of V, with S in the workspace; the LU path factors
+    in the memory of S, which becomes V, with its solutions in the workspace."""
     for rows in (0, 100, 10**4, 10**6):
         found = plan(rows, classes)
         allowed = 0.05 * rows * classes * 4 + 1.05 * (16 * classes**2 + 16 * rows) + 4 * 2**20

@@ -1,6 +1,6 @@
-"""Kernels are checked at their first use: a right one is never refused, a wrong or refused one is replaced, once and for the process.
+"""Kernels are checked at their first use: a right one is always accepted, a wrong or refused one is replaced for the whole process.
 
-No device is at hand that refuses a launch or computes wrongly, so failures are injected into the CPU engine, which is guarded here.
+There is no device here that refuses a launch or computes wrongly, so failures are injected into the CPU engine, which is guarded here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ldmi_fast.engines.triton import engine as triton
 from ldmi_fast.engines.triton.engine import INTERPRET_VARIABLE
 from ldmi_fast.options import ENGINE_VARIABLE, Options
 from tests.conftest import PLACES
-from tests.problems import Problem, problem
+from tests.support.problems import Problem, problem
 
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
@@ -134,7 +134,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("op", "fault", "batch", "words"), FAULTS)
-def test_a_fault_is_found_told_once_and_remembered(engine: Engine, op: str, fault: Any, batch: Problem, words: str) -> None:
+def test_a_fault_is_found_reported_once_and_remembered(engine: Engine, op: str, fault: Any, batch: Problem, words: str) -> None:
     engine.break_op(op, fault)
     if op in ("joint", "logdet_inverse"):  # reached when the op before is refused, or through stages
         engine.break_op("loss_forward", refuse("cooperative launch"))
@@ -152,7 +152,7 @@ def test_a_fault_is_found_told_once_and_remembered(engine: Engine, op: str, faul
 
 
 def test_the_other_paths_go_on(engine: Engine) -> None:
-    """What one shape refuses does not touch the kernels of another."""
+    """A failure at one shape does not affect the kernels of another."""
     engine.break_op("fused", refuse("cluster launch"))
     with pytest.warns(UserWarning, match="does not use a kernel"):
         assert_right(SMALL)
@@ -169,7 +169,7 @@ def test_a_launch_may_be_refused_later(engine: Engine) -> None:
 
 
 def test_the_forms_that_go_in_stages(engine: Engine) -> None:
-    """An average, two passes and a head of its own are guarded as well."""
+    """A moving average, two passes, and the loss with a linear layer are guarded as well."""
     engine.break_op("joint", drop_a_row)
     batch = STAGED
     want, want_grad = expected(batch)
@@ -189,7 +189,12 @@ def test_what_is_right_is_checked_once(engine: Engine, monkeypatch: pytest.Monke
     checks: list[str] = []
     for name in ("joint", "logdet_inverse", "logits_grad", "loss_forward", "fused"):
         right = getattr(verify, name)
-        monkeypatch.setattr(verify, name, lambda *args, name=name, right=right: checks.append(name) or right(*args))
+
+        def check(*args: Any, name: str = name, right: Any = right) -> Any:
+            checks.append(name)
+            return right(*args)
+
+        monkeypatch.setattr(verify, name, check)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
@@ -200,7 +205,7 @@ def test_what_is_right_is_checked_once(engine: Engine, monkeypatch: pytest.Monke
 
 
 def test_an_engine_for_gpus_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As chosen by itself, without asking the device at every step; this one stands for a tensor on a GPU."""
+    """When it is chosen by default, without a query of the device at every step. The tensor here claims to be on a GPU."""
     logits: Any = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda:0"))
     monkeypatch.setattr(native, "runs_on", lambda device: True)
     monkeypatch.setattr(choose, "choose_name", lambda *args: pytest.fail("asked"))
@@ -250,7 +255,7 @@ def test_nothing_is_checked_while_a_graph_is_traced(engine: Engine) -> None:
     assert not guard.refused
 
 
-def test_explain_tells_what_is_not_used(engine: Engine) -> None:
+def test_explain_reports_what_is_not_used(engine: Engine) -> None:
     engine.break_op("fused", refuse("cluster launch"))
     with pytest.warns(UserWarning, match="does not use a kernel"):
         assert_right(SMALL)
@@ -258,7 +263,7 @@ def test_explain_tells_what_is_not_used(engine: Engine) -> None:
 
 
 def hard(seed: int) -> tuple[Any, ...]:
-    """Arguments of loss_forward that are as hard as they come: dtypes, scales, weights, ignored rows, NaN, singular, empty."""
+    """Hard arguments of loss_forward: dtypes, scales, weights, ignored rows, NaN, singular, empty."""
     draw = random.Random(seed)
     C = draw.choice([1, 2, 3, 5, 10, 17, 33, 64])
     N = draw.choice([0, 1, 2, C, 3 * C, 10 * C])
@@ -291,7 +296,7 @@ INTERPRETED = os.environ.get(INTERPRET_VARIABLE) == "1"
 
 @pytest.mark.parametrize("name", ["triton"] if INTERPRETED else ["cpu", "composite"])
 def test_a_right_engine_is_never_refused(name: str) -> None:
-    """Deviations stay below a third of what is allowed, and many inputs show something."""
+    """Deviations stay below a third of the limit, and many inputs show a deviation."""
     module = {"cpu": native, "composite": composite, "triton": triton}[name]
     told = dict.fromkeys(guard.OPS, 0)
     seeds = 30 if INTERPRETED else 300
@@ -330,7 +335,7 @@ def test_what_runs_here_is_believed(
     guard.forget()
     monkeypatch.setattr(guard, "GUARDED", frozenset({name}))
     batch = problem(rows, classes, soft=soft, weighted=True).to(device=device)
-    if soft:  # nearer to labels, so that the matrix is far enough from a singular one for the checks to tell
+    if soft:  # nearer to labels, so that the matrix is far enough from singular for the checks to be conclusive
         one_hot = torch.nn.functional.one_hot(batch.target.argmax(-1), classes)
         batch = batch.with_target((0.1 * batch.target + 0.9 * one_hot).to(batch.target.dtype))
 

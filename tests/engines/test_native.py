@@ -1,4 +1,4 @@
-"""The compiled engine as a whole: the same bits on every number of threads, instruction sets, what it says about itself."""
+"""The compiled engine as a whole: the same bits on every number of threads, instruction sets, and what it reports about itself."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import ldmi_fast
 from ldmi_fast import dmi_loss, ops
-from tests.problems import problem
+from tests.support.compare import DERIVATIVE
+from tests.support.problems import gradient_of, problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
 OPS = torch.ops.ldmi_fast
 
+COMPILED: Any = ops.compiled
 pytestmark = pytest.mark.skipif(ops.compiled is None, reason=ops.why_not_compiled)
 
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts the number of threads back."""
+    """Restore the number of threads."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -71,7 +74,7 @@ def test_every_number_of_threads_gives_the_same_bits(rows: int, classes: int, so
         logits = batch.leaf()
         loss = dmi_loss(logits, batch.target, sample_weight=batch.sample_weight, cross_entropy_weight=0.5, engine="cpu")
         loss.backward()
-        results.append((count, loss, logits.grad))
+        results.append((count, loss, gradient_of(logits)))
     _, first_loss, first_grad = results[0]
     for count, loss, grad in results[1:]:
         assert torch.equal(loss, first_loss), f"the loss differs with {count} threads"
@@ -80,7 +83,7 @@ def test_every_number_of_threads_gives_the_same_bits(rows: int, classes: int, so
 
 @pytest.mark.parametrize(("rows", "classes", "soft", "dtype"), SHAPES)
 def test_the_loss_alone_has_the_same_bits(rows: int, classes: int, soft: bool, dtype: torch.dtype) -> None:
-    """Without a gradient to come there is no inverse, and the determinant is the same."""
+    """If no gradient will follow, there is no inverse, and the determinant is the same."""
     batch = problem(rows, classes, soft=soft, weighted=True, dtype=dtype)
     loss = dmi_loss(batch.leaf(), batch.target, sample_weight=batch.sample_weight, engine="cpu")
     alone = dmi_loss(batch.logits, batch.target, sample_weight=batch.sample_weight, engine="cpu")
@@ -108,15 +111,16 @@ def test_no_inverse_where_no_gradient_is_asked_for() -> None:
 
 @pytest.mark.parametrize("rows", [500, 100_000])
 def test_loss_scaling_reaches_small_gradients(rows: int) -> None:
-    """fp16 training multiplies the loss so that small gradients survive fp16: they must not have been rounded to it before."""
+    """fp16 training multiplies the loss so that small gradients survive fp16: they must not be rounded to fp16 before that."""
     batch = problem(rows, 2, dtype=torch.float16)
     scale = 65536.0
     logits = batch.leaf()
     (scale * dmi_loss(logits, batch.target, engine="cpu")).backward()
     exact = batch.to(torch.float64).leaf()
     (scale * dmi_loss(exact, batch.target, engine="composite")).backward()
-    assert exact.grad.abs().max() < 60_000, "the scale is one that fits"
-    error = (logits.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+    wanted = gradient_of(exact)
+    assert wanted.abs().max() < 60_000, "the scale fits"
+    error = (gradient_of(logits).double() - wanted).abs().max() / wanted.abs().max()
     assert error <= 2.0**-11 + 1e-5
 
 
@@ -125,7 +129,7 @@ def test_loss_scaling_reaches_small_gradients(rows: int) -> None:
 LOSSES = """
 import sys, torch
 from ldmi_fast import dmi_loss, ops
-from tests.problems import problem
+from tests.support.problems import problem
 results = []
 for rows, classes, soft in [(300, 10, False), (60_000, 10, False), (900, 33, True), (700, 150, False)]:
     for dtype in (torch.float32, torch.float64):
@@ -134,30 +138,30 @@ for rows, classes, soft in [(300, 10, False), (60_000, 10, False), (900, 33, Tru
         loss = dmi_loss(logits, batch.target, sample_weight=batch.sample_weight, engine="cpu")
         loss.backward()
         results.append((loss.detach(), logits.grad))
-torch.save((ops.compiled.build_info()["isa"], results), sys.argv[1])
+torch.save((COMPILED.build_info()["isa"], results), sys.argv[1])
 """
 
 
 def test_instruction_sets_agree(tmp_path: Path) -> None:
-    """LDMI_FAST_ISA chooses, and what it chooses changes roundings only."""
+    """LDMI_FAST_ISA chooses the instruction set, and the choice changes only roundings."""
     results = {}
     for isa in ("baseline", "avx2", "avx512"):
         file = tmp_path / isa
         done = run("-c", LOSSES, str(file), LDMI_FAST_ISA=isa)
         if isa != "baseline" and done.returncode != 0:
-            assert f"LDMI_FAST_ISA={isa}" in done.stderr  # this processor lacks it, or there is no such thing on its kind
+            assert f"LDMI_FAST_ISA={isa}" in done.stderr  # this processor lacks it, or its architecture has no such set
             continue
         assert done.returncode == 0, done.stderr
         chosen, results[isa] = torch.load(file)
         assert chosen == isa
-    default = ops.compiled.build_info()["isa"]
+    default = COMPILED.build_info()["isa"]
     assert default in results or os.environ.get("LDMI_FAST_ISA")
     if len(results) == 1:
-        pytest.skip("this processor has the baseline only")
+        pytest.skip("this processor has only the baseline")
     baseline = results.pop("baseline")
     for isa, others in results.items():
         for (loss, grad), (base_loss, base_grad) in zip(others, baseline, strict=True):
-            rtol = 1e-5 if loss.dtype == torch.float32 else 1e-12
+            rtol = 1e-5 if loss.dtype == torch.float32 else DERIVATIVE
             torch.testing.assert_close(loss, base_loss, rtol=rtol, atol=rtol, msg=isa)
             torch.testing.assert_close(grad, base_grad, rtol=10 * rtol, atol=rtol * base_grad.abs().max().item(), msg=isa)
 
@@ -175,7 +179,7 @@ def test_an_unknown_instruction_set() -> None:
 
 
 def test_build_info() -> None:
-    info = ops.compiled.build_info()
+    info = COMPILED.build_info()
     assert set(info) == {"version", "compiler", "torch", "cuda", "cuda_archs", "isa"}
     assert info["version"] == ldmi_fast.__version__
     assert info["isa"] in ("baseline", "avx2", "avx512")
@@ -197,7 +201,7 @@ def test_python_m() -> None:
 
 
 def test_python_m_with_what_this_machine_lacks() -> None:
-    """An engine that cannot run is named with the reason, and the exit status tells."""
+    """An engine that cannot run is named with the reason, and the exit status is not 0."""
     done = run("-m", "ldmi_fast", LDMI_FAST_ISA="mmx")
     assert done.returncode == 1
     assert "LDMI_FAST_ISA=mmx: expected one of" in done.stdout
@@ -205,7 +209,7 @@ def test_python_m_with_what_this_machine_lacks() -> None:
 
 
 def test_op_arguments_that_cannot_work() -> None:
-    """The ops refuse what they cannot compute, and say it; a crash would take this process with it, so another one tries."""
+    """The ops raise an error for arguments that they cannot compute. In a process of its own, because a crash would end this one."""
     script = """
 import torch, ldmi_fast
 OPS = torch.ops.ldmi_fast

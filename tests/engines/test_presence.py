@@ -1,9 +1,10 @@
-"""Which classes logdet_inverse takes for present, the same in every engine: those with at least 1e-12 of the weight. And that weights
-at either end of the range of a double make nothing overflow."""
+"""Which classes logdet_inverse counts as present, in every engine: those with at least 1e-12 of the weight. Weights at either end of
+the range of a double must not overflow."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor
 from ldmi_fast import dmi_loss
 from ldmi_fast.engines.choose import engine_module
 from ldmi_fast.presence import present_classes
-from tests.problems import problem
+from tests.support.compare import DERIVATIVE, EXACT, REORDERED
+from tests.support.problems import gradient_of, problem
 
 #: On both sides of the edges between the algorithms for few classes and for many
 CLASSES = [2, 5, 17, 33, 70, 130]
 
 
 def factor(engine: str, device: torch.device, S: Tensor, n: Tensor, absent: str = "present") -> list[Tensor]:
-    """The op of an engine, back on the CPU."""
+    """The result of an engine's op, on the CPU."""
     return [result.cpu() for result in engine_module(engine).logdet_inverse(S.to(device), n.to(device), absent)]
 
 
@@ -41,12 +43,12 @@ def check(engine: str, device: torch.device, R: Tensor, n: Tensor, present: Tens
     level, V = expected(R, n, present)
     found, sign, kept, inverse = factor(engine, device, R * n.unsqueeze(-1), n)
     assert kept.item() == present.sum()
-    assert found.item() == pytest.approx(level, rel=1e-9, abs=1e-9)
+    assert found.item() == pytest.approx(level, rel=REORDERED, abs=REORDERED)
     assert sign.item() == torch.linalg.slogdet(R[present][:, present])[0]
-    torch.testing.assert_close(inverse, V, rtol=1e-9, atol=1e-9 * V.abs().max().item())
+    torch.testing.assert_close(inverse, V, rtol=DERIVATIVE, atol=DERIVATIVE * V.abs().max().item())
     strict = factor(engine, device, R * n.unsqueeze(-1), n, "strict")
     if present.all():
-        assert strict[0].item() == pytest.approx(level, rel=1e-9, abs=1e-9)
+        assert strict[0].item() == pytest.approx(level, rel=REORDERED, abs=REORDERED)
     else:
         assert strict[0].item() == -math.inf
         assert not strict[3].any()
@@ -55,7 +57,7 @@ def check(engine: str, device: torch.device, R: Tensor, n: Tensor, present: Tens
 @pytest.mark.parametrize("share", [1e-11, 1e-13, 1e-200, 1e-310, 5e-324])
 @pytest.mark.parametrize("classes", CLASSES)
 def test_a_small_share(engine: str, device: torch.device, classes: int, share: float) -> None:
-    """Above 1e-12 a class is present, below it is as if it were not there, down to the smallest number."""
+    """Above a share of 1e-12 a class is present; below, down to the smallest number, the result is that without it."""
     n = torch.full((classes,), 3.0, dtype=torch.float64)
     rare = [0, classes - 1] if classes > 5 else [0]
     n[rare] = share * 3.0 * classes
@@ -63,7 +65,7 @@ def test_a_small_share(engine: str, device: torch.device, classes: int, share: f
     present[rare] = share > 1e-12
     R = rates(classes)
     if share < 1e-300:
-        # entries that small are rounded to nothing: what they are must not matter
+        # entries that small are rounded to 0: their values must not matter
         R[~present] = 0.25
     check(engine, device, R, n, present)
 
@@ -87,24 +89,24 @@ def test_weights_below_the_smallest_normal_number(engine: str, device: torch.dev
     found, sign, kept, _ = factor(engine, device, S, n)
     assert kept.item() == classes
     assert sign.item() == 1
-    assert found.item() == pytest.approx(level, rel=1e-9)
+    assert found.item() == pytest.approx(level, rel=REORDERED)
 
 
 @pytest.mark.parametrize("classes", CLASSES)
 def test_what_is_representable_is_right(engine: str, device: torch.device, classes: int) -> None:
-    """Where 1 / n is too large for a double and V is not; and where V is too large, its zeros are still zeros."""
+    """If 1 / n is too large for a double but V is not; and if V is too large, its zeros are still zeros."""
     place = torch.eye(classes, dtype=torch.float64).roll(1, 0)
     for weight, scale in ((2e-309, 4.0), (1e-312, 2.0**14), (1e-312, 1.0)):
         n = torch.full((classes,), weight, dtype=torch.float64)
         found, _, kept, V = factor(engine, device, scale * weight * place, n)
         assert kept == classes
-        assert found.item() == pytest.approx(classes * (math.log(weight) + math.log(scale)), rel=1e-12)
-        torch.testing.assert_close(V, torch.where(place > 0, 1 / (scale * n), 0.0), rtol=1e-12, atol=0)
+        assert found.item() == pytest.approx(classes * (math.log(weight) + math.log(scale)), rel=REORDERED)
+        torch.testing.assert_close(V, torch.where(place > 0, 1 / (scale * n), 0.0), rtol=EXACT, atol=0)
 
 
 @pytest.mark.parametrize("classes", CLASSES)
 def test_what_is_not_finite(engine: str, device: torch.device, classes: int) -> None:
-    """Also in a class that is absent: there the data are broken, not small."""
+    """Also in a class that is absent: such data are broken, not small."""
     R = rates(classes)
     for at, value in ((0, math.nan), (0, math.inf), (1, math.nan)):
         n = torch.full((classes,), 3.0, dtype=torch.float64)
@@ -119,7 +121,7 @@ def test_what_is_not_finite(engine: str, device: torch.device, classes: int) -> 
 
 
 def test_a_batch_of_matrices(engine: str, device: torch.device) -> None:
-    """Each has its own weight."""
+    """Each matrix has its own weights."""
     R = torch.stack([rates(6)] * 3)
     n = torch.ones(3, 6, dtype=torch.float64)
     n[1, 2] = 1e-13
@@ -129,8 +131,8 @@ def test_a_batch_of_matrices(engine: str, device: torch.device) -> None:
     assert kept.tolist() == [6, 5, 6]
     for i in range(3):
         level, inverse = expected(R[i], n[i], n[i] > 1e-12 * n[i].sum())
-        assert found[i].item() == pytest.approx(level, rel=1e-9)
-        torch.testing.assert_close(V[i], inverse, rtol=1e-9, atol=1e-9 * inverse.abs().max().item())
+        assert found[i].item() == pytest.approx(level, rel=REORDERED)
+        torch.testing.assert_close(V[i], inverse, rtol=DERIVATIVE, atol=DERIVATIVE * inverse.abs().max().item())
 
 
 @pytest.mark.parametrize("share", [1e-15, 1e-310])
@@ -140,23 +142,23 @@ def test_a_batch_of_matrices(engine: str, device: torch.device) -> None:
 def test_samples_that_hardly_weigh_anything(
     engine: str, device: torch.device, rows: int, classes: int, kind: str, share: float, dtype: torch.dtype
 ) -> None:
-    """As if they were not there: their loss, and a gradient of zero for them."""
+    """The loss is that without them, and their gradient is zero."""
     batch = problem(rows, classes, dtype=dtype).to(device=device)
     logits = batch.logits.softmax(-1) if kind == "probs" else batch.logits
     target = torch.nn.functional.one_hot(batch.target, classes).to(dtype) if kind == "soft" else batch.target
     gone = batch.target % 3 == 0
     weight = torch.ones(rows, dtype=torch.float64, device=device).masked_fill(gone, share)
-    options = {"input": "probs" if kind == "probs" else "logits", "engine": engine}
+    options: dict[str, Any] = {"input": "probs" if kind == "probs" else "logits", "engine": engine}
 
-    def value_and_gradient(rows: Tensor | slice, weight: Tensor | None, **more: str) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(rows: Tensor | slice, weight: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
         leaf = logits[rows].detach().requires_grad_()
         loss = dmi_loss(leaf, target[rows], sample_weight=weight, **options, **more)
         loss.backward()
-        return loss.detach(), leaf.grad
+        return loss.detach(), gradient_of(leaf)
 
     loss, grad = value_and_gradient(slice(None), weight)
     want, want_grad = value_and_gradient(~gone, None)
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    tolerance = 1e-4 if dtype == torch.float32 else DERIVATIVE
     torch.testing.assert_close(loss, want, rtol=tolerance, atol=tolerance)
     assert not grad[gone].any()
     torch.testing.assert_close(grad[~gone], want_grad, rtol=0, atol=10 * tolerance * float(want_grad.abs().max()))

@@ -1,4 +1,4 @@
-"""Fixtures of what only a GPU can be asked: every engine with kernels of its own there. Without a GPU everything here is skipped."""
+"""Fixtures of the tests that need a GPU: every engine with its own kernels there. Without a GPU all of them are skipped."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ WHY_NONE = "; ".join(f"{name}: {reason}" for name, reason in REASONS.items() if 
 
 @pytest.fixture(params=[f"{name}-cuda" for name in ENGINES] or ["none"])
 def engine(request: pytest.FixtureRequest) -> str:
-    """An engine whose kernels run on this GPU. composite is not asked: it promises neither capture nor bits."""
+    """An engine whose kernels run on this GPU. composite is left out: it guarantees neither capture nor equal bits."""
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU that torch can use")
     if not ENGINES:
-        pytest.skip(f"no engine with kernels of its own runs on this GPU ({WHY_NONE})")
+        pytest.skip(f"no engine with its own kernels runs on this GPU ({WHY_NONE})")
     name: str = request.param
     return name.removesuffix("-cuda")
 

@@ -1,6 +1,6 @@
-"""``python -m tests.gpu.soak``: thousands of random small problems through an engine, each held against the composite one in fp64.
+"""``python -m tests.gpu.soak``: thousands of random small problems through an engine, each compared with the composite engine in fp64.
 
-Every problem is drawn from its own seed: ``--first 1234 --problems 1`` runs that one again. Ends with status 1 if any differs.
+Every problem is drawn from its own seed: ``--first 1234 --problems 1`` runs that one again. Exits with 1 if any problem differs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LAYOUTS = ["contiguous", "contiguous", "channels last", "padded", "strided"]
 CLASSES = [1, 2, 3, 4, 5, 7, 8, 9, 10, 13, 14, 15, 16, 17, 20, 31, 32, 33, 48, 63, 64, 65, 80, 100, 128, 144, 170, 171]
 
 CHUNK = 100
-"""Problems that one process does before it reports."""
+"""Problems that one process runs before it reports."""
 SHOWN_FAILURES = 20
 BAR = 30
 
@@ -52,7 +52,7 @@ class Draw:
         return values[self.integer(0, len(values) - 1)]
 
     def chance(self, probability: float) -> bool:
-        """True that often."""
+        """True with this probability."""
         return float(torch.rand((), generator=self.generator)) < probability
 
 
@@ -67,7 +67,7 @@ def problem(seed: int) -> Batch:
     dtype = draw.pick(FLOATS)
     logits = draw.pick([0.3, 1.0, 1.0, 5.0]) * torch.randn(shape, generator=generator, dtype=torch.float64)
     logits += draw.pick([0.0, 0.0, 0.0, 500.0, -500.0])
-    kept = classes if draw.chance(0.7) else draw.integer(1, classes)  # the others are absent
+    kept = classes if draw.chance(0.7) else draw.integer(1, classes)  # the other classes are absent
     labels = torch.randint(0, kept, samples, generator=generator)
     if n:
         signal = draw.pick([2.0, 2.0 + math.log(classes), 6.0])
@@ -115,7 +115,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def evaluate(batch: Batch, engine: str, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss and gradients, on the CPU. Labels or weights out of range count as a loss of NaN also where they raise."""
+    """Loss and gradients, on the CPU. Labels or weights out of range count as a loss of NaN even if they raise."""
     logits = moved(batch.logits, device).requires_grad_()
     target = moved(batch.target, device)
     if target.is_floating_point():
@@ -126,8 +126,8 @@ def evaluate(batch: Batch, engine: str, device: torch.device) -> tuple[Tensor, T
     except (IndexError, ValueError):
         return torch.tensor(math.nan), None, None
     loss.backward()
-    grads = (logits.grad, target.grad)
-    return (loss.detach().cpu(), *(None if grad is None else grad.cpu() for grad in grads))
+    grad, target_grad = (None if leaf.grad is None else leaf.grad.cpu() for leaf in (logits, target))
+    return loss.detach().cpu(), grad, target_grad
 
 
 def detached(batch: Batch, double: bool) -> Batch:
@@ -140,7 +140,7 @@ def detached(batch: Batch, double: bool) -> Batch:
 
 
 def compare(seed: int, engine: str, device: torch.device) -> str:
-    """Hold one problem against the composite engine in fp64: what it was, for the count.
+    """Compare one problem with the composite engine in fp64; returns its kind, for the count.
 
     Raises:
         AssertionError: they differ by more than the rounding of the softmax explains.
@@ -171,7 +171,7 @@ def compare(seed: int, engine: str, device: torch.device) -> str:
 
 @dataclass
 class Chunk:
-    """What a process found in its problems."""
+    """The results of a process."""
 
     done: int
     kinds: dict[str, int]
@@ -179,7 +179,7 @@ class Chunk:
 
 
 def run_chunk(seeds: range, engine: str, device_name: str) -> Chunk:
-    """Some problems, one after another."""
+    """Run some problems, one after another."""
     torch.set_num_threads(1)
     device = torch.device(device_name)
     kinds: dict[str, int] = {}

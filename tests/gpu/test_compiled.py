@@ -1,4 +1,4 @@
-"""torch.compile on a GPU: Inductor's kernels around ours, and CUDA graphs by mode="reduce-overhead"."""
+"""torch.compile on a GPU: Inductor's kernels around ours, and CUDA graphs with mode="reduce-overhead"."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from ldmi_fast import dmi_loss
-from tests.compare import Result, assert_matches
-from tests.problems import problem
+from tests.support.compare import Result, assert_matches
+from tests.support.problems import problem
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def _fresh_compiler() -> Iterator[None]:
 def test_inputs_change_from_step_to_step(
     engine: str, device: torch.device, n: int, classes: int, build: dict[str, Any], mode: str
 ) -> None:
-    """One graph; with CUDA graphs recorded on the way, each step still has the gradient of its own batch."""
+    """One graph; CUDA graphs are recorded in some steps, and each step still has the gradient of its own batch."""
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         # Something for Inductor to do on both sides of the op.

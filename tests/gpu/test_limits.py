@@ -1,4 +1,4 @@
-"""Where memory is at stake: labels out of range, tensors of more than 2^31 elements, and how much a step needs."""
+"""Memory: labels out of range, tensors of more than 2^31 elements, and how much a step needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from bench.gpu.measure import peak_bytes
 from ldmi_fast import dmi_loss
 from ldmi_fast.engines import composite
-from tests.compare import FLOOR, Result, assert_matches
-from tests.problems import problem
+from tests.support.compare import GRADIENT_ROUNDING, Result, assert_matches
+from tests.support.problems import problem
 
 LABELS = [-1, -(2**31), 2**31, 2**40, -(2**62)]
 
 
 @pytest.mark.parametrize(("n", "classes"), [(256, 14), (20000, 14), (3000, 100), (2000, 300)])
 def test_labels_out_of_range_touch_no_memory(engine: str, device: torch.device, n: int, classes: int) -> None:
-    """The loss is NaN, all memory around the arguments is what it was, and the GPU goes on working."""
+    """The loss is NaN, all memory around the arguments is unchanged, and the GPU still works."""
     batch = problem(n, classes)
     guard = 4096
     arena = torch.full((n * classes + 2 * guard,), 7.0, device=device)
@@ -41,7 +41,7 @@ def test_labels_out_of_range_touch_no_memory(engine: str, device: torch.device, 
 
 
 def test_labels_are_read_where_that_is_asked_for(engine: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LDMI_FAST_CHECK=1, for debugging: the error that the CPU gives."""
+    """LDMI_FAST_CHECK=1, for debugging, raises the same error as on the CPU."""
     batch = problem(256, 14)
     here = batch.to(device=device)
     target = here.target.clone()
@@ -51,7 +51,7 @@ def test_labels_are_read_where_that_is_asked_for(engine: str, device: torch.devi
     with pytest.raises(IndexError, match=r"target 14 of sample 17 .*0 <= target < 14"):
         dmi_loss(here.logits, target, engine=engine)
     with pytest.raises(IndexError, match="target 14 of sample 17"):
-        dmi_loss(here.logits, target)  # also on the way that skips the checks of the usual small step
+        dmi_loss(here.logits, target)  # also on the path that skips the checks of the usual small step
     assert dmi_loss(here.logits, here.target, engine=engine).isfinite()
     weight = torch.ones(256, device=device)
     weight[3] = -1
@@ -70,7 +70,7 @@ def room_for(size: int) -> None:
 @pytest.mark.parametrize(("n", "classes"), [(500, 14), (400, 64), (2000, 300)])
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows-apart", "columns-apart"])
 def test_strides_beyond_32_bits(engine: str, device: torch.device, n: int, classes: int, transposed: bool) -> None:
-    """A few rows (or columns) so far apart that their offsets need 64 bits, in a tensor of which nothing else is read."""
+    """A few rows (or columns) so far apart that their offsets need 64 bits, in a tensor whose other elements are not read."""
     apart = (2**31 // (classes if transposed else n) + 4096) & ~7
     shape = (classes, apart) if transposed else (n, apart)
     room_for(2 * shape[0] * shape[1] + 2**30)
@@ -90,7 +90,7 @@ def test_strides_beyond_32_bits(engine: str, device: torch.device, n: int, class
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [14, 100, 1000])
 def test_more_than_2_to_the_31_elements(engine: str, device: torch.device, classes: int) -> None:
-    """Against the composite engine in blocks of rows: the joint as a sum, the gradient where 32 bits would overflow."""
+    """Compared with the composite engine in blocks of rows: the joint as a sum, the gradient where 32 bits would overflow."""
     n = 2**31 // classes + 70_000
     room_for(6 * n * classes + 20 * n + 2**31)
     generator = torch.Generator(device).manual_seed(0)
@@ -122,7 +122,7 @@ def test_more_than_2_to_the_31_elements(engine: str, device: torch.device, class
         x, y = logits.detach()[rows], target[rows]
         want = composite.logits_grad(x.float(), y, None, x.new_zeros(1000), V, one, zero, -100, "logits")
         error = (grad[rows].float() - want).abs().max() / want.abs().max()
-        assert error <= 2.0**-8 + 1e3 * FLOOR[torch.float32], f"rows from {start}"
+        assert error <= 2.0**-8 + 1e3 * GRADIENT_ROUNDING[torch.float32], f"rows from {start}"
 
 
 MEMORY_SHAPES = [

@@ -1,4 +1,4 @@
-"""More classes than a CPU factors in the time of a test: the last of the CUDA engine's own kernels, and the first of a library's."""
+"""More classes than a CPU factors in the time of a test: the last of the CUDA engine's own kernels, and the first of the LU path."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import matrices
 from tests.engines.test_logdet_accuracy import assert_regular
+from tests.support import matrices
 
 
 @pytest.mark.parametrize("classes", [2049, 4096, 4100])

@@ -1,4 +1,4 @@
-"""The soak's own code, on any machine: problems come out the same again, and a wrong engine is found."""
+"""The code of the soak, on any machine: a seed gives the same problem again, and a wrong engine is found."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_processes_and_result_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "6 of 6 problems" in capsys.readouterr().out
 
 
-def test_an_engine_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         soak.main(["--engine", "fast", "--device", "cpu"])
     assert "cannot run on cpu" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""CUDA graphs, streams and devices: kernels run where and when they are told, and nothing waits for the GPU."""
+"""CUDA graphs, streams and devices: kernels run on the current stream and device, and the host never waits for the GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bench.gpu.clocks import capture_graph, count_nodes
 from ldmi_fast import DMILoss, dmi_loss
-from tests.compare import Result, assert_matches, run
-from tests.problems import Problem, problem
+from tests.support.compare import Result, assert_matches, run
+from tests.support.problems import Problem, problem
 
 SHAPES = [
     pytest.param(256, 14, id="small"),
@@ -24,7 +24,7 @@ SHAPES = [
 
 @contextmanager
 def sync_is_an_error() -> Iterator[None]:
-    """torch raises at whatever makes the host wait for the GPU."""
+    """torch raises an error at any call that makes the host wait for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -33,7 +33,7 @@ def sync_is_an_error() -> Iterator[None]:
 
 
 def stepper(batch: Problem, engine: str) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
-    """Logits to write to, and a forward and backward over them."""
+    """Logits to write to, and a function that runs forward and backward on them."""
     logits = batch.leaf()
 
     def step() -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def test_nothing_waits_for_the_gpu(engine: str, device: torch.device, n: int, cl
 
 @pytest.mark.parametrize(("n", "classes"), SHAPES)
 def test_two_streams_at_once(engine: str, device: torch.device, n: int, classes: int) -> None:
-    """Two problems side by side, many times: no workspace, counter or flag is shared between streams."""
+    """Two problems at the same time, many times: streams share no workspace, counter or flag."""
     batches = [problem(n, classes, seed=seed).to(device=device) for seed in (1, 2)]
     steps = [stepper(batch, engine)[1] for batch in batches]
     expected = [step() for step in steps]
@@ -134,7 +134,7 @@ def test_two_streams_at_once(engine: str, device: torch.device, n: int, classes:
 
 
 def test_the_current_stream_is_the_one_that_is_used(engine: str, device: torch.device) -> None:
-    """Inputs that are still being written on a side stream: whoever launched elsewhere would read them too early."""
+    """Inputs that are still being written on a side stream: a kernel on another stream would read them too early."""
     batch = problem(20000, 14)
     here = batch.to(device=device)
     stream = torch.cuda.Stream(device)
@@ -150,8 +150,8 @@ def test_the_current_stream_is_the_one_that_is_used(engine: str, device: torch.d
 
 
 @pytest.mark.parametrize(("n", "classes"), SHAPES)
-def test_bitwise_the_same_beside_other_work(engine: str, device: torch.device, n: int, classes: int) -> None:
-    """Whatever else the GPU does, in whatever order blocks run: the same bits."""
+def test_bitwise_the_same_next_to_other_work(engine: str, device: torch.device, n: int, classes: int) -> None:
+    """The bits are the same whatever else the GPU does and in whatever order blocks run."""
     batch = problem(n, classes, weighted=True).to(device=device)
     _, step = stepper(batch, engine)
     loss, grad = step()
@@ -193,7 +193,7 @@ def test_arguments_on_two_devices_are_named(engine: str, device: torch.device) -
 def test_small_problems_take_one_launch_each_way(engine: str, device: torch.device) -> None:
     """Clothing1M's batch: the forward leaves the gradient, the backward scales it."""
     if engine != "cuda":
-        pytest.skip(f"promised of the engine cuda, this is {engine}")
+        pytest.skip(f"guaranteed for the engine cuda, this is {engine}")
     batch = problem(256, 14).to(device=device)
     logits, upstream = batch.leaf(), torch.ones((), device=device)
 

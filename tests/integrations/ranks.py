@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(processes: int, module: str, *arguments: str) -> str:
-    """What a module of the repository prints as ``processes`` ranks, on the CPU; it has to end well."""
+    """Run a module of the repository on ``processes`` ranks on the CPU and return its output; it has to succeed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m", module]
     done = subprocess.run(
         [*command, *arguments],

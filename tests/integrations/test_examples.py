@@ -1,4 +1,4 @@
-"""The examples run, on small data, and find the true classes behind wrong labels; what they save has the average in it."""
+"""The examples run, on small data, and find the true classes behind wrong labels; what they save contains the average."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WHY = "{} is not installed: pip install .[integrations]"
 
 
 def example(name: str, *needs: str) -> Any:
-    """An example's module, or a skip that says what is missing."""
+    """Import an example's module, or skip the test with the missing library as the reason."""
     for library in needs:
         pytest.importorskip(library, reason=WHY.format(library))
     return importlib.import_module(f"docs.examples.{name}")

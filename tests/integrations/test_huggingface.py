@@ -68,7 +68,7 @@ class Gradients(TrainerCallback):
         self.seen.append(model.layer.weight.grad.clone())
 
 
-def trainer(folder: Path, criterion: Any, *callbacks: TrainerCallback, data: Any = None, model: Any = None, **given: Any) -> Trainer:
+def trainer(folder: Path, criterion: Any, *callbacks: TrainerCallback, data: Any = None, model: Any = None, **given: Any) -> Any:
     options: dict[str, Any] = {
         "num_train_epochs": 1,
         "per_device_train_batch_size": 40,
@@ -95,16 +95,16 @@ def trainer(folder: Path, criterion: Any, *callbacks: TrainerCallback, data: Any
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_accumulation_is_a_mean(tmp_path: Path, momentum: float | None) -> None:
-    """With a learning rate of 0: what is logged and the gradient of a step are means over its micro-batches; the last has fewer."""
+    """With a learning rate of 0: loss and gradient of a step are means over its micro-batches; the last step has fewer."""
     results = {}
     for steps in (1, 4):
-        gradients = Gradients()
+        recorder = Gradients()
         model = Classifier()
         model.dropout.p = 0.0
         criterion = DMILoss(4, momentum=momentum)
-        run = trainer(tmp_path, criterion, gradients, model=model, gradient_accumulation_steps=steps)
+        run = trainer(tmp_path, criterion, recorder, model=model, gradient_accumulation_steps=steps)
         run.train()
-        results[steps] = ([entry["loss"] for entry in run.state.log_history if "loss" in entry], gradients.seen)
+        results[steps] = ([entry["loss"] for entry in run.state.log_history if "loss" in entry], recorder.seen)
     (losses, gradients), (ours, summed) = results[1], results[4]
     assert len(losses) == 6
     assert ours == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2], rel=1e-3)
@@ -113,7 +113,7 @@ def test_accumulation_is_a_mean(tmp_path: Path, momentum: float | None) -> None:
 
 
 class Own(Trainer):
-    """A compute_loss of its own, without compute_loss_func: the Trainer then divides by itself."""
+    """A Trainer that overrides compute_loss, without compute_loss_func: the Trainer then does the division."""
 
     criterion = hf(DMILoss(4))
 
@@ -164,7 +164,7 @@ def test_tokens_have_their_classes_last() -> None:
 
 def test_wrong_use_is_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="hf\\(\\) takes a criterion"):
-        hf(DMILoss)
+        hf(DMILoss)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="HFCallback takes the DMILoss"):
         HFCallback(F.cross_entropy)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="the model must return logits"):
@@ -186,7 +186,7 @@ def test_wrong_use_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [Rows, Stream])
 def test_the_callback_calibrates(tmp_path: Path, data: Any) -> None:
-    """And nothing else changes: batches, dropout."""
+    """It changes nothing else: batches, dropout."""
     after = []
     for callbacks in ([], [True]):
         criterion = DMILoss(4, momentum=0.9)
@@ -213,7 +213,7 @@ def _spy(function: Any, seen: list[float]) -> Any:
 
 @pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
 def test_the_average_is_in_checkpoints(tmp_path: Path, moved: bool) -> None:
-    """Training that is resumed goes on like training that was not interrupted."""
+    """Resumed training continues like training that was not interrupted."""
     options = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 2, "learning_rate": 0.05}
     whole = DMILoss(4, momentum=0.9)
     trainer(tmp_path / "whole", whole, HFCallback(whole), **options).train()

@@ -34,7 +34,7 @@ def main(folder: str, average: str) -> None:
     )
     run.model.dropout.p = 0.0
     run.train()
-    dist.barrier()  # a rank that ends while a thread of gloo still holds a tensor is aborted
+    dist.barrier()  # a rank that exits while a thread of gloo still holds a tensor is aborted
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""What a build decides, and when: before torch is there, beside an old torch, twice in one tree, in place."""
+"""The decisions of a build, and when it makes them: without torch, with an old torch, twice in one tree, in place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REQUIREMENTS = "import build_backend; print('REQUIRES', build_backend.get_requir
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
-    """The Python of an environment with the build tools and without torch, as an isolated build starts in."""
+    """The Python of an environment with the build tools and without torch, like the one in which an isolated build starts."""
     folder = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     site = next((folder / "lib").glob("python*/site-packages"))
@@ -39,7 +39,7 @@ def bare(tmp_path: Path) -> Path:
 
 
 def pretend_torch(python: Path, version: str) -> None:
-    """A torch of some version, as far as a build looks at it."""
+    """A torch of some version, as much of it as a build reads."""
     site = next((python.parents[1] / "lib").glob("python*/site-packages"))
     header = site / "torch" / "include" / "torch" / "csrc" / "stable" / "library.h"
     header.parent.mkdir(parents=True)
@@ -50,7 +50,7 @@ def pretend_torch(python: Path, version: str) -> None:
 
 @pytest.mark.parametrize("native", ["auto", "1"])
 def test_torch_is_required_where_there_is_none(bare: Path, tree: Path, native: str) -> None:
-    """To ask for what a build needs is not to build: nothing is refused or announced before torch could be there."""
+    """The query for requirements is not a build: it refuses and announces nothing, because torch is not installed yet."""
     done = run(bare, "-c", REQUIREMENTS, cwd=tree, LDMI_FAST_NATIVE=native)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "REQUIRES ['torch>=2.10']" in done.stdout
@@ -65,14 +65,14 @@ def test_a_pure_build_requires_nothing(bare: Path, tree: Path) -> None:
 
 @pytest.mark.parametrize(("native", "torch"), [("auto", "[]"), ("1", "['torch>=2.10']")])
 def test_without_a_compiler_no_torch_is_fetched(bare: Path, tree: Path, tmp_path: Path, native: str, torch: str) -> None:
-    """Gigabytes for nothing. Where the kernels are demanded the build goes on to say what is missing."""
+    """That would download gigabytes in vain. If the kernels are required, the build continues and reports what is missing."""
     done = run(bare, "-c", REQUIREMENTS, cwd=tree, PATH=str(tmp_path), LDMI_FAST_NATIVE=native)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"REQUIRES {torch}" in done.stdout
 
 
 def test_missing_build_tools_are_named(bare: Path, tree: Path) -> None:
-    """As in --no-build-isolation, where nobody brings them."""
+    """As with --no-build-isolation, where pip does not install them."""
     pretend_torch(bare, "2.14.1")
     for part in next((bare.parents[1] / "lib").glob("python*/site-packages")).glob("pybind11*"):
         part.unlink()
@@ -97,8 +97,8 @@ def test_an_sdist_needs_no_torch(bare: Path, tree: Path, tmp_path: Path, native:
 
 
 @pytest.mark.parametrize(("version", "enough"), [("2.9.1+cpu", False), ("2.10.0", True), ("2.14.1+cu130", True), ("3.0.0a0", True)])
-def test_an_old_torch_is_none(bare: Path, tree: Path, version: str, enough: bool) -> None:
-    """The headers of a torch before 2.10 lack what the module needs: a new one is required, instead of errors from the compiler."""
+def test_an_old_torch_counts_as_none(bare: Path, tree: Path, version: str, enough: bool) -> None:
+    """The headers of torch before 2.10 lack declarations that the module needs: the build requires a newer torch."""
     pretend_torch(bare, version)
     done = run(bare, "-c", REQUIREMENTS, cwd=tree)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -114,7 +114,7 @@ def test_an_old_torch_is_named(bare: Path, tree: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_build_with_another_ninja(tree: Path, tmp_path: Path) -> None:
-    """Each isolated build brings a ninja of its own and takes it away again; what CMake remembers must not be the first one's."""
+    """Each isolated build installs its own ninja and removes it afterwards; CMake must not remember the path of the first one."""
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if ninja is None:
         pytest.skip("ninja is not installed")
@@ -135,9 +135,24 @@ def test_editable_install(tree: Path, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = venv / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-e",
+        ".",
+    ]
     site = next((venv / "lib").glob("python*/site-packages"))
-    (site / "of_the_tests.pth").write_text(str(Path(importlib.util.find_spec("torch").origin).parents[1]) + "\n")
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    (site / "of_the_tests.pth").write_text(str(Path(torch.origin).parents[1]) + "\n")
     done = run(*pip, cwd=tree, LDMI_FAST_NATIVE="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((tree / "ldmi_fast").glob("_C.*.so"))

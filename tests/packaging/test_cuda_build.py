@@ -52,7 +52,7 @@ def module(built: Path) -> Path:
 
 
 def cuobjdump(module: Path, *arguments: str) -> str:
-    """What cuobjdump (triton's package carries one) says of the module."""
+    """The output of cuobjdump (triton's package contains one) for the module."""
     spec = importlib.util.find_spec("triton")
     near = Path(spec.origin).parent / "backends" / "nvidia" / "bin" if spec is not None and spec.origin else Path()
     tool = shutil.which("cuobjdump", path=os.pathsep.join([str(near), os.environ["PATH"]]))
@@ -62,7 +62,7 @@ def cuobjdump(module: Path, *arguments: str) -> str:
 
 
 def test_it_loads_and_says_what_it_is(built: Path) -> None:
-    """On a machine without a GPU, too. A torch with CUDA lends its streams, one without is told from it."""
+    """Also on a machine without a GPU. A torch with CUDA provides the streams; one without CUDA is detected."""
     code = "import ldmi_fast.ops as o; print(o.compiled.build_info()['cuda_archs'], '|', o.compiled.cuda_torch(), '|', o.__file__)"
     done = run(sys.executable, "-c", code, cwd=built)
     assert done.returncode == 0, done.stderr
@@ -79,7 +79,7 @@ def test_no_kernel_spills(module: Path) -> None:
     """Neither stack nor local memory, in any kernel for any architecture."""
     report = cuobjdump(module, "-res-usage")
     kernels = re.findall(r"Function (\S+?):\s*\n\s*(REG:\d+.*)", report)
-    assert len(kernels) >= 4 * 100, "the report is not of all kernels"
+    assert len(kernels) >= 4 * 100, "the report does not list all kernels"
     bad = [f"{name}: {usage}" for name, usage in kernels if "STACK:0 " not in usage or "LOCAL:0 " not in usage]
     assert not bad, "\n".join(bad)
 

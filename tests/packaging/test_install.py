@@ -1,4 +1,4 @@
-"""What a user installs: sdist, wheels with and without compiled kernels, in a clean place."""
+"""The packages that a user installs: sdist, wheels with and without compiled kernels, in a clean environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """The sources alone, without what an in-place build left among them."""
+    """The sources alone, without the files that an in-place build left there."""
     copy = tmp_path / "tree"
     copy.mkdir()
     for part in PARTS:
@@ -94,7 +94,7 @@ def test_pure_wheel(tree: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_compiler(tree: Path, tmp_path: Path) -> None:
-    """Said aloud, and pure Python; an error if the kernels were demanded."""
+    """A warning and a pure Python package; an error if the kernels were required."""
     empty = tmp_path / "bin"
     empty.mkdir()
     made = wheel(tree, tmp_path / "wheels", PATH=str(empty))
@@ -107,8 +107,8 @@ def test_without_a_compiler(tree: Path, tmp_path: Path) -> None:
     assert "LDMI_FAST_NATIVE=1, but no C++ compiler found" in refused.stdout + refused.stderr
 
 
-def test_without_a_compiler_it_is_seen_without_asking(tree: Path, tmp_path: Path) -> None:
-    """Where there is no terminal, pip prints the name of the wheel alone; then the first call says it, once."""
+def test_without_a_compiler_the_user_sees_it(tree: Path, tmp_path: Path) -> None:
+    """Without a terminal, pip prints only the name of the wheel; then the first call warns, once."""
     empty = tmp_path / "bin"
     empty.mkdir()
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "wheels"), "."]
@@ -127,8 +127,8 @@ def test_without_a_compiler_it_is_seen_without_asking(tree: Path, tmp_path: Path
     assert "UserWarning" not in silenced.stderr
 
 
-def test_a_compiler_that_cannot(tree: Path, tmp_path: Path) -> None:
-    """An old compiler is not tried and failed with, but found out by a small program."""
+def test_a_compiler_that_is_too_old(tree: Path, tmp_path: Path) -> None:
+    """A compiler that is too old is detected by a small program, before the build."""
     old = tmp_path / "bin" / "oldcc"
     old.parent.mkdir()
     old.write_text("#!/bin/sh\necho 'error: unknown builtin' >&2\nexit 1\n")

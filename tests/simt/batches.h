@@ -9,7 +9,7 @@
 
 namespace ldmi::test {
 
-// Global memory that holds `count` elements of `size` bytes, `lead` elements off the alignment of 256 bytes.
+// Global memory of `count` elements of `size` bytes, `lead` elements off the alignment of 256 bytes.
 class Elements {
  public:
   Elements(const std::byte* from, int64_t count, int64_t size, int64_t lead, const std::string& name) {
@@ -104,7 +104,7 @@ void require_bounded(const std::vector<T>& got, const std::vector<Bounded>& want
   }
 }
 
-// What rounding to the stored type may do to an answer.
+// The error that rounding to the stored type may add to an answer.
 inline Bounded stored(Bounded answer, cpu::Type type) {
   if (type == cpu::Type::kFloat16) {
     answer.error += std::fabs(answer.value) * 0x1p-11 + 0x1p-25;
@@ -116,12 +116,12 @@ inline Bounded stored(Bounded answer, cpu::Type type) {
   return answer;
 }
 
-// A batch for a seed: mostly a shape at the edges of the kernels' tiles and regimes, else one of those of the CPU's tests.
+// A batch for a seed: mostly a shape at the edges of the kernels' tiles and regimes, otherwise one from the CPU's tests.
 inline Case draw_batch(Random& random) {
   const auto type = static_cast<cpu::Type>(random.integer(0, 3));
   const uint64_t seed = random.bits() >> 8;
   switch (random.integer(0, 7)) {
-    case 0:  // the tiles' classes, whole and broken tiles of rows
+    case 0:  // the classes of a tile, whole and partial tiles of rows
     case 1: {
       const int64_t classes = random.one_of<int64_t>({1, 2, 7, 8, 9, 14, 15, 16, 17, 24, 31, 32, 33, 40, 48, 63, 64});
       return make_case(
@@ -132,12 +132,12 @@ inline Case draw_batch(Random& random) {
       return make_case(seed, {random.integer(1, 400), classes, classes * problems, false}, type);
     }
     case 3:
-      if (random.chance(0.3)) {  // rows enough for the labels to be sorted by several blocks
+      if (random.chance(0.3)) {  // enough rows for several blocks to sort the labels
         const int64_t classes = random.one_of<int64_t>({65, 66, 72});
         return make_case(seed, {random.integer(1024, 2600), classes, random.chance(0.5) ? classes : 2 * classes, false}, type);
       }
       [[fallthrough]];
-    case 4: {  // by label: a warp a row, a block a row, whole accesses and single values
+    case 4: {  // by label: one warp per row, one block per row, vector accesses and single values
       const int64_t classes = random.one_of<int64_t>(
           {65, 66, 68, 96, 100, 104, 127, 128, 129, 200, 255, 256, 257, 264, 300, 1000, 1023, 1024, 1025, 1032});
       return make_case(

@@ -66,7 +66,7 @@ void check_combine(test::Random& random, const DeviceLimits& limits) {
   Batch batch{};
   batch.logits.rows = N;
   batch.num_labels = K;
-  if (soft) batch.soft.data = n_at.data();  // is not looked at
+  if (soft) batch.soft.data = n_at.data();  // is not read
   if (weighted) batch.weights = {weights_at.data(), type, stride};
   const bool in_double = random.chance(0.5);
   void* const loss = in_double ? static_cast<void*>(wide.data()) : narrow_loss.data();

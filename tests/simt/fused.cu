@@ -12,7 +12,7 @@ DeviceLimits current_limits() {
   return limits;
 }
 
-// What the problem and its numbers are drawn from: batches of the tests of the CPU engine, in shapes of this regime.
+// The problem and its numbers: batches of the CPU engine's tests, in shapes of this regime.
 test::Case draw(test::Random& random) {
   const Type type = random.chance(0.3) ? Type::kFloat64 : Type::kFloat32;
   const int64_t classes =
@@ -57,7 +57,7 @@ void check_fused(const test::Case& from, bool packed, const LossOptions& options
   }
 }
 
-// The plan's bytes are those that the kernel takes.
+// The plan's bytes are those that the kernel uses.
 template <class F, int kWidth>
 void check_space(int64_t rows, int64_t classes, bool weighted, const DeviceLimits& limits) {
   const plan::CudaFused plan = plan::cuda_fused(rows, classes, sizeof(F), weighted, limits);

@@ -6,7 +6,7 @@
 namespace ldmi::cuda {
 namespace {
 
-// Launches twice with other rubbish in the workspace: the answers are the same bits.
+// Launches twice with different garbage in the workspace: the results have the same bits.
 template <class F>
 void check_joint(const test::Case& from, bool packed, const DeviceLimits& limits) {
   const test::Problem& problem = from.problem;
@@ -40,8 +40,7 @@ void check_joint(const test::Case& from, bool packed, const DeviceLimits& limits
   }
 }
 
-// Rows that are all alike, in rows of any tile and block: R's rows are equal to the last bits, so that the joint is found to be
-// singular.
+// Equal rows in every tile and block: the rows of R are equal to the last bits, so that the joint is found to be singular.
 void check_equal_rows(test::Random& random, const DeviceLimits& limits) {
   const int64_t C = random.integer(2, 80), N = random.integer(C, 400);
   std::vector<float> row(static_cast<size_t>(C)), x;

@@ -1,6 +1,6 @@
-// logdet_inverse against an elimination in long double: matrices of every kind that is hard, class counts on both sides of every
-// tile's edge, in batches; by a grid of any number of blocks and threads, with panels of any width; and on devices with so little
-// shared memory that the library's path takes over (the LU is then a plain one here).
+// logdet_inverse against an elimination in long double: all kinds of hard matrices, class counts on both sides of every tile's edge,
+// in batches; by a grid of any number of blocks and threads, with panels of any width; and on devices with so little shared memory
+// that the LU path runs (here with a plain LU).
 
 #include <algorithm>
 #include <limits>
@@ -20,8 +20,8 @@ constexpr double kEpsilon = 0x1p-52;
 struct Input {
   int64_t C;
   bool strict = false, finite = true, singular = false, growth = false;
-  bool regular = false;  // though hardly
-  bool rounded = false;  // singular, but the last pivot is what rounding leaves, which growth may lift over the threshold
+  bool regular = false;  // though nearly singular
+  bool rounded = false;  // singular, but the last pivot is a rounding error, which growth may lift over the threshold
   std::vector<double> S, n;
 
   double& at(int64_t i, int64_t j) { return S[static_cast<size_t>(i * C + j)]; }
@@ -40,8 +40,8 @@ std::vector<int64_t> permutation(Random& random, int64_t C) {
   return out;
 }
 
-// What a batch of samples looks like: rows of predictions, with a large entry somewhere in each; absent classes, columns that are
-// never predicted, equal rows, NaN and infinities
+// The joint of a typical batch: rows of predictions, with a large entry somewhere in each; absent classes, columns that are never
+// predicted, equal rows, NaN and infinities
 void draw_joint(Random& random, Input& in) {
   const int64_t C = in.C;
   const double absent = random.one_of({0.0, 0.0, 0.3, 1.0}), signal = random.one_of({0.0, 0.5, 4.0});
@@ -54,7 +54,7 @@ void draw_joint(Random& random, Input& in) {
       in.at(i, j) = random.uniform() + (place[static_cast<size_t>(i)] == j ? signal * static_cast<double>(C) : 0);
       sum += in.at(i, j);
     }
-    // of next to no weight is absent, too; the first class has some, unless all have none
+    // of nearly no weight is absent, too; the first class has weight, unless none has
     const double rare = absent < 1 && i > 0 ? random.one_of({0.0, 1e-16 * size, 1e-200, 1e-310}) : 0;
     const bool here = !random.chance(absent) || (absent < 1 && i == 0);
     in.weight(i) = here ? random.uniform(0.5, 2) * size : std::min(rare, 1e-16 * size);
@@ -114,7 +114,7 @@ void draw_wilkinson(Random& random, Input& in) {
   }
 }
 
-// A permutation and a little noise: the pivot is off the diagonal at every step, and no place is far from singular
+// A permutation and a little noise: the pivot is off the diagonal at every step, and every other candidate is nearly zero
 void draw_permutation(Random& random, Input& in) {
   const std::vector<int64_t> place = permutation(random, in.C);
   const int64_t shift = random.integer(0, in.C - 1);
@@ -165,7 +165,7 @@ void draw_threshold(Random& random, Input& in) {
   in.singular = !in.regular;
 }
 
-// A class is mostly itself, and is taken for a few others: what noisy labels look like, in groups of classes that are alike
+// A class is mostly predicted as itself, and sometimes as a few others: like noisy labels, in groups of similar classes
 void draw_transition(Random& random, Input& in) {
   const int64_t C = in.C, group = random.integer(1, std::min<int64_t>(C, 20));
   const double noise = random.uniform(0, 0.7);
@@ -194,7 +194,7 @@ void draw_dependent(Random& random, Input& in) {
   in.rounded = !zeros;
 }
 
-// Nearly of rank one, as is every block on the way: where eliminating R itself by panels would leave a residual of 1e-8
+// Nearly of rank one, like every block during the elimination: eliminating R itself by panels would leave a residual of 1e-8
 void draw_near_rank_one(Random& random, Input& in) {
   const double noise = std::pow(10.0, -static_cast<double>(random.integer(1, 9)));
   std::vector<double> row(static_cast<size_t>(in.C));
@@ -221,7 +221,7 @@ Input draw(Random& random, int64_t C) {
   throw test::Failure(line);
 }
 
-// ||R (n V)^T - I|| / (||R|| ||n V||) <= 10 C eps, of the classes that are there
+// ||R (n V)^T - I|| / (||R|| ||n V||) <= 10 C eps, of the present classes
 void require_inverse(const Input& in, const double* V, double growth) {
   const int64_t C = in.C;
   std::vector<int64_t> here;
@@ -279,9 +279,9 @@ void compare(const Input& in, const Determinant& got, const double* V) {
     return everywhere(0);
   }
   if (in.regular && !(got.sign != 0 && std::isfinite(got.log_abs_det))) fail(in, "sign", got.sign, want.sign, 0);
-  if (want.smallest_pivot < 1e-12) return;  // too near to singular to say
+  if (want.smallest_pivot < 1e-12) return;  // too near to singular to decide
   const double c = static_cast<double>(C), growth = in.growth ? std::pow(2.0, c - 1) : 1;
-  if (growth > 1e12) return;  // nothing is left of partial pivoting
+  if (growth > 1e12) return;  // growth leaves no correct digit
   hold("log_abs_det", got.log_abs_det, {want.log_abs_det, growth * kEpsilon * (c * want.condition + 8 * c * 720)});
   hold("sign", got.sign, {want.sign, 0});
   double largest = 0, error = 0;
@@ -300,7 +300,7 @@ void compare(const Input& in, const Determinant& got, const double* V) {
   if (want.kept > 0 && std::isfinite(largest)) require_inverse(in, V, growth);
 }
 
-// The class counts at which something changes, and any other
+// The class counts at which the algorithm changes, and any other
 int64_t draw_classes(Random& random, int64_t most) {
   const int64_t edges[] = {1, 2, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 34, 39, 40, 41, 47, 48, 49, 56, 63, 64, 65};
   const int64_t large[] = {71, 72, 73, 95, 96, 97, 127, 128, 129, 143, 144, 145, 159, 160, 161, 168, 169, 170};
@@ -335,7 +335,7 @@ Results launch_own(const test::Buffer<double>& S, const test::Buffer<double>& n,
 }
 
 #ifndef __CUDACC__
-// A device of which other processes have a part: the blocks that its limits promise do not all run at once, and the launch says so.
+// A device that other processes use too: fewer blocks run at once than its limits say, and the launch returns an error.
 void require_refusal(const test::Buffer<double>& S, const test::Buffer<double>& n, int64_t count, int64_t C, DeviceLimits limits) {
   limits.sms *= 2048;
   const test::Buffer<double> log_abs_det(count, "log_abs_det"), sign(count, "sign"), V(count * C * C, "V");
@@ -347,7 +347,7 @@ void require_refusal(const test::Buffer<double>& S, const test::Buffer<double>& 
 }
 #endif
 
-// A grid of any number of blocks and threads, with a team and a panel of any width: few classes have all the edges of many
+// A grid of any number of blocks and threads, with any number of panel blocks and any panel width: few classes reach all edges
 struct GridShape {
   int64_t blocks;
   int threads, slots, panel, team;
@@ -368,7 +368,7 @@ Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>
       log_abs_det.data(), sign.data(), kept.data(), inverse ? V.data() : nullptr,
   };
   simt::Carve carve;
-  // as the launcher does, which takes clusters for classes that are too many for a test
+  // as the launcher does, which uses clusters only for more classes than a test can afford
   if (shape.team == plan::kClusterBlocks && shape.threads == kGridThreads) {
     DeviceLimits limits;
     limits.sms = sms;
@@ -412,7 +412,7 @@ Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>
   return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
 }
 
-// P M = L U, of M column-major, in place; and U^T X = X, L^T X = X, of X column-major: as a library would
+// P M = L U, of M column-major, in place; and U^T X = X, L^T X = X, of X column-major: as cuSOLVER does
 void factor_plainly(double* a, int32_t* p, int64_t C) {
   for (int64_t k = 0; k < C; ++k) {
     int64_t best = k;
@@ -437,7 +437,7 @@ void solve_plainly(const double* a, double* x, int64_t C) {
   }
 }
 
-// With `in_place`, S's memory is all that the factors and V have
+// With `in_place`, the factors and V have only the memory of S
 Results launch_library(const Batch& batch, const test::Buffer<double>& n, int64_t count, int64_t C, bool strict, bool in_place,
                        const plan::CudaLogdetInverse& plan, const DeviceLimits& limits) {
   const test::Buffer<double> S(batch.S, "S"), own(in_place ? 0 : count * C * C, "A"), X(count * C * C, "X"),
@@ -468,7 +468,7 @@ Results launch_library(const Batch& batch, const test::Buffer<double>& n, int64_
   return {log_abs_det.download(), sign.download(), A.download(), kept.download()};
 }
 
-// What the lanes multiply together
+// The product that the lanes compute together
 LDMI_KERNEL void LDMI_BOUNDS(32, 1) log_product(const double* values, int64_t count, double* out) {
   factor::LogProduct product;
   for (int64_t i = simt::lane(); i < count; i += simt::kWarp) product.multiply(simt::load(values + i));
@@ -494,7 +494,7 @@ void check_log_product(Random& random) {
   test::require_close(out.download(), std::vector<double>{static_cast<double>(want)}, error, 0, "log_product");
 }
 
-// As a larger kernel has it: S in shared memory, V in its place
+// As within a larger kernel: S in shared memory, overwritten by V
 template <int kMost>
 LDMI_KERNEL void LDMI_BOUNDS(256, 1) in_place(Matrices matrices, int stride) {
   using namespace simt;
@@ -641,7 +641,7 @@ void check(Random& random) {
   test::require(same_bits(again.V, results.V), "with another number of threads, and in place, V differs");
 }
 
-// One matrix of so many classes, by the launcher: --classes C
+// One matrix of C classes, by the launcher: --classes C
 void check_size(Random& random, int64_t C) {
   DeviceLimits limits;
   test::require_success(simt::device(&limits), "device");

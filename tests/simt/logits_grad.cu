@@ -21,7 +21,7 @@ void check_grad(const test::Case& from, test::Random& random, const DeviceLimits
   for (double& v : V) v = size * random.normal();
   const double unit = size > 1e50 || size < 1e-50 ? 1 / size : 1;
   const double scale = unit * random.one_of({1.0, 1.0, -0.7, 0.0}), ce_scale = random.one_of({0.0, 0.0, 0.3, 1e-3});
-  // lse as joint leaves it, rounded; 0 in rows that do not count
+  // lse as joint writes it, rounded; 0 in rows that do not count
   std::vector<F> lse;
   for (const test::Bounded& value : test::joint(problem).lse) lse.push_back(static_cast<F>(value.value));
   const std::vector<test::Bounded> exact = test::logits_grad(problem, V, 0, scale, ce_scale);

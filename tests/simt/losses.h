@@ -11,11 +11,11 @@ struct LossAnswer {
   Bounded loss, scale, ce_scale;
   std::vector<double> V;  // [C, C]
   double V_error = 0;     // of its entries, absolute
-  // Whether the joint is so far from singular that its rounding leaves numbers to compare; if not, nothing above is meant, but
-  // no gradient may be NaN.
+  // Whether the joint is far enough from singular for the results to have correct digits to compare. If not, the numbers above do not
+  // apply, but no gradient may be NaN.
   bool clear = false;
-  bool nan = false;           // everything is
-  bool representable = true;  // V, and so the gradient: not where all weights are next to nothing
+  bool nan = false;           // everything is NaN
+  bool representable = true;  // V, and so the gradient: not if all weights are nearly zero
 };
 
 // K == C. As a batch's joint rounds, log|det| moves by the trace of R^{-1} times that.

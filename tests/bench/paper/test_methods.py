@@ -21,7 +21,7 @@ from bench.paper.methods import (
     Setting,
     estimated_transition,
 )
-from tests import oracle
+from tests.support import oracle
 
 N, C = 240, 3
 

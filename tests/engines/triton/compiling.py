@@ -1,4 +1,4 @@
-"""The real compiler without a GPU: what an op would launch is recorded, and compiled for a GPU that is not there.
+"""The real compiler without a GPU: the launches of an op are recorded, and compiled for a GPU that this machine does not have.
 
 Ops run on tensors without data that claim to be on a GPU, so their launches come with the arguments they would really have.
 """
@@ -24,7 +24,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from ldmi_fast.engines.triton import fused, joint, logdet_inverse, logits_grad
 
-ROOMS = (joint, logdet_inverse, logits_grad, fused)
+OPS = (joint, logdet_inverse, logits_grad, fused)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -60,7 +60,7 @@ class Launch:
 
 @contextmanager
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
-    """Collects the launches of the rooms instead of making them."""
+    """Collect the launches of the ops instead of making them."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -76,13 +76,13 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
             return launch
 
     with monkeypatch.context() as patch:
-        for room in ROOMS:
-            patch.setattr(room, "wrap_triton", Recorder)
+        for op in OPS:
+            patch.setattr(op, "wrap_triton", Recorder)
         yield launches
 
 
 def launches_of(monkeypatch: pytest.MonkeyPatch, op: Callable[..., Any], *args: Any) -> list[Launch]:
-    """What ``op`` launches for tensors like these (on the meta device), as if they were on a GPU."""
+    """The launches of ``op`` for tensors like these (on the meta device), as if they were on a GPU."""
     with recorded(monkeypatch) as launches, FakeTensorMode():
         op(*(on_gpu(arg) if isinstance(arg, Tensor) else arg for arg in args))
     return launches
@@ -116,7 +116,7 @@ def compiled(launch: Launch, target: GPUTarget) -> CompiledKernel:
 
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
-    """What a compiled kernel takes: registers, stack and local memory in bytes (NVIDIA), spilled vector registers (AMD)."""
+    """The resources of a compiled kernel: registers, stack and local memory in bytes (NVIDIA), spilled vector registers (AMD)."""
     if "cubin" in kernel.asm:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

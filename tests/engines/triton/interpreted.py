@@ -12,7 +12,8 @@ from torch import Tensor
 from ldmi_fast import dmi_loss, explain
 from ldmi_fast.engines import composite
 from ldmi_fast.engines.triton import engine, plan, tuning
-from tests.problems import problem
+from tests.support.compare import DERIVATIVE
+from tests.support.problems import gradient_of, problem
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -29,7 +30,7 @@ def scalars(n: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(0.75, dtype=F64), torch.tensor(0.5 / max(n, 1), dtype=F64)
 
 
-def assert_rooms_agree(
+def assert_ops_agree(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -39,7 +40,7 @@ def assert_rooms_agree(
     V: Tensor | None = None,
 ) -> None:
     """joint and logits_grad against their definition, and bitwise against themselves."""
-    rtol = 1e-12 if logits.dtype == F64 else 2e-6
+    rtol = DERIVATIVE if logits.dtype == F64 else 2e-6
     args = (logits, target, weight, labels, ignore_index, input)
     want = composite.joint(*args)
     ours = engine.joint(*args)
@@ -74,7 +75,7 @@ def test_tiles(rows: int, classes: int, kind: str) -> None:
     batch = problem(rows, classes, soft=kind == "soft", weighted=kind in ("weighted", "soft"), dtype=dtype)
     logits = batch.logits.softmax(-1) if kind == "probs" else batch.logits
     assert plan.joint(rows, classes, classes, kind == "soft", 4, TILE).regime == "tile"
-    assert_rooms_agree(logits, batch.target, batch.sample_weight, classes, "probs" if kind == "probs" else "logits")
+    assert_ops_agree(logits, batch.target, batch.sample_weight, classes, "probs" if kind == "probs" else "logits")
 
 
 @pytest.mark.parametrize("kind", ["balanced", "one-class", "absent", "weighted", "probs", "ignored"])
@@ -92,29 +93,29 @@ def test_label_order(kind: str) -> None:
     assert how.regime == "label"
     assert how.programs > 5
     logits = batch.logits.softmax(-1) if kind == "probs" else batch.logits
-    assert_rooms_agree(logits, target, batch.sample_weight, classes, "probs" if kind == "probs" else "logits")
+    assert_ops_agree(logits, target, batch.sample_weight, classes, "probs" if kind == "probs" else "logits")
 
 
 @pytest.mark.parametrize("rows", [0, 1, 8, 9, 64])
 def test_label_order_at_the_borders_of_programs(rows: int) -> None:
     classes = 66
     target = (torch.arange(rows) // 8) * 3  # runs of 8 rows, the smallest program
-    assert_rooms_agree(problem(rows, classes).logits, target, None, classes)
+    assert_ops_agree(problem(rows, classes).logits, target, None, classes)
 
 
 def test_several_problems_in_one_joint() -> None:
     """K = B C: the column of a label is its remainder."""
     for labels, classes in ((15, 5), (70, 35)):
         target = torch.arange(60) % labels
-        assert_rooms_agree(problem(60, classes).logits, target, None, labels)
+        assert_ops_agree(problem(60, classes).logits, target, None, labels)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
 @pytest.mark.parametrize("kind", ["hard", "weighted", "probs", "ordered"])
 def test_long_rows(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Block by block, here at a length that the interpreter can stand; -inf, blocks of nothing but -inf, NaN and +inf."""
+    """Block by block, here at a length that is feasible in the interpreter; -inf, blocks of nothing but -inf, NaN and +inf."""
     if dtype == BF16 and kind != "hard":
-        pytest.skip("the same code but for the loads")
+        pytest.skip("the same code except for the loads")
     monkeypatch.setattr(plan, "ROW_BYTES", 16 * (8 if dtype == F64 else 4))
     monkeypatch.setattr(plan, "TILE_CLASSES", 16)
     if kind == "ordered":
@@ -130,11 +131,11 @@ def test_long_rows(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
         logits[3, :16] = -torch.inf
         logits[4, 16:] = -torch.inf
         logits[5, ::2] = -torch.inf
-    assert_rooms_agree(logits, target, batch.sample_weight, labels, "probs" if kind == "probs" else "logits")
+    assert_ops_agree(logits, target, batch.sample_weight, labels, "probs" if kind == "probs" else "logits")
     if kind == "hard":
-        for wild in (torch.nan, torch.inf):
+        for non_finite in (torch.nan, torch.inf):
             spoilt = logits.clone()
-            spoilt[7, 20] = wild
+            spoilt[7, 20] = non_finite
             S, _, _, _ = engine.joint(spoilt, target, None, labels, -100, "logits")
             assert S[target[7]].isnan().all()
 
@@ -148,7 +149,7 @@ def test_table_and_order_of_the_gradient(input: str, dtype: torch.dtype, monkeyp
         monkeypatch.setattr(plan, "DIRECT_ENTRIES", 0)
         monkeypatch.setattr(plan, "ORDERED_TABLE_BYTES", 0 if ordered else 2**30)
         assert plan.logits_grad(41, 9, 9, False, dtype.itemsize).ordered == ordered
-        assert_rooms_agree(logits, batch.target, batch.sample_weight, 9, input)
+        assert_ops_agree(logits, batch.target, batch.sample_weight, 9, input)
 
 
 def test_soft_targets_of_many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +157,13 @@ def test_soft_targets_of_many_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (0, 1, 64, 65, 200):
         batch = problem(rows, 70, soft=True, weighted=True)
         assert plan.joint(rows, 70, 70, True, 4, 16).regime == "soft"
-        assert_rooms_agree(batch.logits, batch.target, batch.sample_weight, 70)
+        assert_ops_agree(batch.logits, batch.target, batch.sample_weight, 70)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint64])
 @pytest.mark.parametrize("classes", [5, 66])
 def test_labels_out_of_range(classes: int, dtype: torch.dtype) -> None:
-    """S, n and ce are NaN; the gradient of that row is; no address is made of the label; ignored rows do not count."""
+    """S, n, ce and the gradient of that row are NaN; the label is not used as an address; ignored rows do not count."""
     logits = torch.randn(20, classes)
     for label in {classes, torch.iinfo(dtype).max, torch.iinfo(dtype).min} - {0}:
         values = [i % 5 for i in range(20)]
@@ -200,7 +201,7 @@ def test_weights_out_of_range(soft: bool, classes: int, weight: float) -> None:
 
 
 def test_weights_of_any_size() -> None:
-    """S is linear in the weights from 1e-40 to 1e30, and the gradient does not overflow on the way."""
+    """S is linear in the weights from 1e-40 to 1e30, and no intermediate result of the gradient overflows."""
     batch = problem(40, 5)
     for size in (1e-40, 1e-20, 1e30):
         weight = torch.full((40,), size)
@@ -213,7 +214,7 @@ def test_weights_of_any_size() -> None:
         dmi_loss(logits, batch.target, sample_weight=weight, engine="triton").backward()
         plain = batch.leaf()
         dmi_loss(plain, batch.target, engine="composite").backward()
-        assert_close((logits.grad,), (plain.grad,), 1e-5)
+        assert_close((gradient_of(logits),), (gradient_of(plain),), 1e-5)
 
 
 def test_logdet_inverse_of_batches_and_of_fp32() -> None:
@@ -225,17 +226,17 @@ def test_logdet_inverse_of_batches_and_of_fp32() -> None:
         n[1, 0] = 0
         S[2, 0], n[2, 0] = S[2, -1], n[2, -1]
         for absent in ("present", "strict"):
-            assert_close(engine.logdet_inverse(S, n, absent), composite.logdet_inverse(S, n, absent), 1e-12)
+            assert_close(engine.logdet_inverse(S, n, absent), composite.logdet_inverse(S, n, absent), DERIVATIVE)
             single = (S.float(), n.float(), absent)
             assert_close(engine.logdet_inverse(*single), composite.logdet_inverse(*single), 1e-5)
         S[0, 0, 0] = torch.nan
-        assert_close(engine.logdet_inverse(S, n, "present"), composite.logdet_inverse(S, n, "present"), 1e-12)
+        assert_close(engine.logdet_inverse(S, n, "present"), composite.logdet_inverse(S, n, "present"), DERIVATIVE)
 
 
 @pytest.mark.parametrize("rows", [1, 31, 65])
 @pytest.mark.parametrize("classes", [1, 2, 16, 17])
 @pytest.mark.parametrize("input", ["logits", "probs"])
-def test_fused_is_the_rooms(rows: int, classes: int, input: str) -> None:
+def test_fused_is_the_separate_ops(rows: int, classes: int, input: str) -> None:
     batch = problem(rows, classes, weighted=rows > 1, absent=(0,) if classes == 17 else ())
     logits = batch.logits.softmax(-1) if input == "probs" else batch.logits
     assert plan.is_fused(rows, classes, False, 4)

@@ -1,4 +1,4 @@
-"""A pytest plugin for runs under TRITON_INTERPRET=1: what Triton's interpreter needs to run here, and in reasonable time."""
+"""A pytest plugin for runs under TRITON_INTERPRET=1: patches with which Triton's interpreter runs here, in reasonable time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _patched(tensor: Any, *rest: Any) -> None:
 
 interpreter._patch_lang_tensor = _patched
 
-# At every call of one jit function by another the interpreter lists the members of triton.language anew: a third of its time.
+# The interpreter lists the members of triton.language again at every call of one jit function by another: a third of its time.
 interpreter.inspect = types.SimpleNamespace(**vars(inspect))
 interpreter.inspect.getmembers = functools.cache(inspect.getmembers)
 
@@ -34,7 +34,7 @@ _convert_float = interpreter._convert_float
 
 
 def _rounded(data: Any, source: Any, to: Any, mode: Any) -> Any:
-    """It truncates fp32 to bf16, where compiled kernels round to nearest."""
+    """The interpreter truncates fp32 to bf16, where compiled kernels round to nearest."""
     if source == tl.float32 and to == tl.bfloat16:
         half = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
         return half.view(torch.int16).numpy().view(np.uint16)
@@ -43,5 +43,5 @@ def _rounded(data: Any, source: Any, to: Any, mode: Any) -> Any:
 
 interpreter._convert_float = _rounded
 
-# It warns of every inf - inf, which is what kernels do with rows of NaN and infinities.
+# The interpreter warns of every inf - inf, which kernels compute for rows of NaN and infinities.
 np.seterr(all="ignore")

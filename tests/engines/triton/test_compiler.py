@@ -1,6 +1,6 @@
-"""The real compiler, for GPUs that are not there: every kernel that is launched compiles, and the hot ones keep to their registers.
+"""The real compiler, for GPUs that this machine does not have: every launched kernel compiles, and the hot ones do not spill.
 
-This finds what the interpreter cannot: types that change within a loop, operands that the compiler cannot lay out, spilled registers.
+This finds errors that the interpreter cannot: types that change within a loop, operands without a layout, spilled registers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.engines.triton.compiling import TARGETS, Launch, compiled, launches_o
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
-#: Where speed matters less, ptxas may put a few values on the stack; a spilled tile is hundreds of bytes. The hot kernels: none.
+#: Bytes of stack that ptxas may use where speed matters less; a spilled tile is hundreds of bytes. Hot kernels may use none.
 STACK_BYTES = 96
 
 
@@ -98,7 +98,7 @@ def test_everything_compiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_configuration_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What autotuning may pick, where it is not the default."""
+    """The configurations that autotuning may choose instead of the default."""
     cases = {
         "joint-tile-16": HOT["forward-14"],
         "joint-tile-64": HOT["forward-64"],

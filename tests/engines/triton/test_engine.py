@@ -1,4 +1,4 @@
-"""Which machine takes the Triton engine and why another does not; and that what does not use it does not load triton."""
+"""Which machine uses the Triton engine and why another does not; and that code that does not use it does not load triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldmi_fast import dmi_loss, explain
 from ldmi_fast.engines import choose
 from ldmi_fast.engines.triton import engine
 from ldmi_fast.options import ENGINE_VARIABLE, Options
-from tests.problems import problem
+from tests.support.problems import problem
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -144,7 +144,7 @@ ldmi_fast.dmi_loss(torch.randn(300, 5), torch.arange(300) % 5)
 @pytest.mark.parametrize(("rows", "classes"), [(300, 14), (3000, 14), (300, 100)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ops_have_fake_kernels_and_a_graph_that_shows_the_launches(rows: int, classes: int, dtype: torch.dtype) -> None:
-    """One op at dispatch; the kernels themselves once functionalised, as torch.compile does."""
+    """One op at dispatch; the kernels themselves after functionalisation, as in torch.compile."""
     with FakeTensorMode():
         logits = torch.empty(rows, classes, dtype=dtype, device="cuda")
         target = torch.empty(rows, dtype=torch.int64, device="cuda")

@@ -1,4 +1,4 @@
-"""Above what one program factors: torch's LU in the memory of S and of V. It has no kernel in it, so it runs here, compiled too."""
+"""More classes than one program factors: torch's LU in the memory of S and of V. It has no kernel, so it runs here, also compiled."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ldmi_fast.engines import composite
 from ldmi_fast.engines.triton.logdet_inverse import _by_library
+from tests.support.compare import DERIVATIVE
 
 ROOT = Path(__file__).resolve().parents[3]
 Solve = Callable[[Tensor, Tensor, str], tuple[Tensor, ...]]
@@ -34,7 +35,7 @@ def compiled() -> Solve:
 
 
 def problems(shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    """With all classes, with absent ones, singular, not finite, and empty; pivots are off the diagonal."""
+    """Matrices of all classes, with absent ones, singular, not finite, and empty; pivots are off the diagonal."""
     classes = shape[-1]
     generator = torch.Generator().manual_seed(classes)
     S = 0.1 * torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -54,7 +55,7 @@ def test_the_definition(shape: tuple[int, ...], solve: Callable[[], Solve]) -> N
     for S, n in problems(shape):
         for absent in ("present", "strict"):
             for got, want in zip(ours(S.clone(), n, absent), composite.logdet_inverse(S, n, absent), strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12, equal_nan=True)
+                torch.testing.assert_close(got, want, rtol=DERIVATIVE, atol=DERIVATIVE, equal_nan=True)
 
 
 PEAK = """

@@ -65,7 +65,7 @@ def test_widths() -> None:
 @pytest.mark.parametrize("value_bytes", [2, 4, 8])
 @pytest.mark.parametrize("classes", [2, 14, 64, 65, 1000, 5000, 10**4])
 def test_scratch_memory_is_bounded(classes: int, value_bytes: int, soft: bool) -> None:
-    """Small beside the gradient, the C x C matrices, and a few numbers a row."""
+    """Small compared with the gradient, the C x C matrices, and a few numbers per row."""
     for rows in (1, 100, 10**4, 10**6):
         found = plan.explain(rows, classes, soft, value_bytes, 32)
         blocks = 3 * plan.SOFT_BLOCK_BYTES if soft else 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -22,7 +23,7 @@ SLOW, FAST = list(tuning.TABLE[REGIME])[:2]
 
 
 class OnGpu:
-    """As much of a tensor on a GPU as tuning looks at."""
+    """The attributes of a tensor on a GPU that tuning reads."""
 
     is_cuda = True
     dtype = torch.float32
@@ -32,7 +33,7 @@ class OnGpu:
 
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Autotuning on, on a device of our own; returns what is measured, in order. The second configuration is the fastest."""
+    """Turn autotuning on, on a made-up device; returns the list of measurements, in order. The second configuration is the fastest."""
     pytest.importorskip("triton")
     names: list[str] = []
     properties = types.SimpleNamespace(name="a made-up GPU", multi_processor_count=3)
@@ -57,7 +58,7 @@ def choose(names: list[str], monkeypatch: pytest.MonkeyPatch | None = None) -> s
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As another process would begin."""
+    """Start as another process would."""
     monkeypatch.setattr(tuning, "_remembered", {})
 
 
@@ -131,8 +132,13 @@ def test_nothing_is_measured_on_tensors_without_data(monkeypatch: pytest.MonkeyP
     with FakeTensorMode() as mode:
         assert not launch.has_data(mode.from_tensor(tensor))
     seen: list[bool] = []
-    torch.func.functionalize(lambda x: (seen.append(launch.has_data(x)), x)[1])(tensor)
-    make_fx(lambda x: (seen.append(launch.has_data(x)), x + 1)[1], tracing_mode="fake")(tensor)
+
+    def step(x: Tensor) -> Tensor:
+        seen.append(launch.has_data(x))
+        return x + 1
+
+    torch.func.functionalize(step)(tensor)
+    make_fx(step, tracing_mode="fake")(tensor)
     assert seen[-1] is False
 
 

@@ -1,7 +1,8 @@
-"""The CPU kernels without torch and without Python: fuzzed against plain loops, as released and under sanitizers.
+"""Builds and runs the native C++ programs, which test the CPU kernels without torch and Python: fuzzed against plain loops, with
+release flags and under sanitizers.
 
-The sanitized build is -O0: its own code is slow, but it compiles in half the time, which is what counts here. Every buffer that the
-programs hand to the kernels is exactly as large as the contract says, so that one element too far is a finding.
+The sanitized build is -O0: its own code is slow, but it compiles in half the time, and compiling dominates. Every buffer that the
+programs hand to the kernels is exactly as large as the contract says, so that an access one element too far is found.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def fuzz(folder: Path, isa: str, seed: int, cases: int) -> str:
-    """What the fuzz prints. "wide" is the source of the 64-byte vectors, lowered to whatever this machine has."""
+    """Run the fuzzer and return its output. "wide" is the source of the 64-byte vectors, lowered to whatever this machine has."""
     wide = isa == "wide"
     command = [str(folder / "fuzz"), *(["--wide"] if wide else []), str(seed), str(cases)]
     return programs.run(command, isa="" if wide else isa)
@@ -74,7 +75,7 @@ def test_simd(built: tuple[str, Path], isa: str) -> None:
 
 @pytest.mark.slow
 def test_unknown_isa(built: tuple[str, Path]) -> None:
-    """An instruction set that does not exist is refused, with the names of those that do."""
+    """An instruction set that does not exist is refused, with the names of those that exist."""
     done = programs.execute([str(built[1] / "logdet"), "0", "0"], isa="sse9")
     assert done.returncode == 3
     assert "LDMI_FAST_ISA=sse9: expected one of" in done.stderr

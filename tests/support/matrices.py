@@ -1,4 +1,4 @@
-"""Joint matrices that are hard to factor: S [C, C] fp64, and the weights n [C] that an op takes with it, 1 where they have no say."""
+"""Joint matrices that are hard to factor: S [C, C] fp64, and class weights n [C], 1 where they do not matter."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from bench.paper.noise import CIFAR10N_COUNTS
+from tests.support.compare import EPSILON
 
 Matrix = npt.NDArray[np.float64]
 
-UNIT_ROUNDOFF = 2.0**-52
 CIFAR100N = Path(__file__).with_name("cifar100n.txt")
 
 
 @dataclass(frozen=True)
 class Hard:
-    """``growth``: what partial pivoting lets entries grow by, with the largest of all multipliers at every step."""
+    """``growth``: the factor by which entries grow under partial pivoting, with the largest multiplier at every step."""
 
     name: str
     S: Matrix
@@ -42,7 +43,7 @@ def of_condition(classes: int, cond: float, rng: np.random.Generator) -> Hard:
 
 
 def graded(classes: int, rng: np.random.Generator) -> Hard:
-    """Rows and columns from 1 down to 1e-5 each, the diagonal along with them."""
+    """Rows and columns from 1 down to 1e-5 each, and the diagonal with them."""
     size = 10.0 ** -np.linspace(0, 5, classes)
     return _plain("graded", size[:, None] * (rng.uniform(-1, 1, (classes, classes)) + 2 * np.eye(classes)) * size)
 
@@ -60,7 +61,7 @@ def shifted(classes: int, rng: np.random.Generator) -> Hard:
 
 
 def hollow(classes: int) -> Hard:
-    """Ones but for a diagonal of zeros: no first pivot where it stands, and fractions afterwards."""
+    """Ones with a diagonal of zeros: the first pivot is not on the diagonal, and later entries are fractions."""
     return _plain("hollow", np.ones((classes, classes)) - np.eye(classes) * (1 if classes > 1 else 0))
 
 
@@ -73,7 +74,7 @@ def wilkinson(classes: int, transposed: bool) -> Hard:
 
 
 def hardly_learned(classes: int, signal: float, rng: np.random.Generator) -> Hard:
-    """A classifier's mean predictions before it knows one class from another: rows alike but for ``signal`` of them."""
+    """A classifier's mean predictions before it can tell the classes apart: rows equal up to a relative difference ``signal``."""
     R = rng.dirichlet(np.full(classes, 20.0))[None, :] * (1 + signal * rng.standard_normal((classes, classes)))
     n = rng.uniform(1, 100, classes)
     return Hard(f"hardly learned, {signal:.0e}", R / R.sum(1, keepdims=True) * n[:, None], n)
@@ -99,12 +100,12 @@ def cifar100n() -> Hard:
 
 
 def regular(classes: int, rng: np.random.Generator) -> list[Hard]:
-    """All kinds that have an inverse, of so many classes."""
+    """All kinds that have an inverse, with ``classes`` classes."""
     found = [of_condition(classes, 10.0**power, rng) for power in range(0, 13, 2)]
     found += [graded(classes, rng), near_permutation(classes, rng), hollow(classes)]
     if classes > 1:
         found += [shifted(classes, rng)]
-    if classes <= 40:  # beyond, nothing is left of partial pivoting
+    if classes <= 40:  # above, growth leaves no correct digit under partial pivoting
         found += [wilkinson(classes, False), wilkinson(classes, True)]
     for power in (2, 5, 8):
         found += [hardly_learned(classes, 10.0**-power, rng), near_rank_one(classes, 10.0**-power, rng)]
@@ -116,7 +117,7 @@ def regular(classes: int, rng: np.random.Generator) -> list[Hard]:
 
 
 def singular(classes: int, rng: np.random.Generator) -> Iterator[Hard]:
-    """All kinds that have none, whatever is rounded: at the first, the middle and the last column, and row."""
+    """All kinds that have no inverse, whatever is rounded: because of the first, the middle or the last column, or row."""
     dense: Callable[[], Matrix] = lambda: rng.standard_normal((classes, classes))  # noqa: E731
     for at in sorted({0, classes // 2, classes - 1}):
         for name, turn in (("column", lambda S: S), ("row", lambda S: np.ascontiguousarray(S.T))):
@@ -133,19 +134,19 @@ def singular(classes: int, rng: np.random.Generator) -> Iterator[Hard]:
     if classes > 1:
         yield _plain("rank one", np.outer(2.0 ** rng.integers(-3, 3, classes), 2.0 ** rng.integers(-3, 3, classes)))
         R = rng.dirichlet(np.full(classes, 20.0))
-        n = 2.0 ** rng.integers(0, 8, classes)
+        n = np.ldexp(1.0, rng.integers(0, 8, classes))
         yield Hard("the same prediction for all", n[:, None] * R, n)
 
 
 def at_the_threshold(classes: int, rng: np.random.Generator) -> Iterator[tuple[str, Matrix, Matrix]]:
-    """A matrix whose smallest pivot is the largest that counts as none, and the same with the next number, which is one.
+    """A matrix whose smallest pivot is the largest that still counts as singular, and the same with the next number, which does not.
 
-    DESIGN's rule, |pivot of R| <= C 2^-52 ||R||_inf, on matrices whose pivots are not rounded: a diagonal with the pivot first, in the
-    middle or last; and a triangle of ones whose last pivot it is, its rows in any order.
+    The rule is |pivot of R| <= C 2^-52 ||R||_inf. The pivots of these matrices are not rounded: a diagonal with this pivot first, in
+    the middle or last; and a triangle of ones that has it last, its rows in random order.
     """
 
     def pair(name: str, S: Matrix, at: tuple[int, int], norm: float) -> tuple[str, Matrix, Matrix]:
-        threshold = classes * UNIT_ROUNDOFF * norm
+        threshold = classes * EPSILON[torch.float64] * norm
         none, one = S.copy(), S.copy()
         none[at], one[at] = threshold, np.nextafter(threshold, 1)
         return name, none, one
@@ -162,7 +163,7 @@ def at_the_threshold(classes: int, rng: np.random.Generator) -> Iterator[tuple[s
 
 
 def inverse(matrix: Matrix) -> npt.NDArray[np.longdouble]:
-    """A^{-1} in extended precision, by Newton's iteration from LAPACK's. ArithmeticError where that does not converge."""
+    """A^{-1} in extended precision, by Newton's iteration from LAPACK's inverse. Raises ArithmeticError if that does not converge."""
     A = matrix.astype(np.longdouble)
     X = np.linalg.inv(matrix).astype(np.longdouble)
     eye = np.eye(len(A), dtype=np.longdouble)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests import oracle
+from tests.support import oracle
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch. ``logits`` never requires a gradient: tests take what they need from ``leaf``."""
+    """One batch. ``logits`` never requires a gradient: tests take a leaf that does from ``leaf``."""
 
     logits: Tensor
     target: Tensor
@@ -28,6 +28,12 @@ class Problem:
         weight = None if self.sample_weight is None else self.sample_weight.to(device)
         return Problem(self.logits.to(device=device, dtype=dtype), target, weight)
 
+    @property
+    def weight(self) -> Tensor:
+        """The sample weights of a batch that has them."""
+        assert self.sample_weight is not None
+        return self.sample_weight
+
     def with_target(self, target: Tensor) -> Problem:
         return replace(self, target=target)
 
@@ -35,9 +41,15 @@ class Problem:
         return self.logits.detach().clone().requires_grad_()
 
     def answer(self, **options: Any) -> oracle.Answer:
-        """What the oracle says about exactly these numbers (half precision inputs are exact in float64)."""
+        """The oracle's answer for exactly these numbers (half precision inputs are exact in float64)."""
         weight = None if self.sample_weight is None else as_array(self.sample_weight)
         return oracle.dmi(as_array(self.logits), as_array(self.target), sample_weight=weight, **options)
+
+
+def gradient_of(leaf: Tensor | torch.nn.Parameter) -> Tensor:
+    """The gradient that a backward has left in ``leaf``."""
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def as_array(tensor: Tensor) -> Any:
@@ -83,7 +95,7 @@ def problem(
 
 
 def conditioned(n: int, classes: int, cond: float, *, kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
-    """Logits whose matrix of mean predictions R has about the condition number asked for.
+    """Logits whose matrix of mean predictions R has about the condition number ``cond``.
 
     ``kind``: "flat", a classifier that has barely begun to learn, every row of R nearly uniform (all but one of the
     singular values are small); "twins", a good one that cannot tell two classes apart (one is small).
@@ -105,7 +117,7 @@ def conditioned(n: int, classes: int, cond: float, *, kind: str, seed: int = 0, 
     else:
         raise ValueError(kind)
     labels = labels_of(n, classes, generator)
-    # Rows scatter round their class's rates in pairs that cancel, so that the mean stays what it is.
+    # Rows scatter around their class's rates in pairs that cancel, so that the mean stays what it is.
     scatter = torch.zeros(n, classes, dtype=torch.float64)
     for c in range(classes):
         mine = (labels == c).nonzero().flatten()

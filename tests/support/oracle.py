@@ -13,12 +13,13 @@ A class is kept if its share of the weight is at least ``ABSENT_SHARE`` and, for
 all of them.
 
 Everything runs in numpy's longdouble (64-bit significand on x86) up to ``EXTENDED_CLASSES`` classes, in float64 above,
-where the factorisation is LAPACK's. ``test_oracle.py`` holds it against mpmath and against finite differences.
+where the factorisation is LAPACK's. ``test_oracle.py`` compares it with mpmath and with finite differences.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ import scipy.linalg
 Array = npt.NDArray[np.floating]
 
 ABSENT_SHARE = 1e-12
-#: Columns of soft targets whose entries differ by less, relatively, differ by rounding.
+#: A column of soft targets whose entries differ by at most this, relatively, is constant up to rounding.
 SAME = {np.dtype(np.float16): 2.0**-8, np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-6}
 
 #: Above these the plain numpy elimination (no BLAS for longdouble) would take seconds.
@@ -50,7 +51,7 @@ class Answer:
     absent: list[int]  # classes without weight
     kept: int  # k
     singular: bool
-    cond: float  # condition number of R over the kept classes in the 2-norm, 1% sharp; inf when singular
+    cond: float  # condition number of R over the kept classes in the 2-norm, to within 1%; inf when singular
     cancellation: float  # largest term of the gradient with respect to the logits over its largest entry, >= 1
     V: npt.NDArray[np.float64]  # [C, C], rows and columns of absent classes zero
     joint: npt.NDArray[np.float64]  # S [C, C]
@@ -68,14 +69,14 @@ def dmi(
     cross_entropy_weight: float = 0.0,
     input: str = "logits",
 ) -> Answer:
-    """Loss and gradients. ``logits``: (N, C, d1, ...); ``target``: integers (N, d1, ...) or floats (N, C, d1, ...)."""
+    """The loss and its gradients. ``logits``: (N, C, d1, ...); ``target``: integers (N, d1, ...) or floats (N, C, d1, ...)."""
     logits = np.asarray(logits)
     target = np.asarray(target)
     soft = target.dtype.kind == "f"
     classes = logits.shape[1]
     z = _rows(logits)
     extended = classes <= EXTENDED_CLASSES and z.size <= EXTENDED_ELEMENTS
-    real = np.longdouble if extended else np.float64
+    real: Any = np.longdouble if extended else np.float64
     z = z.astype(real)
     rows = len(z)
     weight = np.ones(rows, real) if sample_weight is None else np.asarray(sample_weight).reshape(rows).astype(real)
@@ -89,7 +90,7 @@ def dmi(
         membership[used, labels[used]] = 1
     z, membership, weight = z[used], membership[used], weight[used]
 
-    def answer(loss: float, grad: Array, target_grad: Array, weight_grad: Array | None = None, **rest: object) -> Answer:
+    def answer(loss: float, grad: Array, target_grad: Array, weight_grad: Array | None = None, **rest: Any) -> Answer:
         by_weight = np.zeros(rows)
         if weight_grad is not None:
             by_weight[used] = weight_grad
@@ -145,7 +146,7 @@ def dmi(
     counts = weight @ membership
     present = (counts > 0) & (counts / counts.max() >= ABSENT_SHARE * (counts / counts.max()).sum())
     if soft:
-        present &= _told(membership, SAME[target.dtype])
+        present &= _informative(membership, SAME[target.dtype])
     kept = int(present.sum()) if absent == "present" else classes
     joint = (weight[:, None] * membership).T @ p
     total = weight.sum()
@@ -212,8 +213,8 @@ def dmi(
     )
 
 
-def _told(T: Array, same: float) -> npt.NDArray[np.bool_]:
-    """Which columns of the soft targets T tell samples apart: those whose share of a row is not the same in all rows."""
+def _informative(T: Array, same: float) -> npt.NDArray[np.bool_]:
+    """The columns of the soft targets T that distinguish samples: those whose share of a row is not the same in all rows."""
     columns = T.shape[1]
     rows = T[T.sum(1) != 0]
     if len(rows) == 0:
@@ -222,7 +223,7 @@ def _told(T: Array, same: float) -> npt.NDArray[np.bool_]:
     constant = np.array([np.ptp(shares[:, c]) <= same * abs(shares[:, c].max()) for c in range(columns)])
     if not constant.all():
         return ~constant
-    # one sample, or one class: the target itself tells
+    # one sample, or samples of one class: only the classes with the largest target count
     return shares.max(0) >= shares.max() * (1 - same)
 
 
@@ -272,7 +273,7 @@ def _gauss_jordan(matrix: Array) -> tuple[Array, Array, float]:
 
 
 def _norm2(matrix: Array) -> float:
-    """The largest singular value; from below, by power iteration, where an SVD would take seconds."""
+    """The largest singular value; where an SVD would take seconds, from below by power iteration."""
     matrix = matrix.astype(np.float64)
     if len(matrix) <= 200:
         return float(np.linalg.norm(matrix, 2))
