@@ -122,8 +122,10 @@ def diagnose(
     """Look into the joint matrix of a batch. Reads device data (it synchronises), so it is not for every step.
 
     Args:
-        logits, target and the options: as for :func:`ldmi_fast.dmi_loss`. With ``group`` every rank has to call, and has the report of
-            the whole batch.
+        logits: as for :func:`ldmi_fast.dmi_loss`.
+        target: as for :func:`ldmi_fast.dmi_loss`.
+        sample_weight: as for :func:`ldmi_fast.dmi_loss`.
+        options: those of :func:`ldmi_fast.dmi_loss`. With ``group`` every rank has to call, and has the report of the whole batch.
 
     Returns:
         A :class:`JointReport`; print it.

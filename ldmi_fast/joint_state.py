@@ -312,7 +312,8 @@ class JointState:
         """Read what :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: the file does not exist. ValueError: :meth:`save` did not write it, or it is damaged, or of a newer format.
+            FileNotFoundError: the file does not exist.
+            ValueError: :meth:`save` did not write it, or it is damaged, or of a newer format.
         """
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -235,8 +235,9 @@ def linear_dmi_loss(
 
     Args:
         hidden: (N, ..., D), what goes into the last layer.
-        weight: (C, D), bias: (C,) or None: of that layer, as in ``torch.nn.Linear``.
+        weight: (C, D), of that layer, as in ``torch.nn.Linear``.
         target: class indices (N, ...), or distributions (N, ..., C); the classes come last, as in the logits of a linear layer.
+        bias: (C,) or None, of that layer.
         sample_weight: (N, ...).
         chunk_size: rows at a time; None: about 4 million logits. Where it is smaller than C, the joint is added up by plain
             PyTorch operations, whichever the engine.

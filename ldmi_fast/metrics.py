@@ -87,7 +87,9 @@ class DMI(Metric):
         """Add a batch.
 
         Args:
-            logits, target, sample_weight: as for :func:`ldmi_fast.dmi_loss`.
+            logits: as for :func:`ldmi_fast.dmi_loss`.
+            target: as for :func:`ldmi_fast.dmi_loss`.
+            sample_weight: as for :func:`ldmi_fast.dmi_loss`.
 
         Raises:
             TypeError, ValueError, IndexError: as :func:`ldmi_fast.dmi_loss`; nothing is added then. ValueError also for

@@ -73,6 +73,17 @@ class HFLoss:
         self.criterion = criterion
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None, **ignored: Any) -> Tensor:
+        """The loss of a batch, multiplied by what the Trainer will divide it by.
+
+        Args:
+            outputs: what the model returned.
+            labels: (N,) or (N, L) for tokens.
+            num_items_in_batch: what the Trainer takes the loss for a sum over.
+            ignored: what other versions of the Trainer pass.
+
+        Raises:
+            ValueError: there are no labels. TypeError: there are no logits.
+        """
         if labels is None:
             raise ValueError(
                 "the Trainer has no labels for the loss: it hands on only what is under 'labels' in a batch, whatever label_names "
