@@ -27,8 +27,8 @@ ITERATIONS = {
 }
 OTHERWISE = (100, 10)
 
-#: For each defect of demo.cu: the least share of the seeds that must find it, and the reason that they must give. The share is small where
-#: most schedules hide the defect, as they would on a GPU.
+#: For each defect of demo.cu: the least share of the seeds that must find it, and the reason that they must give. The share is small
+#: where most schedules hide the defect, as they would on a GPU.
 DEFECTS = {
     "transpose no-barrier": (0.95, "transpose: value"),
     "transpose no-second-barrier": (0.95, "transpose: value"),
