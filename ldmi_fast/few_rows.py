@@ -29,8 +29,8 @@ _CLASSES_PER_ROW = 4
 def applies(rows: int, classes: int, soft: bool) -> bool:
     """Whether a batch is computed by slots: hard labels of few samples for their classes. Not where a graph is exported that has to
     serve batches of any size."""
-    # the classes first, for the usual step
-    return classes >= _LEAST_CLASSES and not soft and rows * _CLASSES_PER_ROW <= classes and not torch.compiler.is_exporting()
+    # the classes first, for the usual step; the rows last, because a comparison would fix the size in an exported program
+    return classes >= _LEAST_CLASSES and not soft and not torch.compiler.is_exporting() and rows * _CLASSES_PER_ROW <= classes
 
 
 def slots(target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:

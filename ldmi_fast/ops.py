@@ -27,23 +27,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .options import OP_OPTIONS_SCHEMA
 from .precision import accumulator, compute_dtype
 
 _LIBRARY = torch.library.Library("ldmi_fast", "DEF")
-_SCHEMAS = (
-    "joint(Tensor logits, Tensor target, Tensor? sample_weight, SymInt num_labels, int ignore_index, str input)"
+#: What the ops take and return, by name.
+SCHEMAS = {
+    "joint": "(Tensor logits, Tensor target, Tensor? sample_weight, SymInt num_labels, int ignore_index, str input)"
     " -> (Tensor S, Tensor n, Tensor lse, Tensor ce)",
-    "logdet_inverse(Tensor S, Tensor n, str absent) -> (Tensor log_abs_det, Tensor sign, Tensor kept, Tensor V)",
-    "logits_grad(Tensor logits, Tensor target, Tensor? sample_weight, Tensor lse, Tensor V, Tensor scale,"
+    "logdet_inverse": "(Tensor S, Tensor n, str absent) -> (Tensor log_abs_det, Tensor sign, Tensor kept, Tensor V)",
+    "logits_grad": "(Tensor logits, Tensor target, Tensor? sample_weight, Tensor lse, Tensor V, Tensor scale,"
     " Tensor ce_scale, int ignore_index, str input) -> Tensor",
-    "loss_forward(Tensor logits, Tensor target, Tensor? sample_weight, int ignore_index, str absent, float eps,"
-    " bool normalize, float cross_entropy_weight, str input, bool gradient)"
+    "loss_forward": f"(Tensor logits, Tensor target, Tensor? sample_weight, {OP_OPTIONS_SCHEMA}, bool gradient)"
     " -> (Tensor loss, Tensor lse, Tensor V, Tensor scale, Tensor ce_scale)",
-    "fused(Tensor logits, Tensor target, Tensor? sample_weight, int ignore_index, str absent, float eps,"
-    " bool normalize, float cross_entropy_weight, str input) -> (Tensor loss, Tensor grad)",
-)
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    "fused": f"(Tensor logits, Tensor target, Tensor? sample_weight, {OP_OPTIONS_SCHEMA}) -> (Tensor loss, Tensor grad)",
+}
+for _name, _schema in SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:
@@ -72,36 +72,16 @@ def _logdet_inverse_fake(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Ten
 
 
 @torch.library.register_fake("ldmi_fast::logits_grad", lib=_LIBRARY)
-def _logits_grad_fake(
-    logits: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    lse: Tensor,
-    V: Tensor,
-    scale: Tensor,
-    ce_scale: Tensor,
-    ignore_index: int,
-    input: str,
-) -> Tensor:
+def _logits_grad_fake(logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("ldmi_fast::loss_forward", lib=_LIBRARY)
-def _loss_forward_fake(
-    logits: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    absent: str,
-    eps: float,
-    normalize: bool,
-    cross_entropy_weight: float,
-    input: str,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _loss_forward_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     acc = accumulator(logits.device)
     dtype = compute_dtype(logits.dtype)
     rows, classes = logits.shape
+    gradient = rest[-1]
     kept = classes if gradient else 0
     return (
         logits.new_empty((), dtype=dtype),
@@ -113,17 +93,7 @@ def _loss_forward_fake(
 
 
 @torch.library.register_fake("ldmi_fast::fused", lib=_LIBRARY)
-def _fused_fake(
-    logits: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    absent: str,
-    eps: float,
-    normalize: bool,
-    cross_entropy_weight: float,
-    input: str,
-) -> tuple[Tensor, Tensor]:
+def _fused_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty((), dtype=compute_dtype(logits.dtype)), logits.new_empty(logits.shape)
 
 

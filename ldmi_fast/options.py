@@ -225,6 +225,9 @@ OPTION_NAMES = tuple(item.name for item in _DECLARED)
 LOSS_OPTION_NAMES = tuple(item.name for item in _DECLARED if item.metadata["of_loss"])
 _OP_OPTION_NAMES = tuple(item.name for item in _DECLARED if item.metadata["of_ops"])
 
+#: The arguments of ``Options.for_ops`` in the schemas of the ops.
+OP_OPTIONS_SCHEMA = ", ".join(f"{item.type} {item.name}" for item in _DECLARED if item.metadata["of_ops"])
+
 
 def describe_number(name: str, number: float) -> str:
     """An option in words, from its number in ``Options.as_numbers``."""

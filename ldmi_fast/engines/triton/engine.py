@@ -1,7 +1,7 @@
-"""The Triton engine: every room as kernels in Python, for GPUs that have no compiled ones.
+"""The Triton engine: every op as kernels in Python, for GPUs that have no compiled ones.
 
-Importing this module imports neither triton nor the kernels; the first call does. Rooms have the signatures of
-``engines.composite``, which says what they compute.
+Importing this module imports neither triton nor the kernels; the first call does. The ops have the signatures of
+``engines.contract``; ``engines.composite`` says what they compute.
 """
 
 from __future__ import annotations
@@ -52,50 +52,36 @@ def explanation(rows: int, classes: int, soft: bool, dtype: torch.dtype) -> plan
     return plan.explain(rows, classes, soft, dtype.itemsize, tuning.tile_rows(classes))
 
 
-def joint(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, input: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def joint(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``composite.joint``."""
     from . import ops
 
-    return ops.joint(logits, target, sample_weight, num_labels, ignore_index, input)
+    return ops.joint(*args)
 
 
-def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def logdet_inverse(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``composite.logdet_inverse``."""
     from . import ops
 
-    return ops.logdet_inverse(S, n, absent)
+    return ops.logdet_inverse(*args)
 
 
-def logits_grad(
-    logits: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    lse: Tensor,
-    V: Tensor,
-    scale: Tensor,
-    ce_scale: Tensor,
-    ignore_index: int,
-    input: str,
-) -> Tensor:
+def logits_grad(*args: Any) -> Tensor:
     """``composite.logits_grad``; an out of range label or weight makes its own row NaN."""
     from . import ops
 
-    return ops.logits_grad(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)
+    return ops.logits_grad(*args)
 
 
-def loss_forward(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, *options_and_gradient: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def loss_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``composite.loss_forward``."""
     from . import ops
 
-    return ops.loss_forward(logits, target, sample_weight, *options_and_gradient)
+    return ops.loss_forward(*args)
 
 
-def fused(logits: Tensor, target: Tensor, sample_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+def fused(*args: Any) -> tuple[Tensor, Tensor]:
     """``composite.fused``."""
     from . import ops
 
-    return ops.fused(logits, target, sample_weight, *options)
+    return ops.fused(*args)

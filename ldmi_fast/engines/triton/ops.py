@@ -1,15 +1,19 @@
-"""The rooms as ops of the namespace ``ldmi_fast_triton``, with the schemas of ``ldmi_fast``.
+"""The ops in the namespace ``ldmi_fast_triton``, with the schemas of ``ldmi_fast``.
 
-Each is a ``torch.library.triton_op``: torch.compile sees the launches inside and can plan memory round them. Its fake kernel is the
-function itself, run on tensors without data. They are a namespace of their own because ``ldmi_fast`` has one kernel a device, and
+Each is a ``torch.library.triton_op``: torch.compile sees the launches inside and can plan memory around them. Its fake kernel is the
+function itself, run on tensors without data. They are a namespace of their own because ``ldmi_fast`` has one kernel per device, and
 which engine runs is for ``engines.choose`` to say. No autograd formulas, as there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 from torch.library import triton_op
 
+from ...ops import SCHEMAS
 from ...precision import compute_dtype
 from ...sums import total_weight
 from . import plan
@@ -20,17 +24,10 @@ from .logits_grad import gradient
 
 
 def forward(
-    logits: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    absent: str,
-    eps: float,
-    normalize: bool,
-    cross_entropy_weight: float,
-    input: str,
+    logits: Tensor, target: Tensor, sample_weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """joint and logdet_inverse with the scalars behind them; three launches for few classes."""
+    ignore_index, absent, eps, normalize, cross_entropy_weight, input = options
     S, n, lse, ce = joint_sums(logits, target, sample_weight, logits.shape[1], ignore_index, input, cross_entropy_weight != 0)
     if target.is_floating_point() and sample_weight is None:
         total = n.new_full((), logits.shape[0])  # not float(N), for which torch.compile would compile anew at every batch size
@@ -41,71 +38,42 @@ def forward(
     return loss, lse, V, scale, ce_scale
 
 
-@triton_op("ldmi_fast_triton::joint", mutates_args=())
-def joint(
-    logits: Tensor, target: Tensor, sample_weight: Tensor | None, num_labels: int, ignore_index: int, input: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _op(name: str) -> Callable[..., Any]:
+    """Register the function that it decorates, with the schema of the op of that name in ``ldmi_fast``."""
+    return triton_op(f"ldmi_fast_triton::{name}", mutates_args=(), schema=SCHEMAS[name])
+
+
+@_op("joint")
+def joint(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``composite.joint``."""
-    return joint_sums(logits, target, sample_weight, num_labels, ignore_index, input)
+    return joint_sums(*args)
 
 
-@triton_op("ldmi_fast_triton::logdet_inverse", mutates_args=())
-def logdet_inverse(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@_op("logdet_inverse")
+def logdet_inverse(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``composite.logdet_inverse``."""
-    return log_det(S, n, absent)
+    return log_det(*args)
 
 
-@triton_op("ldmi_fast_triton::logits_grad", mutates_args=())
-def logits_grad(
-    logits: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    lse: Tensor,
-    V: Tensor,
-    scale: Tensor,
-    ce_scale: Tensor,
-    ignore_index: int,
-    input: str,
-) -> Tensor:
+@_op("logits_grad")
+def logits_grad(*args: Any) -> Tensor:
     """``composite.logits_grad``."""
-    return gradient(logits, target, sample_weight, lse, V, scale, ce_scale, ignore_index, input)
+    return gradient(*args)
 
 
-@triton_op("ldmi_fast_triton::loss_forward", mutates_args=())
-def loss_forward(
-    logits: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    absent: str,
-    eps: float,
-    normalize: bool,
-    cross_entropy_weight: float,
-    input: str,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@_op("loss_forward")
+def loss_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``composite.loss_forward``."""
-    loss, lse, V, scale, ce_scale = forward(
-        logits, target, sample_weight, ignore_index, absent, eps, normalize, cross_entropy_weight, input
-    )
-    return loss, lse, V if gradient else V.new_empty((0, 0)), scale, ce_scale
+    *given, wanted = args
+    loss, lse, V, scale, ce_scale = forward(*given)
+    return loss, lse, V if wanted else V.new_empty((0, 0)), scale, ce_scale
 
 
-@triton_op("ldmi_fast_triton::fused", mutates_args=())
-def fused(
-    logits: Tensor,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    absent: str,
-    eps: float,
-    normalize: bool,
-    cross_entropy_weight: float,
-    input: str,
-) -> tuple[Tensor, Tensor]:
+@_op("fused")
+def fused(logits: Tensor, target: Tensor, sample_weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """``composite.fused``."""
+    ignore_index, *_, input = options
     rows, classes = logits.shape[0], int(logits.shape[1])
-    options = (ignore_index, absent, eps, normalize, cross_entropy_weight, input)
     if plan.is_fused(rows, classes, target.is_floating_point(), logits.dtype.itemsize):
         return loss_and_gradient(logits, target, sample_weight, *options)
     loss, lse, V, scale, ce_scale = forward(logits, target, sample_weight, *options)
