@@ -138,7 +138,7 @@ for rows, classes, soft in [(300, 10, False), (60_000, 10, False), (900, 33, Tru
         loss = dmi_loss(logits, batch.target, sample_weight=batch.sample_weight, engine="cpu")
         loss.backward()
         results.append((loss.detach(), logits.grad))
-torch.save((COMPILED.build_info()["isa"], results), sys.argv[1])
+torch.save((ops.compiled.build_info()["isa"], results), sys.argv[1])
 """
 
 
