@@ -580,7 +580,7 @@ def test_negative_soft_targets_are_named() -> None:
 
 
 def test_distributed_tensors_are_named() -> None:
-    """In a process of its own: the mesh needs a process group, and the package must not import torch.distributed.tensor to ask."""
+    """In a separate process: the mesh needs a process group, and the package must not import torch.distributed.tensor to ask."""
     code = """
 import sys, torch, ldmi_fast
 assert "torch.distributed.tensor" not in sys.modules
