@@ -11,6 +11,9 @@ import torch
 from ldmi_fast.engines.choose import available
 from ldmi_fast.engines.triton.engine import INTERPRET_VARIABLE
 
+# A failed assertion in a helper shows its values, as in a test.
+pytest.register_assert_rewrite("tests.support")
+
 # cuBLAS reads this once. Without it torch refuses matrix products under deterministic algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -94,7 +94,7 @@ def test_inductor_trains_a_module(engine: str, device: torch.device) -> None:
         loss.backward()
         grads.append([loss.detach(), *(p.grad for p in model.parameters())])
     batch = Problem(model(features).detach(), target)
-    # The layers below add roundings of their own.
+    # The layers below add their own roundings.
     allowed = 10 * budget(batch.answer(cross_entropy_weight=0.1), torch.float32)
     for eager, ours in zip(*grads, strict=True):
         assert_gradient("parameter", ours, eager.double().cpu().numpy(), allowed)

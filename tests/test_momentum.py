@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ldmi_fast import DMILoss, dmi_loss, joint_matrix
-from tests.support.compare import DERIVATIVE, EXACT, REORDERED, SECOND_DERIVATIVE, assert_gradient, loss_dtype
+from tests.support.compare import DERIVATIVE, REORDERED, SECOND_DERIVATIVE, assert_gradient, loss_dtype
 from tests.support.problems import Problem, as_array, gradient_of, problem
 
 STATE = ("average_joint", "average_counts", "average_weight", "average_steps")
@@ -294,143 +291,6 @@ def test_checkpointed_model_and_loss_together(device: torch.device) -> None:
         torch.testing.assert_close(plain, repeated)
 
 
-@pytest.mark.parametrize("convert", ["half", "bfloat16", "float", "to-half", "type"])
-def test_conversions_keep_the_precision(convert: str) -> None:
-    criterion = DMILoss(6, momentum=0.9)
-    batch = problem(60, 6)
-    criterion(batch.logits, batch.target)
-    before = copy.deepcopy(criterion.state_dict())
-    model = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "criterion": criterion})
-    if convert == "to-half":
-        model.to(torch.float16)
-    elif convert == "type":
-        model.type(torch.float16)
-    else:
-        getattr(model, convert)()
-    assert model["head"].weight.dtype == (torch.float32 if convert == "float" else model["head"].bias.dtype)
-    for name, value in criterion.state_dict().items():
-        assert value.dtype == before[name].dtype, name
-        assert torch.equal(value, before[name]), name
-
-
-def cast_buffers(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """As FSDP and DDP do for MixedPrecision(buffer_dtype=...)."""
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.data.to(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("copied", [False, True], ids=["", "copy"])
-def test_buffers_that_something_casts_are_restored(engine: str, device: torch.device, dtype: torch.dtype, copied: bool) -> None:
-    plain, cast = (DMILoss(6, momentum=0.9, engine=engine).to(device) for _ in range(2))
-    batches = [batch.to(device=device) for batch in several(6)]
-    for criterion in (plain, cast):
-        criterion.calibrate([(batches[0].logits, batches[0].target)], lambda x: x)
-    if copied:
-        cast = pickle.loads(pickle.dumps(copy.deepcopy(cast)))
-    names = {name: id(buffer) for name, buffer in cast.named_buffers()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for step, batch in enumerate(batches):
-            if step % 2 == 0:
-                cast_buffers(cast, dtype)
-                assert cast.average_joint.dtype == dtype
-            assert torch.equal(cast(batch.logits, batch.target), plain(batch.logits, batch.target))
-    for name in STATE:
-        assert torch.equal(getattr(cast, name), getattr(plain, name)), name
-    assert {name: id(buffer) for name, buffer in cast.named_buffers()} == names  # a wrapper may hold them
-
-
-def test_a_module_made_in_inference_mode_trains_outside(engine: str, device: torch.device) -> None:
-    batch = problem(60, 6).to(device=device)
-    with torch.inference_mode():
-        criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
-        criterion.calibrate([(batch.logits, batch.target)], lambda x: x)
-    criterion(batch.leaf(), batch.target).backward()
-    assert criterion.average_steps.item() == 1
-
-
-def test_a_rounded_state_is_named(engine: str, device: torch.device) -> None:
-    """What was saved in half precision has lost its digits: the forward says so, once, and goes on in fp64."""
-    criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
-    batch = problem(60, 6).to(device=device)
-    criterion(batch.logits, batch.target)
-    state = {name: value.bfloat16() if value.is_floating_point() else value for name, value in criterion.state_dict().items()}
-    criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
-    criterion.load_state_dict(state, assign=True)
-    assert criterion.average_joint.dtype == torch.bfloat16
-    with pytest.warns(UserWarning, match=r"rounded to half or single precision.*calibrate\(\) or reset\(\)"):
-        criterion(batch.logits, batch.target)
-    assert criterion.average_joint.dtype == torch.float64
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        criterion(batch.logits, batch.target)
-
-
-def test_a_compiled_forward_names_the_cast(engine: str, device: torch.device) -> None:
-    """A graph cannot restore the digits, so it raises an error."""
-    torch._dynamo.reset()
-    criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
-    cast_buffers(criterion, torch.bfloat16)
-    batch = problem(60, 6).to(device=device)
-    with pytest.raises(Exception, match=r"something has cast the moving average of this DMILoss to torch\.bfloat16"):
-        torch.compile(criterion, backend="aot_eager", fullgraph=True)(batch.logits, batch.target)
-
-
-def test_a_state_in_half_precision_is_named(engine: str, device: torch.device) -> None:
-    criterion = DMILoss(6, momentum=0.9, engine=engine).to(device)
-    state = {name: value.bfloat16() if value.is_floating_point() else value for name, value in criterion.state_dict().items()}
-    with pytest.warns(UserWarning, match="rounded to half or single precision"):
-        criterion.load_state_dict(state)
-    assert criterion.average_joint.dtype == torch.float64
-
-
-def test_meta_device_and_back() -> None:
-    with torch.device("meta"):
-        criterion = DMILoss(6, momentum=0.9)
-    criterion.to_empty(device="cpu")
-    criterion.reset()
-    batch = problem(60, 6)
-    assert criterion(batch.logits, batch.target).item() == pytest.approx(dmi_loss(batch.logits, batch.target).item(), rel=1e-6)
-
-
-def test_copies_states_and_files_continue_identically() -> None:
-    first, second = several(2)
-    criterion = DMILoss(6, momentum=0.9)
-    criterion(first.logits, first.target)
-    buffer = io.BytesIO()
-    torch.save(criterion.state_dict(), buffer)
-    buffer.seek(0)
-    loaded = DMILoss(6, momentum=0.9)
-    loaded.load_state_dict(torch.load(buffer, weights_only=True))
-    copies = [copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), loaded]
-    losses = [twin(second.logits, second.target) for twin in (criterion, *copies)]
-    assert all(torch.equal(loss, losses[0]) for loss in losses)
-    assert set(criterion.state_dict()) == set(STATE)
-    copies[0].reset()
-    assert criterion.average_steps.item() == 2
-
-
-def test_states_of_other_versions_and_shapes() -> None:
-    """A checkpoint without an average loads, and leaves the average as it is; one with another number of classes does not load."""
-    criterion = DMILoss(6, momentum=0.9)
-    batch = problem(60, 6)
-    criterion(batch.logits, batch.target)
-    old: Any = DMILoss(6).state_dict()
-    old._metadata[""]["version"] = 1
-    before = criterion.average_joint.clone()
-    criterion.load_state_dict(old)
-    assert torch.equal(criterion.average_joint, before)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        criterion.load_state_dict(DMILoss(6).state_dict())
-    with pytest.raises(RuntimeError, match="size mismatch for average_joint"):
-        criterion.load_state_dict(DMILoss(5, momentum=0.9).state_dict())
-    halved = {name: value.half() if value.is_floating_point() else value for name, value in criterion.state_dict().items()}
-    criterion.load_state_dict(halved)
-    assert criterion.average_joint.dtype == torch.float64
-
-
 def test_second_derivative(engine: str, device: torch.device) -> None:
     """That of the formula with its stop_gradient: -log|det(B + U - constant)|."""
     criterion = DMILoss(4, momentum=0.8, cross_entropy_weight=0.2, eps=1e-4, engine=engine).to(device)
@@ -486,64 +346,6 @@ def test_transforms_are_refused_in_training() -> None:
     assert torch.func.grad(criterion)(batch.logits, batch.target).isfinite().all()
 
 
-def loader(count: int = 3) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    return [(torch.randn(50, 5, generator=generator), torch.arange(50) % 6) for _ in range(count)]
-
-
-def test_calibration_is_the_joint_of_the_data() -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.5))
-    model[1].eval()
-    criterion = DMILoss(6, momentum=0.9)
-    criterion(torch.randn(50, 6), torch.arange(50) % 6)
-    statistics = copy.deepcopy(model.state_dict())
-    criterion.calibrate(loader(), model)
-    assert model.training
-    assert not model[1].training
-    assert all(torch.equal(value, statistics[name]) for name, value in model.state_dict().items())
-    model.eval()
-    x, y = (torch.cat(parts) for parts in zip(*loader(), strict=True))
-    U = joint_matrix(model(x).detach().double(), y)
-    torch.testing.assert_close(mean_of(criterion)[0], U, rtol=1e-6, atol=0)
-    assert criterion.average_steps.item() == 0
-    batch = problem(60, 6, dtype=torch.float64)
-    criterion(batch.logits, batch.target)
-    expected = 0.9 * U + 0.1 * joint_matrix(batch.logits, batch.target)
-    torch.testing.assert_close(mean_of(criterion)[0], expected, rtol=1e-6, atol=0)
-    criterion.reset()
-    assert not any(getattr(criterion, name).any() for name in STATE)
-
-
-def test_calibration_takes_weights_and_functions() -> None:
-    batch = problem(60, 6, weighted=True, dtype=torch.float64)
-    criterion = DMILoss(6, momentum=0.9)
-    criterion.calibrate([(batch.logits, batch.target, batch.sample_weight)], lambda z: z)
-    expected = joint_matrix(batch.logits, batch.target, sample_weight=batch.sample_weight)
-    torch.testing.assert_close(mean_of(criterion)[0], expected)
-
-
-@pytest.mark.parametrize(
-    ("data", "error", "message"),
-    [
-        ([], ValueError, "found no sample that counts"),
-        ([(torch.zeros(3, 6), torch.full((3,), -100))], ValueError, "found no sample that counts"),
-        ([(torch.full((3, 6), torch.nan), torch.arange(3))], ValueError, "logits that are NaN"),
-        ([torch.zeros(3, 6)], ValueError, r"\(input, target\).*got Tensor"),
-        ([(torch.zeros(3, 6),)], ValueError, "got 1 items"),
-        ([(torch.zeros(3, 5), torch.arange(3))], ValueError, "for 6 classes, got logits with 5"),
-        ([(torch.zeros(3, 6), torch.tensor([0, 6, 1]))], IndexError, "target 6 of sample 1"),
-    ],
-)
-def test_bad_calibration(data: list[Any], error: type[Exception], message: str) -> None:
-    criterion, batch = DMILoss(6, momentum=0.9), problem(60, 6)
-    criterion(batch.logits, batch.target)
-    before = copy.deepcopy(criterion.state_dict())
-    with pytest.raises(error, match=message):
-        criterion.calibrate(data, torch.nn.Identity())
-    assert all(torch.equal(value, before[name]) for name, value in criterion.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -572,42 +374,3 @@ def test_bad_use() -> None:
     with pytest.raises(RuntimeError, match=r"reset\(\) is about the moving average, and this DMILoss has none"):
         DMILoss(6).reset()
     assert repr(criterion) == "DMILoss(6, momentum=0.9)"
-
-
-@pytest.mark.parametrize(
-    ("classes", "batch", "momentum"),
-    [
-        (2, 128, 0.9),  # an average of 10 batches has enough samples
-        (14, 256, 0.9),
-        (100, 64, 1 - 2 / (250 * 100 / 64 + 1)),  # 250 samples per class
-        (1000, 256, 1 - 2 / (250 * 1000 / 256 + 1)),
-        (10_000, 32, 0.999),  # more would lag too far behind
-    ],
-)
-def test_recommended(classes: int, batch: int, momentum: float) -> None:
-    criterion = DMILoss.recommended(classes, batch, ignore_index=255, group="world")
-    assert criterion.momentum == pytest.approx(momentum, rel=EXACT)
-    assert (criterion.num_classes, criterion.options.ignore_index, criterion.options.group) == (classes, 255, "world")
-
-
-def test_recommended_is_a_class_method_of_subclasses() -> None:
-    class Mine(DMILoss):
-        pass
-
-    assert type(Mine.recommended(3, 64)) is Mine
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: DMILoss.recommended(10, 0), ValueError, "batch_size must be at least 1, got 0"),
-        (lambda: DMILoss.recommended(10, 64.0), TypeError, "batch_size must be an int, got float: 64.0"),  # type: ignore[arg-type]
-        (lambda: DMILoss.recommended(10, True), TypeError, "batch_size must be an int, got bool"),
-        (lambda: DMILoss.recommended(0, 64), ValueError, "num_classes"),
-        (lambda: DMILoss.recommended(10, 64, momentum=0.5), TypeError, "chooses the momentum"),
-        (lambda: DMILoss.recommended(10, 64, reduction="none"), TypeError, "reduction"),
-    ],
-)
-def test_recommended_says_what_is_wrong(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()

@@ -141,12 +141,12 @@ def test_a_fault_is_found_reported_once_and_remembered(engine: Engine, op: str, 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert_right(batch)
-        told = [str(warning.message) for warning in caught if "does not use a kernel" in str(warning.message)]
-        assert len([text for text in told if re.search(words, text)]) == 1, told
-        assert all("report" in text and "python -m ldmi_fast" in text and "LDMI_FAST_VERIFY=0" in text for text in told)
+        reports = [str(warning.message) for warning in caught if "does not use a kernel" in str(warning.message)]
+        assert len([text for text in reports if re.search(words, text)]) == 1, reports
+        assert all("report" in text and "python -m ldmi_fast" in text and "LDMI_FAST_VERIFY=0" in text for text in reports)
         before = dict(engine.calls)
         assert_right(batch)
-        assert len([w for w in caught if "does not use a kernel" in str(w.message)]) == len(told)
+        assert len([w for w in caught if "does not use a kernel" in str(w.message)]) == len(reports)
     assert engine.calls[op] == before[op]  # not even tried again
     assert words.replace(".", "") in " ".join(path.refused for path in guard.refusals("cpu", torch.device("cpu"))).replace("|", "")
 
@@ -298,12 +298,12 @@ INTERPRETED = os.environ.get(INTERPRET_VARIABLE) == "1"
 def test_a_right_engine_is_never_refused(name: str) -> None:
     """Deviations stay below a third of the limit, and many inputs show a deviation."""
     module = {"cpu": native, "composite": composite, "triton": triton}[name]
-    told = dict.fromkeys(guard.OPS, 0)
+    reported = dict.fromkeys(guard.OPS, 0)
     seeds = 30 if INTERPRETED else 300
 
     def note(op: str, found: verify.Finding | None, seed: int) -> None:
         if found is not None:
-            told[op] += 1
+            reported[op] += 1
             assert found.error < 1 / 3, (op, found, seed)
 
     for seed in range(seeds):
@@ -321,7 +321,7 @@ def test_a_right_engine_is_never_refused(name: str) -> None:
         note("logits_grad", verify.logits_grad(backward, module.logits_grad(*backward)), seed)
         if module is not composite and module.is_fused(x, y):
             note("fused", verify.fused(args[:9], module.fused(*args[:9]), module.joint, module.logdet_inverse), seed)
-    assert all(told[op] > seeds // 5 for op in ("joint", "logdet_inverse", "loss_forward", "logits_grad")), told
+    assert all(reported[op] > seeds // 5 for op in ("joint", "logdet_inverse", "loss_forward", "logits_grad")), reported
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place[0] != "composite"], ids="-".join)

@@ -9,49 +9,18 @@ need a pivot at every step or let entries grow, of real label noise; and which m
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
 
-from ldmi_fast.engines.choose import engine_module
 from tests.support import matrices
-from tests.support.compare import EPSILON, EXACT
+from tests.support.compare import EXACT
+from tests.support.factoring import EPS, assert_regular, backward_error, factor, factor_all, norm
 from tests.support.matrices import Hard
 
-EPS = EPSILON[torch.float64]
 #: On both sides of every edge between kernels: registers of a warp, panels, vectors, a block's shared memory
 CLASSES = [1, 2, 3, 5, 8, 9, 10, 14, 16, 17, 26, 31, 32, 33, 48, 64, 65, 97, 100, 128]
 LARGE = [171, 600, 1025, 2100]
-
-
-def factor(engine: str, device: torch.device, S: npt.ArrayLike, n: npt.ArrayLike) -> tuple[Tensor, ...]:
-    """The result of an engine's op, on the CPU."""
-    arguments = torch.as_tensor(np.asarray(S), device=device), torch.as_tensor(np.asarray(n), device=device), "present"
-    results = engine_module(engine).logdet_inverse(*arguments)
-    return tuple(result.cpu() for result in results)
-
-
-def factor_all(engine: str, device: torch.device, hard: list[Hard]) -> list[tuple[Tensor, ...]]:
-    """All of them in one call."""
-    results = factor(engine, device, np.stack([h.S for h in hard]), np.stack([h.n for h in hard]))
-    return list(zip(*results, strict=True))
-
-
-def norm(matrix: npt.NDArray[np.floating]) -> float:
-    return float(np.abs(matrix).sum(1).max())
-
-
-def backward_error(hard: Hard, V: Tensor, precise: bool) -> float:
-    """||R X - I|| / (||R|| ||X||), with X the inverse of R = diag(1/n) S according to V, in units of C eps."""
-    real: Any = np.longdouble if precise else np.float64
-    R = hard.S.astype(real) / hard.n[:, None]
-    X = (V.numpy().astype(real) * hard.n[:, None]).T
-    C = len(R)
-    return norm(R @ X - np.eye(C, dtype=real)) / (norm(R) * norm(X)) / (C * EPS)
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -68,16 +37,6 @@ def test_regular(engine: str, device: torch.device, classes: int) -> None:
         assert backward_error(h, V, precise=True) <= 10 * h.growth, h.name
         error = np.abs(V.numpy() - (exact.T / h.n[:, None]).astype(np.float64)).max() / np.abs(V.numpy()).max()
         assert error <= (1e-11 if cond <= 1e6 and h.growth == 1 else 10 * scale), (h.name, error)
-
-
-def assert_regular(engine: str, device: torch.device, hard: Hard) -> None:
-    """For matrices so large that the reference is numpy's log|det| and the residual is computed in fp64."""
-    log_abs_det, sign, kept, V = factor(engine, device, hard.S, hard.n)
-    want_sign, want = np.linalg.slogdet(hard.S)
-    assert (int(kept), float(sign)) == (len(hard.n), want_sign), hard.name
-    # 1e-6: the relative error of a determinant in fp64 at a condition number of 1e10, the largest here; numpy's has it too
-    assert abs(float(log_abs_det) - want) <= 1e-10 * abs(want) + 1e-6, hard.name
-    assert backward_error(hard, V, precise=False) <= 10, hard.name
 
 
 @pytest.mark.parametrize("classes", LARGE)

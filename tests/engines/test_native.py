@@ -138,7 +138,7 @@ for rows, classes, soft in [(300, 10, False), (60_000, 10, False), (900, 33, Tru
         loss = dmi_loss(logits, batch.target, sample_weight=batch.sample_weight, engine="cpu")
         loss.backward()
         results.append((loss.detach(), logits.grad))
-torch.save((COMPILED.build_info()["isa"], results), sys.argv[1])
+torch.save((ops.compiled.build_info()["isa"], results), sys.argv[1])
 """
 
 
@@ -209,7 +209,7 @@ def test_python_m_with_what_this_machine_lacks() -> None:
 
 
 def test_op_arguments_that_cannot_work() -> None:
-    """The ops raise an error for arguments that they cannot compute. In a process of its own, because a crash would end this one."""
+    """The ops raise an error for arguments that they cannot compute. In a separate process, because a crash would end this one."""
     script = """
 import torch, ldmi_fast
 OPS = torch.ops.ldmi_fast

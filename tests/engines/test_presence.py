@@ -11,18 +11,13 @@ import torch
 from torch import Tensor
 
 from ldmi_fast import dmi_loss
-from ldmi_fast.engines.choose import engine_module
 from ldmi_fast.presence import present_classes
 from tests.support.compare import DERIVATIVE, EXACT, REORDERED
+from tests.support.factoring import factor
 from tests.support.problems import gradient_of, problem
 
 #: On both sides of the edges between the algorithms for few classes and for many
 CLASSES = [2, 5, 17, 33, 70, 130]
-
-
-def factor(engine: str, device: torch.device, S: Tensor, n: Tensor, absent: str = "present") -> list[Tensor]:
-    """The result of an engine's op, on the CPU."""
-    return [result.cpu() for result in engine_module(engine).logdet_inverse(S.to(device), n.to(device), absent)]
 
 
 def rates(classes: int) -> Tensor:

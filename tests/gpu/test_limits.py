@@ -59,7 +59,7 @@ def test_labels_are_read_where_that_is_asked_for(engine: str, device: torch.devi
         dmi_loss(here.logits, here.target, sample_weight=weight, engine=engine)
 
 
-def room_for(size: int) -> None:
+def require_memory(size: int) -> None:
     """Skip unless this many bytes are free on the GPU."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
@@ -73,7 +73,7 @@ def test_strides_beyond_32_bits(engine: str, device: torch.device, n: int, class
     """A few rows (or columns) so far apart that their offsets need 64 bits, in a tensor whose other elements are not read."""
     apart = (2**31 // (classes if transposed else n) + 4096) & ~7
     shape = (classes, apart) if transposed else (n, apart)
-    room_for(2 * shape[0] * shape[1] + 2**30)
+    require_memory(2 * shape[0] * shape[1] + 2**30)
     batch = problem(n, classes, dtype=torch.bfloat16)
     wide = torch.empty(shape, dtype=torch.bfloat16, device=device)
     logits = wide[:, :n].t() if transposed else wide[:, :classes]
@@ -92,7 +92,7 @@ def test_strides_beyond_32_bits(engine: str, device: torch.device, n: int, class
 def test_more_than_2_to_the_31_elements(engine: str, device: torch.device, classes: int) -> None:
     """Compared with the composite engine in blocks of rows: the joint as a sum, the gradient where 32 bits would overflow."""
     n = 2**31 // classes + 70_000
-    room_for(6 * n * classes + 20 * n + 2**31)
+    require_memory(6 * n * classes + 20 * n + 2**31)
     generator = torch.Generator(device).manual_seed(0)
     target = torch.arange(n, device=device) % classes
     logits = torch.empty(n, classes, dtype=torch.bfloat16, device=device)

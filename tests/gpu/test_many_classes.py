@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engines.test_logdet_accuracy import assert_regular
 from tests.support import matrices
+from tests.support.factoring import assert_regular
 
 
 @pytest.mark.parametrize("classes", [2049, 4096, 4100])

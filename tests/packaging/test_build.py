@@ -158,6 +158,6 @@ def test_editable_install(tree: Path, tmp_path: Path) -> None:
     assert list((tree / "ldmi_fast").glob("_C.*.so"))
     where = run(python, "-c", "import ldmi_fast; print(ldmi_fast.__file__)", cwd=tmp_path)
     assert where.stdout.strip() == str(tree / "ldmi_fast" / "__init__.py"), where.stderr
-    told = run(python, "-m", "ldmi_fast", cwd=tmp_path)
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert "engine cpu        runs" in told.stdout
+    report = run(python, "-m", "ldmi_fast", cwd=tmp_path)
+    assert report.returncode == 0, report.stdout + report.stderr
+    assert "engine cpu        runs" in report.stdout

@@ -70,9 +70,9 @@ def test_it_loads_and_says_what_it_is(built: Path) -> None:
     assert archs.split() == list(ARCHS)
     assert cuda == str(torch.version.cuda is not None)
     assert Path(file).is_relative_to(built)
-    told = run(sys.executable, "-m", "ldmi_fast", cwd=built)
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert "engine cpu        runs" in told.stdout
+    report = run(sys.executable, "-m", "ldmi_fast", cwd=built)
+    assert report.returncode == 0, report.stdout + report.stderr
+    assert "engine cpu        runs" in report.stdout
 
 
 def test_no_kernel_spills(module: Path) -> None:

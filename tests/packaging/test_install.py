@@ -76,9 +76,9 @@ def test_sdist_and_compiled_wheel(tree: Path, tmp_path: Path) -> None:
     assert [name for name in names if name.startswith("ldmi_fast/_C.") and name.endswith(".so")]
     assert "ldmi_fast/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"ldmi_fast", wheel_file.name.split("-cp")[0] + ".dist-info"}
-    told = run(installed(wheel_file, tmp_path), "-m", "ldmi_fast", cwd=tmp_path)
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert "engine cpu        runs" in told.stdout
+    report = run(installed(wheel_file, tmp_path), "-m", "ldmi_fast", cwd=tmp_path)
+    assert report.returncode == 0, report.stdout + report.stderr
+    assert "engine cpu        runs" in report.stdout
 
 
 def test_pure_wheel(tree: Path, tmp_path: Path) -> None:
@@ -87,10 +87,10 @@ def test_pure_wheel(tree: Path, tmp_path: Path) -> None:
     assert "WITHOUT compiled kernels (LDMI_FAST_NATIVE=0)" in made.stdout + made.stderr
     (wheel_file,) = (tmp_path / "wheels").glob("*.whl")
     assert wheel_file.name.endswith("0-py3-none-any.whl")
-    told = run(installed(wheel_file, tmp_path), "-m", "ldmi_fast", cwd=tmp_path)
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert "engine cpu        cannot run: this installation is pure Python (LDMI_FAST_NATIVE=0)" in told.stdout
-    assert "engine composite  runs" in told.stdout
+    report = run(installed(wheel_file, tmp_path), "-m", "ldmi_fast", cwd=tmp_path)
+    assert report.returncode == 0, report.stdout + report.stderr
+    assert "engine cpu        cannot run: this installation is pure Python (LDMI_FAST_NATIVE=0)" in report.stdout
+    assert "engine composite  runs" in report.stdout
 
 
 def test_without_a_compiler(tree: Path, tmp_path: Path) -> None:
@@ -117,12 +117,12 @@ def test_without_a_compiler_the_user_sees_it(tree: Path, tmp_path: Path) -> None
     assert "0_without_compiled_kernels-py3-none-any.whl" in made.stdout
     (wheel_file,) = (tmp_path / "wheels").glob("*.whl")
     python = installed(wheel_file, tmp_path)
-    told = run(python, "-m", "ldmi_fast", cwd=tmp_path)
-    assert "pure Python (no C++ compiler found" in told.stdout
+    report = run(python, "-m", "ldmi_fast", cwd=tmp_path)
+    assert "pure Python (no C++ compiler found" in report.stdout
     step = "import torch, ldmi_fast\nfor _ in range(2): ldmi_fast.dmi_loss(torch.randn(8, 2), torch.arange(8) % 2)"
-    told = run(python, "-c", step, cwd=tmp_path)
-    assert told.stderr.count("UserWarning: ldmi_fast runs without compiled kernels") == 1, told.stderr
-    assert "no C++ compiler found" in told.stderr
+    report = run(python, "-c", step, cwd=tmp_path)
+    assert report.stderr.count("UserWarning: ldmi_fast runs without compiled kernels") == 1, report.stderr
+    assert "no C++ compiler found" in report.stderr
     silenced = run(python, "-c", step, cwd=tmp_path, LDMI_FAST_ENGINE="composite")
     assert "UserWarning" not in silenced.stderr
 

@@ -1,6 +1,6 @@
 """The kernels of the Triton engine, interpreted, against the composite definition: the edges of every regime.
 
-Collected by ``test_contract.py``, which runs this file in a process of its own with TRITON_INTERPRET=1.
+Collected by ``test_contract.py``, which runs this file in a separate process with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations

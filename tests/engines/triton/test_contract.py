@@ -45,10 +45,12 @@ CONTRACT = {
     ),
     "tests/test_sample_weight.py": "zero_has or other_forms or (is_the_definition and 80 and dtype0)",
     "tests/test_few_rows.py": "(is_the_definition and 20-60 and dtype0) or do_not_count",
-    "tests/test_momentum.py": "leaves_the_data or no_gradient_can or casts_are",
+    "tests/test_momentum.py": "leaves_the_data or no_gradient_can",
+    "tests/test_average_state.py": "casts_are",
     "tests/test_linear.py": "may_hold_anything and nan and ignored",
     "tests/engines/test_guard.py": "never_refused or what_runs_here",
-    "tests/test_diagnostics.py": "joint_matrix_derivatives or joint_matrix_edge or test_plans",
+    "tests/test_joint_matrix.py": "joint_matrix_derivatives or joint_matrix_edge",
+    "tests/test_explain.py": "test_plans",
     "tests/test_transforms.py": "(test_grad and hard) or (vmap_and_vmap_of_grad and hard)",
 }
 
