@@ -17,7 +17,7 @@
 
 #include "../plan/layout.h"
 #include "combine.cuh"
-#include "logdet_inverse.cuh"
+#include "logdet_inverse/block.cuh"
 #include "rows.cuh"
 
 namespace ldmi::cuda {

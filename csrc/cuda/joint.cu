@@ -1,4 +1,4 @@
-#include "joint.cuh"
+#include "joint/launch.cuh"
 
 namespace ldmi::cuda {
 

@@ -1,8 +1,8 @@
 // The launches of logdet_inverse.
 
 #include "kernels.h"
-#include "logdet_inverse_grid.cuh"
-#include "logdet_inverse_library.cuh"
+#include "logdet_inverse/grid.cuh"
+#include "logdet_inverse/lu.cuh"
 #include "rows.cuh"
 
 namespace ldmi::cuda {

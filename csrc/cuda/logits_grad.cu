@@ -1,4 +1,4 @@
-#include "logits_grad.cuh"
+#include "logits_grad/launch.cuh"
 
 namespace ldmi::cuda {
 

@@ -3,7 +3,7 @@
 #include "../plan/layout.h"
 #include "fused.cuh"
 #include "loss_forward.cuh"
-#include "loss_whole.cuh"
+#include "loss_forward_cooperative.cuh"
 
 namespace ldmi::cuda {
 

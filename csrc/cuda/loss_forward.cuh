@@ -1,9 +1,9 @@
 // The end of a forward whose joint is in memory: log|det S|, V and the scalars, by one block, as far as a block factors; as a launch
-// of its own, or as the last step of loss_whole.cuh.
+// of its own, or as the last step of loss_forward_cooperative.cuh.
 #pragma once
 
 #include "combine.cuh"
-#include "logdet_inverse.cuh"
+#include "logdet_inverse/kernels.cuh"
 #include "rows.cuh"
 
 namespace ldmi::cuda {

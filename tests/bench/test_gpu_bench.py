@@ -325,7 +325,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def tree(root: Path) -> None:
-    for name in ("csrc/cuda/joint.cuh", "csrc/cuda/joint.cu", "csrc/plan/cuda_plan.cpp", "ldmi_fast/engines/triton/joint.py"):
+    for name in ("csrc/cuda/joint/launch.cuh", "csrc/cuda/joint.cu", "csrc/plan/cuda_plan.cpp", "ldmi_fast/engines/triton/joint.py"):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
@@ -334,7 +334,7 @@ def tree(root: Path) -> None:
 def test_source_hash_changes_with_text_and_name(tmp_path: Path) -> None:
     tree(tmp_path)
     before = machine.source_hash(tmp_path)
-    (tmp_path / "csrc" / "cuda" / "joint.cuh").rename(tmp_path / "csrc" / "cuda" / "other.cuh")
+    (tmp_path / "csrc" / "cuda" / "joint" / "launch.cuh").rename(tmp_path / "csrc" / "cuda" / "joint" / "other.cuh")
     renamed = machine.source_hash(tmp_path)
     (tmp_path / "csrc" / "cuda" / "other.cuh").write_text("changed")
     assert len({before, renamed, machine.source_hash(tmp_path)}) == 3

@@ -1,6 +1,6 @@
 // joint against plain loops over doubles, on random batches of every kind.
 
-#include "../../csrc/cuda/joint.cuh"
+#include "../../csrc/cuda/joint/launch.cuh"
 #include "batches.h"
 
 namespace ldmi::cuda {

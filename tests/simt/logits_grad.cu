@@ -1,6 +1,6 @@
 // logits_grad against plain loops over doubles, on random batches of every kind.
 
-#include "../../csrc/cuda/logits_grad.cuh"
+#include "../../csrc/cuda/logits_grad/launch.cuh"
 #include "batches.h"
 
 namespace ldmi::cuda {

@@ -9,7 +9,7 @@
 // 188 us instead of 163 (H100); so for more classes, and for soft targets, the steps are launches.
 #pragma once
 
-#include "joint.cuh"
+#include "joint/launch.cuh"
 #include "loss_forward.cuh"
 
 namespace ldmi::cuda {

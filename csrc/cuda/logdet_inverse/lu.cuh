@@ -9,7 +9,7 @@
 //   Zeros and NaN are selected.
 #pragma once
 
-#include "logdet_inverse.cuh"
+#include "kernels.cuh"
 
 namespace ldmi::cuda {
 

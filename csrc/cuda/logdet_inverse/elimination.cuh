@@ -1,0 +1,219 @@
+// What the eliminations by one warp, by one block and by a grid share: constants, the row scaling, pivots, and the elimination of a
+// panel by one warp in registers.
+#pragma once
+
+#include <limits>
+#include <utility>
+
+#include "../../cpu/kernels.h"
+#include "../../plan/layout.h"
+#include "../../plan/presence.h"
+#include "../../plan/singular.h"
+#include "../../simt/simt.cuh"
+
+namespace ldmi::cuda {
+
+using cpu::Determinant;
+
+inline constexpr int kFactorPanel = 8;  // columns that are eliminated together
+using plan::kFactorWarp;
+inline constexpr int kFactorClasses = 192;  // more than the shared memory of a block holds
+
+using plan::FactorSpace;
+using plan::take_factor_space;
+
+namespace factor {
+
+using namespace simt;
+
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
+inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// The largest magnitude that is no pivot
+LDMI_HOST_DEVICE double threshold(int64_t C, double norm) { return plan::singular_threshold(C, norm); }
+
+// The least weight of a class that is present. Each warp adds up all C by itself, in the same order: all have the same bits.
+template <class Weight>
+LDMI_DEVICE double least_weight(int C, const Weight& weight) {
+  double least = 0.0;
+  for (int i = lane(); i < C; i += kWarp) least += plan::least_part(weight(i));
+  return warp_sum(least);
+}
+
+// What is kept of a row of R besides its entries: its norm (NaN: something there is not finite), and in the sign whether its class is
+// absent. Bit by bit, since negating may lose the sign of NaN.
+struct RowNote {
+  double value;
+
+  LDMI_HOST_DEVICE static RowNote of(double norm, bool finite, bool here) {
+    const uint64_t bits = simt::bit_cast<uint64_t>(finite ? norm : kNaN) & ~kSign;
+    return {simt::bit_cast<double>(here ? bits : bits | kSign)};
+  }
+  LDMI_HOST_DEVICE bool here() const { return (simt::bit_cast<uint64_t>(value) & kSign) == 0; }
+  LDMI_HOST_DEVICE double norm() const { return simt::bit_cast<double>(simt::bit_cast<uint64_t>(value) & ~kSign); }
+
+ private:
+  static constexpr uint64_t kSign = uint64_t{1} << 63;
+};
+
+// The logarithm of a product of positive numbers, some in each lane, by one logarithm: their fractions in [1, 2) are multiplied, their
+// exponents added as integers.
+class LogProduct {
+ public:
+  LDMI_DEVICE void multiply(double factor) {
+    const bool subnormal = factor < 0x1p-1022;
+    split(subnormal ? factor * 0x1p54 : factor);
+    exponents_ -= subnormal ? 54 : 0;
+  }
+  // Of all lanes together, in all of them
+  LDMI_DEVICE double log() const {
+    double product = fraction_;  // of 32: below 2^32
+    LDMI_UNROLL
+    for (int bits = kWarp / 2; bits > 0; bits /= 2) product *= shfl_xor(product, bits);
+    // ln 2 in two parts: the first has so few bits that its product with the exponents is exact
+    const double e = warp_sum(exponents_);
+    return fma(e, 6.93147180369123816490e-01, fma(e, 1.90821492927058770002e-10, simt::log(product)));
+  }
+
+ private:
+  LDMI_DEVICE void split(double factor) {
+    const double product = fraction_ * unit(factor);
+    fraction_ = unit(product);
+    exponents_ += exponent(factor) + exponent(product);
+  }
+  LDMI_DEVICE static int exponent(double x) { return static_cast<int>(bit_cast<uint64_t>(x) >> 52) - 1023; }
+  LDMI_DEVICE static double unit(double x) {
+    return bit_cast<double>((bit_cast<uint64_t>(x) & 0xfffffffffffffu) | 0x3ff0000000000000u);
+  }
+
+  double fraction_ = 1.0;
+  int exponents_ = 0;
+};
+
+// What one warp knows of the pivots that it has taken, in parts: lane l of steps l, l + 32, ...
+struct Pivots {
+  LogProduct product;
+  bool odd = false;  // the number of negative ones
+  double last = 1.0;
+
+  LDMI_DEVICE void take(int step, double pivot) {
+    if (lane() == step % kWarp) last = pivot;
+  }
+  // The lanes of the steps first..first+count-1 (32 at most) count theirs: all at once, outside the chain from step to step
+  LDMI_DEVICE void count(int first, int count) {
+    if (((lane() - first) & (kWarp - 1)) >= count) return;
+    product.multiply(abs(last));
+    odd ^= last < 0.0;
+  }
+};
+
+// body(0), body(1), ... as constants. In a loop, `if (s == slot)` makes the compiler index registers by `slot`, in memory then.
+template <int... s, class Body>
+LDMI_DEVICE void for_each_slot(std::integer_sequence<int, s...>, const Body& body) {
+  (body(std::integral_constant<int, s>{}), ...);
+}
+
+// A warp eliminates `columns` columns by themselves, of which lane l holds the rows l, l + 32, ... (zeros where there is no such row).
+// The matrix moves through the registers: each step takes column 0 off and puts what it leaves behind the last, so that every
+// index is a constant. Column j ends up in column kColumns - columns + j. `used`: a bit for each of the lane's rows that have been a
+// pivot's. step(j, row, pivot) is called by all lanes. False: no pivot exceeds the threshold.
+template <int kSlots, int kColumns, class Step>
+LDMI_DEVICE bool eliminate(double (&a)[kSlots][kColumns], int rows, int columns, double threshold, unsigned& used, const Step& step) {
+  for (int j = 0; j < columns; ++j) {
+    unsigned key = 0;
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      const int row = lane() + kWarp * s;
+      const unsigned high = static_cast<unsigned>(bit_cast<uint64_t>(a[s][0]) >> 32) & 0x7fffff00u;
+      const unsigned mine = high | static_cast<unsigned>(255 - row);  // of equals the first
+      if (row < rows && (used >> s & 1u) == 0 && mine > key) key = mine;
+    }
+    const int row = 255 - static_cast<int>(warp_max(key) & 255u), source = row % kWarp;
+    double pivot_row[kColumns];
+    for_each_slot(std::make_integer_sequence<int, kSlots>{}, [&](auto slot) {
+      constexpr int s = decltype(slot)::value;
+      if (row / kWarp != s) return;  // one slot for the whole warp
+      LDMI_UNROLL
+      for (int c = 0; c < kColumns; ++c) pivot_row[c] = shfl(a[s][c], source);
+      if (lane() == source) {  // becomes (the row with 1 instead of the pivot) / pivot below
+        used |= 1u << s;
+        a[s][0] = -1.0;
+        LDMI_UNROLL
+        for (int c = 1; c < kColumns; ++c) a[s][c] = 0.0;
+      }
+    });
+    const double pivot = pivot_row[0];
+    if (!(abs(pivot) > threshold)) return false;
+    step(j, row, pivot);
+    const double reciprocal = 1.0 / pivot;
+    LDMI_UNROLL
+    for (int c = 1; c < kColumns; ++c) pivot_row[c] *= reciprocal;
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      const double factor = -a[s][0];
+      LDMI_UNROLL
+      for (int c = 1; c < kColumns; ++c) a[s][c - 1] = fma(factor, pivot_row[c], a[s][c]);
+      a[s][kColumns - 1] = factor * reciprocal;
+    }
+  }
+  return true;
+}
+
+inline constexpr double kMultiplier = 2.0;  // at most, for the diagonal's entry to be the pivot
+
+// The same with the diagonal's entries as pivots: of step j that in row `source` + j of the lanes' first rows. False: in some step it
+// was too small beside the open rows' entries or the threshold, and what is in `a` is of no use.
+template <int kSlots, int kColumns, class Step>
+LDMI_DEVICE bool eliminate_diagonal(double (&a)[kSlots][kColumns], int source, int columns, double threshold, unsigned used,
+                                    const Step& step) {
+  bool good = true;
+  double pivot = shfl(a[0][0], source), inverse = reciprocal(pivot);
+  for (int j = 0; j < columns; ++j) {
+    double pivot_row[kColumns], minus[kSlots];  // the multipliers
+    LDMI_UNROLL
+    for (int c = 1; c < kColumns; ++c) pivot_row[c] = shfl(a[0][c], source);
+    const bool own = lane() == source;
+    good &= abs(pivot) > threshold && !(own && (used & 1u) != 0);
+    step(j, pivot);
+    source = (source + 1) % kWarp;
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) {
+      minus[s] = -a[s][0] * inverse;
+      good &= (used >> s & 1u) != 0 || abs(minus[s]) <= kMultiplier;
+      if (s == 0) minus[s] = own ? inverse : minus[s];  // the row becomes (itself with 1 instead of the pivot) / pivot
+    }
+    used |= own ? 1u : 0u;
+    LDMI_UNROLL
+    for (int c = 1; c < kColumns; ++c) {
+      LDMI_UNROLL
+      for (int s = 0; s < kSlots; ++s) a[s][c - 1] = fma(minus[s], pivot_row[c], s == 0 && own ? 0.0 : a[s][c]);
+      if (c > 1) continue;
+      pivot = shfl(a[0][0], source);  // of the next step, on its way while this one goes on
+      inverse = reciprocal(pivot);
+    }
+    LDMI_UNROLL
+    for (int s = 0; s < kSlots; ++s) a[s][kColumns - 1] = minus[s];
+  }
+  return all(good);
+}
+
+// Which answer a matrix has before anything is eliminated
+struct Screening {
+  bool finite;  // S and n
+  bool strict;
+  int present, classes;
+
+  LDMI_HOST_DEVICE int kept() const { return strict && present > 0 ? classes : present; }
+  LDMI_HOST_DEVICE bool regular() const { return finite && present > 0 && kept() == present; }
+  // If not regular
+  LDMI_HOST_DEVICE Determinant answer() const {
+    if (!finite) return {kNaN, kNaN, kept()};
+    if (present == 0) return {0.0, 1.0, 0};
+    return singular();
+  }
+  LDMI_HOST_DEVICE Determinant singular() const { return {-kInfinity, 0.0, kept()}; }
+};
+
+}  // namespace factor
+
+}  // namespace ldmi::cuda

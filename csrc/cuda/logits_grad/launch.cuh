@@ -1,0 +1,119 @@
+// dloss/dz_i = w_i p_i * (scale * (<p_i, V[y_i]> - V[y_i]) + ce_scale) - w_i ce_scale e_{y_i}: one read of the logits, one write.
+//
+// | algorithm   | file       | when                                                                |
+// |:------------|:-----------|:--------------------------------------------------------------------|
+// | grad_tile   | tile.cuh   | few classes                                                         |
+// | grad_by_row | by_row.cuh | more classes                                                        |
+// | grad_soft   | soft.cuh   | soft targets                                                        |
+//
+// csrc/plan (cuda_logits_grad) chooses. A first launch makes the table of V (table.cuh).
+//
+// The saved lse only keeps the exponentials in range. They are divided by their own sum, so the rounding of an lse far from 0 does not
+// reach the result.
+#pragma once
+
+#include "../sort.cuh"
+#include "by_row.cuh"
+#include "soft.cuh"
+#include "tile.cuh"
+
+namespace ldmi::cuda {
+
+template <class E, int kWidth>
+int launch_grad_tile(const Batch& batch, const Compute<E>* lse, const Table<Compute<E>>& table, const double* scale,
+                     const double* ce_scale, E* grad, const plan::CudaLogitsGrad& plan, Stream stream) {
+  Grid grid;
+  grid.blocks = plan.blocks;
+  grid.threads = kThreads;
+  Carve carve;
+  const GradTile<E, kWidth> tile(carve, batch.logits.columns, batch.num_labels);
+  static_cast<void>(tile);
+  grid.smem = carve.bytes();
+  return launch(grad_tile<E, kWidth>, grid, stream, batch, lse, table, scale, ce_scale, grad);
+}
+
+template <class E>
+int launch_grad_by_row(const Batch& batch, const Compute<E>* lse, const Table<Compute<E>>& table, const double* scale,
+                       const double* ce_scale, const int64_t* order, E* grad, const plan::CudaLogitsGrad& plan, Stream stream) {
+  using F = Compute<E>;
+  Matrix both = batch.logits;  // accesses suit the logits and the gradient, which is contiguous
+  if (reinterpret_cast<uintptr_t>(grad) % 16 != 0) both.data = grad;
+  return with_access<E>(both, [&](auto access) {
+    constexpr int kAccess = decltype(access)::value;
+    constexpr int kWide = sizeof(E) == 8 ? 1 : 2;
+    const auto start = [&](auto kernel, int group, int kernel_rows) {
+      Grid grid;
+      grid.blocks = group == 128 ? 2 * plan.blocks : plan.blocks;
+      grid.threads = group == kWarp ? kThreads : group;
+      Carve carve;
+      carve.take<F>(4 * kernel_rows * (group / kWarp));
+      grid.smem = carve.bytes();
+      return launch(kernel, grid, stream, batch, lse, table, scale, ce_scale, order, grad);
+    };
+    const int64_t C = batch.logits.columns;
+    if constexpr (kAccess <= 4) {
+      constexpr int kRows = sizeof(E) == 8 ? 1 : 4;
+      if (C <= plan::kLanes * 4) return start(grad_by_row<E, kAccess, kWarp, 4, kRows, false>, kWarp, kRows);
+    }
+    // doubles value by value take too many registers for a warp
+    if constexpr (sizeof(E) < 8 || kAccess > 1) {
+      if (C <= plan::kLanes * 8) return start(grad_by_row<E, kAccess, kWarp, 8, kWide, false>, kWarp, kWide);
+    }
+    if constexpr (sizeof(E) < 8 && kAccess > 1) {
+      if (C <= plan::kLanes * 16) return start(grad_by_row<E, kAccess, kWarp, 16, 1, false>, kWarp, 1);
+      if (C <= plan::kLanes * 32) return start(grad_by_row<E, kAccess, kWarp, 32, 1, false>, kWarp, 1);
+    } else {
+      if (C <= plan::kBlockClasses / 4) return start(grad_by_row<E, kAccess, 128, 8, 1, false>, 128, 1);
+    }
+    if (C <= plan::kBlockClasses) return start(grad_by_row<E, kAccess, kThreads, 16, 1, false>, kThreads, 1);
+    return start(grad_by_row<E, kAccess, kThreads, 16, 1, true>, kThreads, 1);
+  });
+}
+
+template <class E>
+int launch_logits_grad(const Batch& batch, const void* lse, const double* V, const double* scale, const double* ce_scale, void* grad,
+                       void* workspace, const DeviceLimits& limits, Stream stream) {
+  using F = Compute<E>;
+  const int64_t rows = batch.logits.rows, C = batch.logits.columns, K = batch.num_labels;
+  if (rows == 0) return 0;
+  const plan::CudaLogitsGrad plan =
+      plan::cuda_logits_grad(rows, C, K, batch.soft.data != nullptr, static_cast<int64_t>(sizeof(E)), limits);
+  const F* const row_lse = static_cast<const F*>(lse);
+  E* const out = static_cast<E*>(grad);
+  Workspace work(workspace);
+  Table<F> table{};
+  table.pitch = table_pitch(C, sizeof(F));
+  table.values = work.take<F>(K * table.pitch);
+  table.magnitude = work.take<double>(K);
+  Grid grid;
+  const int64_t wanted = (K + kThreads / kWarp - 1) / (kThreads / kWarp);
+  grid.blocks = wanted < 4 * limits.sms ? wanted : 4 * limits.sms;
+  grid.threads = kThreads;
+  int error = launch(grad_table<F>, grid, stream, V, K, C, table);
+  if (error != 0) return error;
+  switch (plan.order) {
+    case plan::CudaOrder::kSoft: {
+      grid.blocks = plan.blocks;
+      Carve carve;
+      carve.take<F>(kSoftGradRows * kSoftGradPitch);
+      carve.take<F>(kSoftGradDepth * kSoftGradColumns);
+      carve.take<double>(kThreads / kWarp);
+      grid.smem = carve.bytes();
+      return launch(grad_soft<E>, grid, stream, batch, row_lse, table, scale, ce_scale, out);
+    }
+    case plan::CudaOrder::kTile:
+      if (plan.width == 16) return launch_grad_tile<E, 16>(batch, row_lse, table, scale, ce_scale, out, plan, stream);
+      if (plan.width == 32) return launch_grad_tile<E, 32>(batch, row_lse, table, scale, ce_scale, out, plan, stream);
+      return launch_grad_tile<E, 64>(batch, row_lse, table, scale, ce_scale, out, plan, stream);
+    case plan::CudaOrder::kByLabel: {
+      const LabelOrder sort = take_order(work, plan.sort, rows, K);
+      error = launch_sort(batch, sort, plan.sort, stream);
+      if (error != 0) return error;
+      return launch_grad_by_row<E>(batch, row_lse, table, scale, ce_scale, sort.order, out, plan, stream);
+    }
+    default:
+      return launch_grad_by_row<E>(batch, row_lse, table, scale, ce_scale, nullptr, out, plan, stream);
+  }
+}
+
+}  // namespace ldmi::cuda
