@@ -1,11 +1,11 @@
-// combine as a kernel of its own.
+// combine as a separate kernel.
 
 #include "combine.cuh"
 
 namespace ldmi::cuda {
 namespace {
 
-// Where combine reads and writes; see kernels.h
+// The inputs and outputs of combine; see kernels.h
 struct Scalars {
   const double* log_abs_det;
   const int64_t* kept;
@@ -15,13 +15,13 @@ struct Scalars {
   Type loss_type;
   double* scale;
   double* ce_scale;
-  double* sums;       // [blocks]: of the weights, one a block
+  double* sums;       // [blocks]: of the weights, one per block
   unsigned* counter;  // 0
 };
 
 inline constexpr int kCombineThreads = 256;
 
-// One block; more where the weights of soft targets have to be summed, of which the last one goes on
+// One block; more where the weights of soft targets have to be summed, and then the last block to finish computes the scalars
 LDMI_KERNEL void LDMI_BOUNDS(kCombineThreads, 1) combine_scalars(Batch batch, LossOptions options, Scalars at) {
   Carve carve;
   double* const parts = carve.take<double>(kCombineThreads / kWarp);

@@ -1,18 +1,20 @@
-// The whole loss and its gradient in one launch of one block, for problems that fit into a multiprocessor: little work, a long chain
-// of latencies, so that what counts is how many barriers and trips to memory there are.
+// The whole loss and its gradient in one launch of one block, for problems that fit into a multiprocessor. There is little work and a
+// long chain of latencies, so the number of barriers and of round trips to memory decides the time.
 //
-//     1  the logits come into shared memory, meanwhile the labels: which rows count, and for every 32 rows and every label one word of
-//        bits, the rows of that label
-//     2  softmax in place, 4 columns a thread; the cross entropy on the way, if the loss has that term
-//     3  S and n: a thread an entry (or several, or several threads an entry). It walks the bits of its label, rows in their order:
-//        nothing is sorted, and nothing is added in an order that the schedule decides. Sums in fp64
-//     4  log|det S| and V = S^{-T} (logdet_inverse), the scalars (loss_of)
-//     5  dz = p (alpha (V[y] - <p, V[y]>) + gamma) - gamma e_y in place, alpha = -w scale / n[y], gamma = w ce_scale, and on to memory
+//     1  Load the logits into shared memory. Meanwhile read the labels: which rows count, and for every 32 rows and every label one
+//     word
+//        of bits, the rows of that label.
+//     2  Softmax in place, 4 columns per thread, and the cross entropy if the loss has that term.
+//     3  S and n: one thread per entry (or several entries per thread, or several threads per entry). It walks the bits of its label,
+//     in
+//        the order of the rows: no sort, and no sum in an order that the schedule decides. Sums are in fp64.
+//     4  log|det S| and V = S^{-T} (logdet_inverse), and the scalars (loss_of).
+//     5  dz = p (alpha (V[y] - <p, V[y]>) + gamma) - gamma e_y in place, alpha = -w scale / n[y], gamma = w ce_scale; then store it.
 //
-// Without the gradient, 1 to 4 are loss_forward of such problems, of logits of any type.
+// Without the gradient, steps 1 to 4 are loss_forward of such problems, for logits of any type.
 //
-// V enters 5 in the precision of the softmax, its rows times n: R^{-T}, which is of moderate size for sample weights of any size.
-// S sums probabilities that are rounded to that precision; the gradient takes the same ones.
+// Step 5 uses V in the precision of the softmax, its rows times n: R^{-T}, which has moderate size for sample weights of any size. S
+// sums probabilities that are rounded to that precision; the gradient uses the same ones.
 #pragma once
 
 #include "../plan/layout.h"
@@ -22,7 +24,7 @@
 
 namespace ldmi::cuda {
 
-// Where it writes: the loss; with the gradient that, [N, C] contiguous, else lse [N], V [C, C] (or null) and the factors
+// The outputs: the loss; with the gradient grad [N, C] contiguous, otherwise lse [N], V [C, C] (or null) and the factors
 template <class F>
 struct FusedResult {
   F* loss;
@@ -64,7 +66,7 @@ LDMI_DEVICE bool read_labels(const Batch& batch, const Space& space, int N, int 
   return bad;
 }
 
-// The logits into the tile. What goes by copy_async is there after wait_copies.
+// Copies the logits into the tile. Copies by copy_async are complete after wait_copies.
 template <class E, class F>
 LDMI_DEVICE void read_logits(const Matrix& m, F* tile) {
   const int total = static_cast<int>(m.rows * m.columns);
@@ -90,7 +92,7 @@ LDMI_DEVICE void read_logits(const Matrix& m, F* tile) {
   }
 }
 
-// body(first, rows of a pass): a warp takes kLanes lanes a row and kTogether rows a lane, whose chains of instructions interleave
+// Calls body(first, rows per pass): kLanes lanes per row and kTogether rows per lane, whose chains of instructions interleave.
 template <class Space, int kTogether, class Body>
 LDMI_DEVICE void for_rows(int N, const Body& body) {
   constexpr int kStep = kWarp / Space::kLanes, kWarps = Space::kThreads / kWarp;
@@ -106,8 +108,8 @@ LDMI_KERNEL void LDMI_BOUNDS((FusedSpace<Compute<E>, kWidth>::kThreads), 1)
   using F = Compute<E>;
   using Space = FusedSpace<F, kWidth>;
   constexpr int kBlock = Space::kThreads, L = Space::kLanes, kColumns = kWidth / L, kTogether = 2;
-  constexpr bool kOneWarp = kWidth <= kFactorWarp;  // factors, in as many registers as there are
-  constexpr int kLess = kWidth - 8;                 // classes, or more
+  constexpr bool kOneWarp = kWidth <= kFactorWarp;  // one warp eliminates, and may use all registers
+  constexpr int kLess = kWidth - 8;                 // at most this many classes, or more
   constexpr bool kSplit = kWidth == 16;             // several threads may share an entry of S
   const int N = static_cast<int>(batch.logits.rows), C = static_cast<int>(batch.logits.columns);
   const bool weighted = batch.weights.data != nullptr, with_ce = options.cross_entropy_weight != 0.0;
@@ -170,7 +172,7 @@ LDMI_KERNEL void LDMI_BOUNDS((FusedSpace<Compute<E>, kWidth>::kThreads), 1)
         if (c < C) space.tile[r * C + c] = x[u][j] * inverse;
       }
       if (with_ce && label[u] % L == lane() % L) {
-        // in this order nothing is lost when all logits are far from 0
+        // this order of operations loses no digits when all logits are far from 0
         const F minus_log = batch.probs ? -log(own[u]) : log(sum[u]) + (maximum[u] - own[u]);
         ce += (weighted ? space.weight[r] : 1.0) * static_cast<double>(minus_log);
       }
@@ -183,7 +185,7 @@ LDMI_KERNEL void LDMI_BOUNDS((FusedSpace<Compute<E>, kWidth>::kThreads), 1)
   sync_block();
 
   {
-    const int pairs = wide * wide, split = pairs < kBlock ? thread_idx() / pairs : 0;  // some threads may be too many
+    const int pairs = wide * wide, split = pairs < kBlock ? thread_idx() / pairs : 0;  // some threads may have nothing to do
     const int c = thread_idx() % wide, first = thread_idx() / wide % wide, step = pairs < kBlock ? wide : kBlock / wide;
     for (int k = first; k < C && c < C && split < splits; k += step) {
       double sum = 0.0, total = 0.0;

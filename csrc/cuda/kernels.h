@@ -25,7 +25,7 @@ using plan::DeviceLimits;
 // ------------------------------------------------------------------------------------------------------------------- joint
 
 // S [K, C], n [K] and ce [1] in double; lse [N] in float (double for fp64 logits). All contiguous, all overwritten. Rows that do
-// not count (ignored, weight 0) are not looked at, their lse is 0. A label or weight out of range makes S, n and ce NaN.
+// not count (ignored, weight 0) are not read; their lse is 0. A label or weight out of range makes S, n and ce NaN.
 int joint(const Batch& batch, double* S, double* n, void* lse, double* ce, void* workspace, const DeviceLimits& limits,
           simt::Stream stream);
 
@@ -34,20 +34,20 @@ int joint(const Batch& batch, double* S, double* n, void* lse, double* ce, void*
 // `grad` [N, C] contiguous, of the type of the logits:
 // scale * d(-log|det S|)/dlogits + ce_scale * d(summed cross entropy)/dlogits, with V [K, C] contiguous; scale and ce_scale are one
 // double each on the device. Rows that do not count are zeros, those whose label or weight is out of range too.
-// `lse` as joint left it.
+// `lse` is the output of joint.
 int logits_grad(const Batch& batch, const void* lse, const double* V, const double* scale, const double* ce_scale, void* grad,
                 void* workspace, const DeviceLimits& limits, simt::Stream stream);
 
 // ---------------------------------------------------------------------------------------------------------- logdet_inverse
 
 // log|det S|, its sign, the number of classes kept and V = S^{-T} of `count` matrices S [count, C, C] with n [count, C], as on a CPU,
-// not where plan::cuda_logdet_inverse says kLibrary: an error. V may be null: the determinants alone, with the same bits; the
+// not where plan::cuda_logdet_inverse says kLu: an error. V may be null: the determinants alone, with the same bits; the
 // workspace is that of the plan with or without the inverse.
 int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, bool strict, double* log_abs_det, double* sign,
                    int64_t* kept, double* V, void* workspace, const DeviceLimits& limits, simt::Stream stream);
 
-// Where it says kLibrary, these stand around a library's LU; all have one workspace, which they hand on.
-// A [count, C, C] = diag(1/n) S, whose memory may be that of S, and X [count, C, C], unless null, the identity:
+// Where it says kLu, these kernels run before and after torch's LU. They share one workspace, which carries results from one to the
+// next. A [count, C, C] = diag(1/n) S, whose memory may be that of S, and X [count, C, C], unless null, the identity:
 int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, int64_t C, double* A, double* X, void* workspace,
                                const DeviceLimits& limits, simt::Stream stream);
 // the scalars from P A^T = L U as LAPACK leaves it: the factors column-major in A, and pivots [count, C], 1-based:
@@ -77,7 +77,7 @@ int fused(const Batch& batch, const LossOptions& options, void* loss, void* grad
 // ------------------------------------------------------------------------------------------------------------ loss_forward
 
 // What the op loss_forward returns, K == C: the loss (one float, or double for fp64 logits), lse [N] as joint's, V [C, C] (null where
-// no gradient is asked for), scale and ce_scale (a double each). Not where plan::cuda_loss_forward says kLibrary: an error. The
+// no gradient is asked for), scale and ce_scale (a double each). Not where plan::cuda_loss_forward says kLu: an error. The
 // workspace is that of the plan with or without the gradient.
 int loss_forward(const Batch& batch, const LossOptions& options, void* loss, void* lse, double* V, double* scale, double* ce_scale,
                  void* workspace, const DeviceLimits& limits, simt::Stream stream);

@@ -15,7 +15,7 @@ int launch_warps(const Matrices& matrices, const DeviceLimits& limits, simt::Str
   }
   constexpr int64_t warps = factor::kWarpThreads / simt::kWarp;
   simt::Grid grid;
-  // one matrix takes one warp; several spread over the multiprocessors before they share blocks
+  // One matrix takes one warp. Several matrices go to different multiprocessors before they share blocks.
   const int64_t spread = (matrices.count + limits.sms - 1) / limits.sms;
   grid.threads = static_cast<int>(spread < warps ? spread : warps) * simt::kWarp;
   const int64_t blocks = (matrices.count * simt::kWarp + grid.threads - 1) / grid.threads;
@@ -46,7 +46,7 @@ GridSpace grid_space(int C, int sms, bool inverse, Workspace& work) {
   return space;
 }
 
-// kSlots: rows of a panel that a thread of the team has, at most
+// kSlots: the most rows of a panel that a thread of a panel block has
 template <int kSlots, int kBlocks>
 int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, void* workspace, const DeviceLimits& limits,
                 simt::Stream stream) {
@@ -56,7 +56,7 @@ int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, v
   }
   const auto kernel = factor::logdet_inverse_grid<kSlots, kGridThreads, kBlocks>;
   const auto smem = static_cast<size_t>(plan.smem_bytes);
-  // a block a multiprocessor: the team's have theirs for themselves
+  // one block per multiprocessor: panel blocks do not share theirs
   simt::Grid grid{int64_t{limits.sms}, kGridThreads, smem, kBlocks, true};
   if constexpr (kBlocks > 1) {
     grid.blocks = int64_t{limits.clusters} * kBlocks;
@@ -70,9 +70,9 @@ int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, v
   return simt::launch(kernel, grid, stream, matrices, space, static_cast<int>(plan.panel));
 }
 
-LibrarySpace library_space(int64_t count, int64_t C, void* workspace) {
+LuSpace lu_space(int64_t count, int64_t C, void* workspace) {
   Workspace work(workspace);
-  LibrarySpace space;
+  LuSpace space;
   space.norms = work.take<double>(count * C);
   space.answer = work.take<uint32_t>(count);
   space.order = work.take<int32_t>(count * C);
@@ -94,10 +94,10 @@ int logdet_inverse(const double* S, const double* n, int64_t count, int64_t C, b
   if (plan.factor == plan::CudaFactor::kWarp) return launch_warps<kFactorWarp>(matrices, limits, stream);
   if (plan.factor == plan::CudaFactor::kBlock) return launch_blocks<kFactorClasses>(matrices, plan, stream);
   if (plan.factor == plan::CudaFactor::kGrid) {
-    constexpr int kTeam = plan::kClusterBlocks;
-    return plan.team == 1
-               ? launch_grid<plan::kGridClasses / kGridThreads, 1>(matrices, plan, workspace, limits, stream)
-               : launch_grid<plan::kClusterClasses / kTeam / kGridThreads, kTeam>(matrices, plan, workspace, limits, stream);
+    constexpr int kPanelBlocks = plan::kClusterBlocks;
+    return plan.panel_blocks == 1 ? launch_grid<plan::kGridClasses / kGridThreads, 1>(matrices, plan, workspace, limits, stream)
+                                  : launch_grid<plan::kClusterClasses / kPanelBlocks / kGridThreads, kPanelBlocks>(
+                                        matrices, plan, workspace, limits, stream);
   }
   constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
   return kInvalidValue;
@@ -110,7 +110,7 @@ int logdet_inverse_equilibrate(const double* S, const double* n, int64_t count, 
   carve.take<double>(factor::kBlockThreads / simt::kWarp);
   const simt::Grid grid{at_most(count * C, limits), factor::kBlockThreads, carve.bytes()};
   const Matrices matrices{S, n, count, static_cast<int>(C), false, nullptr, nullptr, nullptr, nullptr};
-  return simt::launch(factor::library_equilibrate, grid, stream, matrices, A, X, library_space(count, C, workspace));
+  return simt::launch(factor::lu_equilibrate, grid, stream, matrices, A, X, lu_space(count, C, workspace));
 }
 
 int logdet_inverse_determinant(const double* LU, const int32_t* pivots, const double* n, int64_t count, int64_t C, bool strict,
@@ -124,19 +124,19 @@ int logdet_inverse_determinant(const double* LU, const int32_t* pivots, const do
   carve.take<int>(warps);
   const simt::Grid grid{at_most(count, limits), factor::kBlockThreads, carve.bytes()};
   const Matrices matrices{nullptr, n, count, static_cast<int>(C), strict, log_abs_det, sign, kept, nullptr};
-  return simt::launch(factor::library_determinant, grid, stream, matrices, LU, pivots, library_space(count, C, workspace));
+  return simt::launch(factor::lu_determinant, grid, stream, matrices, LU, pivots, lu_space(count, C, workspace));
 }
 
 int logdet_inverse_finish(const double* X, const int32_t* pivots, const double* n, int64_t count, int64_t C, double* V,
                           void* workspace, const DeviceLimits& limits, simt::Stream stream) {
   if (count == 0) return 0;
-  const LibrarySpace space = library_space(count, C, workspace);
+  const LuSpace space = lu_space(count, C, workspace);
   const int64_t blocks = (C + factor::kOrderThreads - 1) / factor::kOrderThreads;
   const simt::Grid ordering{at_most(count * blocks, limits), factor::kOrderThreads};
-  if (const int error = simt::launch(factor::library_order, ordering, stream, count, C, pivots, space); error != 0) return error;
+  if (const int error = simt::launch(factor::lu_order, ordering, stream, count, C, pivots, space); error != 0) return error;
   const simt::Grid grid{at_most(count * C, limits), factor::kBlockThreads};
   const Matrices matrices{nullptr, n, count, static_cast<int>(C), false, nullptr, nullptr, nullptr, V};
-  return simt::launch(factor::library_finish, grid, stream, matrices, X, space);
+  return simt::launch(factor::lu_finish, grid, stream, matrices, X, space);
 }
 
 }  // namespace ldmi::cuda

@@ -1,5 +1,5 @@
-// The end of a forward whose joint is in memory: log|det S|, V and the scalars, by one block, as far as a block factors; as a launch
-// of its own, or as the last step of loss_forward_cooperative.cuh.
+// forward_tail: the end of a forward whose joint is in memory. One block computes log|det S|, V and the scalars, for sizes that a
+// block can factor. It is a launch of its own, or the last step of loss_forward_cooperative.cuh.
 #pragma once
 
 #include "combine.cuh"
@@ -8,10 +8,10 @@
 
 namespace ldmi::cuda {
 
-constexpr int end_threads(int most) { return most <= kFactorWarp ? kWarp : factor::factor_threads(most); }
+constexpr int tail_threads(int most) { return most <= kFactorWarp ? kWarp : factor::factor_threads(most); }
 
-// What loss_end reads and writes; see kernels.h
-struct LossEnd {
+// What loss_forward_tail reads and writes; see kernels.h
+struct ForwardTail {
   const double* S;   // [C, C]
   const double* n;   // [C]
   const double* ce;  // [1]
@@ -24,10 +24,10 @@ struct LossEnd {
   double *scale, *ce_scale;
 };
 
-// By the first warp up to kFactorWarp classes, else by the whole block, kMost / kWarp rows of a panel a lane. What other blocks summed
-// is read by load().
+// The first warp works for at most kFactorWarp classes, otherwise the whole block, with kMost / kWarp rows of a panel per lane. Sums
+// of other blocks are read by load().
 template <int kMost>
-LDMI_DEVICE void end_of_loss(const LossEnd& at, const LossOptions& options, int stride) {
+LDMI_DEVICE void forward_tail(const ForwardTail& at, const LossOptions& options, int stride) {
   const int C = at.C;
   const auto entry = [&](int i, int j) { return load(at.S + i * C + j); };
   const auto weight = [&](int64_t i) { return load(at.n + i); };
@@ -59,20 +59,20 @@ LDMI_DEVICE void end_of_loss(const LossEnd& at, const LossOptions& options, int 
 }
 
 template <int kMost>
-LDMI_KERNEL void LDMI_BOUNDS(end_threads(kMost), 1) loss_end(LossEnd at, LossOptions options, int stride) {
-  end_of_loss<kMost>(at, options, stride);
+LDMI_KERNEL void LDMI_BOUNDS(tail_threads(kMost), 1) loss_forward_tail(ForwardTail at, LossOptions options, int stride) {
+  forward_tail<kMost>(at, options, stride);
 }
 
 template <int kMost>
-int launch_end(const LossEnd& at, const LossOptions& options, const plan::CudaLogdetInverse& plan, Stream stream) {
+int launch_tail(const ForwardTail& at, const LossOptions& options, const plan::CudaLogdetInverse& plan, Stream stream) {
   constexpr int kLess = kMost <= kFactorWarp ? kMost - 8 : kMost - kWarp;
   if constexpr (kLess > 0) {
-    if (at.C <= kLess) return launch_end<kLess>(at, options, plan, stream);
+    if (at.C <= kLess) return launch_tail<kLess>(at, options, plan, stream);
   }
   Grid grid;
-  grid.threads = end_threads(kMost);
+  grid.threads = tail_threads(kMost);
   grid.smem = static_cast<size_t>(plan.smem_bytes);
-  return launch(loss_end<kMost>, grid, stream, at, options, static_cast<int>(plan.stride));
+  return launch(loss_forward_tail<kMost>, grid, stream, at, options, static_cast<int>(plan.stride));
 }
 
 }  // namespace ldmi::cuda

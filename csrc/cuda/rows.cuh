@@ -1,7 +1,7 @@
 // What the kernels share: which rows count, reading rows of any type and stride, tiles of rows in shared memory, and the softmax.
 //
 // A row that counts and holds NaN, +inf or no finite value has a sum of exponentials that is NaN, and with it everything that is
-// divided by that sum. No maximum has to carry a NaN for this: fmax passes over it, exp(NaN - m) does not.
+// divided by that sum. The maximum need not carry the NaN: fmax ignores it, exp(NaN - m) does not.
 #pragma once
 
 #include <type_traits>
@@ -47,7 +47,7 @@ LDMI_DEVICE double weight_of(const Weights& w, int64_t i) {
   return 1;
 }
 
-// A label as a signed number; what does not fit is the largest one, which no class has.
+// A label as a signed number. A value that does not fit becomes the largest one, which is no class.
 LDMI_DEVICE int64_t label_of(const Labels& y, int64_t i) {
   const int64_t at = i * y.stride;
   switch (y.bytes) {
@@ -160,7 +160,8 @@ LDMI_DEVICE void store_values(E* to, const E (&from)[count]) {
   }
 }
 
-// Which columns of a run of kGroup * kColumns a thread of a group has: accesses of kAccess values, neighbours side by side.
+// Which columns of a run of kGroup * kColumns a thread of a group has: accesses of kAccess values, those of neighbouring threads
+// adjacent.
 template <int kAccess, int kGroup>
 struct Columns {
   int thread;  // of the group
@@ -217,8 +218,8 @@ LDMI_DEVICE void copy_strided(const Matrix& m, int64_t first, int count, E* tile
 
 // -------------------------------------------------------------------------------------------------------------- reductions
 
-// The sum over the block of one value a thread, in the same order every time, in thread 0. `scratch` holds a value for each warp; the
-// block may use it again after its next barrier.
+// The sum over the block of one value per thread, always in the same order, in thread 0. `scratch` holds one value per warp; the block
+// may use it again after its next barrier.
 LDMI_DEVICE double block_sum(double value, double* scratch) {
   value = warp_sum(value);
   if (lane() == 0) scratch[warp()] = value;
@@ -230,9 +231,9 @@ LDMI_DEVICE double block_sum(double value, double* scratch) {
   return total;
 }
 
-// Each group of `kGroup` threads (a warp or part of it, or the whole block) reduces `count` values a thread at once; all get the
-// results. For a block `scratch` holds count values a warp, and is free again after two more barriers, or this function's next call
-// but one.
+// Each group of `kGroup` threads (a warp or part of it, or the whole block) reduces `count` values per thread at once; all threads get
+// the results. For a block `scratch` holds count values per warp. It is free again after two more barriers, or after the second next
+// call of this function.
 template <int kGroup, bool kMax, int count, class F>
 LDMI_DEVICE void group_reduce(F (&value)[count], F* scratch) {
   constexpr int width = kGroup < kWarp ? kGroup : kWarp;

@@ -1,11 +1,11 @@
 // The rows in the order of their labels, stable, those that do not count last: a counting sort in two launches.
 //
-// The rows are cut into pieces, a block each, and those into parts, a warp each, which keeps a counter for every bucket (label, and
-// one bucket for the rows that do not count). sort_count adds them up. sort_scatter adds up what all pieces, and those before its own,
-// have of each bucket, so that it knows where its rows go, counts again and puts them there. Every block does the same sums: at
-// N = 65536, C = 100 that adds 8 us, where a launch of one block that did them for all took 21 (H100). With so many labels that shared
-// memory does not hold where buckets begin, sort_scan does them, between the two. Within a warp the lanes of one bucket are ranked by
-// a match, so the order is that of the rows, whatever the schedule.
+// The rows are cut into pieces, one per block, and each piece into parts, one per warp. A warp has a counter for every bucket: one
+// bucket per label, and one for the rows that do not count. sort_count adds the counters up. sort_scatter adds up the counts of all
+// pieces, and of the pieces before its own, for each bucket; so it knows where its rows go, counts again and writes them there. Every
+// block does the same sums: at N = 65536, C = 100 this adds 8 us, where a launch of one block that did them for all took 21 (H100). If
+// there are too many labels for the beginnings of the buckets to fit into shared memory, sort_scan does the sums, between the two.
+// Within a warp the lanes of one bucket are ranked by a match instruction, so the order is that of the rows, whatever the schedule.
 #pragma once
 
 #include "../plan/layout.h"
@@ -14,7 +14,7 @@
 namespace ldmi::cuda {
 
 inline constexpr int kScanThreads = 1024, kScanPieces = 4;
-inline constexpr int kScanAhead = 16;  // counts that a thread has on their way from memory
+inline constexpr int kScanAhead = 16;  // loads of counts that a thread has in flight
 
 using plan::LabelOrder;
 using plan::take_order;
@@ -106,8 +106,8 @@ LDMI_DEVICE void count_labels(const Batch& batch, const LabelOrder& sort) {
   }
 }
 
-// The counts of each bucket's pieces to where a piece's rows begin among the bucket's, and start[b] to how many those are. A warp a
-// bucket, kScanPieces pieces a lane on their way from memory at once.
+// Turns the counts of each bucket's pieces into the beginning of each piece's rows within the bucket, and start[b] into the size of
+// the bucket. One warp per bucket, kScanPieces loads in flight per lane.
 LDMI_DEVICE void scan_pieces(int64_t buckets, const LabelOrder& sort) {
   const int64_t warps = grid_dim() * (block_dim() / kWarp);
   for (int64_t b = block_idx() * (block_dim() / kWarp) + warp(); b < buckets; b += warps) {
@@ -133,7 +133,7 @@ LDMI_DEVICE void scan_pieces(int64_t buckets, const LabelOrder& sort) {
   }
 }
 
-// How many rows the buckets have, rows_of(b), to where they begin: begin(b, where), and begin(buckets, all). A block.
+// Turns the sizes of the buckets, rows_of(b), into their beginnings: calls begin(b, where), and begin(buckets, all). One block.
 template <class RowsOf, class Begin>
 LDMI_DEVICE void scan_starts(int64_t buckets, int64_t* warp_total, const RowsOf& rows_of, const Begin& begin) {
   int64_t carry = 0;
@@ -160,7 +160,7 @@ LDMI_DEVICE void scatter_labels(const Batch& batch, const LabelOrder& sort) {
   const int parts = block_dim() / kWarp;
   Carve carve;
   uint32_t* const shared = kShared ? carve.take<uint32_t>(parts * buckets) : nullptr;
-  int64_t* const begins = kShared ? carve.take<int64_t>(buckets) : nullptr;  // where the rows of a piece go, a bucket each
+  int64_t* const begins = kShared ? carve.take<int64_t>(buckets) : nullptr;  // where the rows of a piece go, per bucket
   int64_t* const warp_total = kShared ? carve.take<int64_t>(kThreads / kWarp) : nullptr;
   for (int64_t piece = block_idx(); piece < sort.pieces; piece += grid_dim()) {
     const int64_t begin = cut(rows, sort.pieces, piece), count = cut(rows, sort.pieces, piece + 1) - begin;
@@ -195,7 +195,8 @@ LDMI_DEVICE void scatter_labels(const Batch& batch, const LabelOrder& sort) {
     }
     visit_rows<kShared>(batch, first, last, mine, bad, [](int64_t, int64_t, uint32_t) {});
     sync_block();
-    for (int64_t b = thread_idx(); b < buckets; b += block_dim()) {  // counts of the parts to where they begin in the piece
+    for (int64_t b = thread_idx(); b < buckets;
+         b += block_dim()) {  // turns the counts of the parts into their beginnings within the piece
       uint32_t total = 0;
       for (int p = 0; p < parts; ++p) {
         const uint32_t here = read_counter<kShared>(counters + p * buckets + b);

@@ -50,7 +50,7 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
                           piece(out.segments * (labels * classes + labels) * 8);
     return out;
   }
-  if (std::max(labels, classes) <= kTileLabels) {
+  if (std::max(labels, classes) <= kOnehotClasses) {
     out.order = CudaOrder::kTile;
     out.width = tile_width(labels, classes);
     const int64_t most = limits.sms * (out.width == 16 ? 4 : 3);
@@ -88,7 +88,7 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
   // two stages of rows (with about 48 bytes per row besides the values), the table, and 2 KB to spare
   const int64_t tile =
       tile_rows(width, value_bytes) * (2 * classes * value_bytes + 64) + labels * (classes * compute_bytes + 8) + 2048;
-  if (classes <= kTileClasses && tile <= std::min<int64_t>(limits.smem_block, 100 << 10)) {
+  if (classes <= kGradTileClasses && tile <= std::min<int64_t>(limits.smem_block, 100 << 10)) {
     out.order = CudaOrder::kTile;
     out.width = width;
     out.blocks = clamp(up(rows, tile_rows(width, value_bytes)), 1, limits.sms * clamp(limits.smem_sm / (tile + 1024), 1, 4));
@@ -152,7 +152,7 @@ int64_t grid_panel(int64_t classes, int64_t smem_bytes, int64_t blocks) {
 }
 
 // The number of panel blocks of the grid's elimination; 0: the grid cannot do it.
-static int64_t grid_team(int64_t classes, const DeviceLimits& limits) {
+static int64_t grid_panel_blocks(int64_t classes, const DeviceLimits& limits) {
   if (!limits.cooperative) return 0;
   // a device (or a part of one) with only one cluster would have no update blocks
   const bool shared = classes > kGridClasses / 2 && classes <= kClusterClasses && limits.clusters > 1;
@@ -167,15 +167,15 @@ CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const Devi
   } else if (out.stride = factor_stride(classes, limits.smem_block); out.stride > 0) {
     out.factor = CudaFactor::kBlock;
     out.smem_bytes = factor_smem(classes, out.stride);
-  } else if (out.team = grid_team(classes, limits); out.team > 0) {
+  } else if (out.panel_blocks = grid_panel_blocks(classes, limits); out.panel_blocks > 0) {
     out.factor = CudaFactor::kGrid;
-    out.panel = grid_panel(classes, limits.smem_block, out.team);
-    out.smem_bytes = grid_smem(classes, out.panel, out.team);
+    out.panel = grid_panel(classes, limits.smem_block, out.panel_blocks);
+    out.smem_bytes = grid_smem(classes, out.panel, out.panel_blocks);
     // norms, pivots, their rows, one count per block, a flag, and the matrix
     out.workspace_bytes =
         2 * piece(classes * 8) + piece(classes * 4) + piece(limits.sms * 4) + piece(4) + (inverse ? 0 : piece(classes * classes * 8));
   } else {
-    out.factor = CudaFactor::kLibrary;
+    out.factor = CudaFactor::kLu;
     // norms, what to select, and the order of the rows
     out.workspace_bytes = piece(count * classes * 8) + piece(count * 4) + piece(count * classes * 4);
   }
@@ -234,22 +234,22 @@ CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int6
   CudaLossForward out{};
   if (!soft) {
     out.block = cuda_fused(rows, classes, value_bytes, weighted, limits);
-    out.how = CudaLoss::kOneBlock;
+    out.path = CudaLoss::kSingleBlock;
     if (out.block.runs) return out;
   }
   const CudaLogdetInverse elimination = cuda_logdet_inverse(1, classes, limits, gradient);
-  if (elimination.factor == CudaFactor::kLibrary) {
-    out.how = CudaLoss::kLibrary;
+  if (elimination.factor == CudaFactor::kLu) {
+    out.path = CudaLoss::kLu;
     return out;
   }
   const bool grid = elimination.factor == CudaFactor::kGrid;
-  out.how = grid || (soft && weighted) ? CudaLoss::kScalars : CudaLoss::kEnd;
+  out.path = grid || (soft && weighted) ? CudaLoss::kSeparateKernels : CudaLoss::kFusedTail;
   const int64_t joint = cuda_joint(rows, classes, classes, soft, value_bytes, limits).workspace_bytes;
   Workspace size;
   take_loss_sums(size, classes);
   const int64_t with_joint = size.bytes() + joint;
-  if (limits.cooperative && !soft && classes <= kWholeClasses) {
-    out.how = CudaLoss::kWhole;
+  if (limits.cooperative && !soft && classes <= kCooperativeClasses) {
+    out.path = CudaLoss::kCooperative;
     out.workspace_bytes = with_joint;
     return out;
   }
@@ -285,7 +285,7 @@ const char* name_of(CudaFactor factor) {
       return "one block, in shared memory";
     case CudaFactor::kGrid:
       return "all multiprocessors, in one launch";
-    case CudaFactor::kLibrary:
+    case CudaFactor::kLu:
       return "LU of torch";
   }
   return "";
@@ -311,27 +311,28 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
                  std::string("logits_grad (") + name_of(grad.order) + ")"};
   const CudaLossForward forward = cuda_loss_forward(rows, classes, soft, value_bytes, false, limits);
   // with K != C the joint alone is the op that runs
-  const bool whole = labels == classes && (forward.how == CudaLoss::kWhole || forward.how == CudaLoss::kOneBlock);
+  const bool whole = labels == classes && (forward.path == CudaLoss::kCooperative || forward.path == CudaLoss::kSingleBlock);
   out.regime = std::string(whole ? "forward in one launch, " : "staged, ") + std::to_string(joint.blocks) + " + " +
                std::to_string(grad.blocks) + " blocks on " + std::to_string(limits.sms) + " multiprocessors";
   // the LU path: the factors and then V are in the memory of S, and the solutions need another matrix
-  const int64_t library = elimination.factor == CudaFactor::kLibrary ? classes * classes * 8 : 0;
+  const int64_t library = elimination.factor == CudaFactor::kLu ? classes * classes * 8 : 0;
   out.workspace_bytes = std::max({joint.workspace_bytes, library + elimination.workspace_bytes, grad.workspace_bytes,
                                   cuda_loss_forward(rows, classes, soft, value_bytes, soft, limits).workspace_bytes});
   out.reason =
-      joint.order == CudaOrder::kTile ? "at most " + std::to_string(kTileLabels) + " classes: each block sums a tile of S on chip"
+      joint.order == CudaOrder::kTile ? "at most " + std::to_string(kOnehotClasses) + " classes: each block sums a tile of S on chip"
       : joint.order == CudaOrder::kSoft
           ? "the joint is a matrix product of targets and predictions"
-          : "more than " + std::to_string(kTileLabels) + " classes: rows are visited by label, so that a row of S stays on chip";
-  if (elimination.factor == CudaFactor::kGrid || elimination.factor == CudaFactor::kLibrary) {
+          : "more than " + std::to_string(kOnehotClasses) + " classes: rows are visited by label, so that a row of S stays on chip";
+  if (elimination.factor == CudaFactor::kGrid || elimination.factor == CudaFactor::kLu) {
     out.reason += "; a block's shared memory holds a matrix of at most " + std::to_string(factor_classes(limits)) + " classes";
   }
   if (elimination.factor == CudaFactor::kGrid) {
-    const std::string who = elimination.team > 1 ? "a cluster of " + std::to_string(elimination.team) + " blocks" : "one block";
+    const std::string who =
+        elimination.panel_blocks > 1 ? "a cluster of " + std::to_string(elimination.panel_blocks) + " blocks" : "one block";
     out.reason +=
         ", so " + who + " eliminates panels of " + std::to_string(elimination.panel) + " columns and the others update the rest";
   }
-  if (elimination.factor == CudaFactor::kLibrary && limits.cooperative) {
+  if (elimination.factor == CudaFactor::kLu && limits.cooperative) {
     const bool clusters = limits.clusters > 1;
     const int64_t most = clusters ? kClusterClasses : kGridClasses;
     const char* const least = clusters && classes > kGridClasses ? "16" : "8";

@@ -11,9 +11,9 @@ namespace ldmi::plan {
 
 // ---------------------------------------------------------------------------------------------------- joint, logits_grad
 
-// Up to kTileClasses classes one block computes the softmax and the gradient of a tile of rows in shared memory. It also adds up the
-// tile's part of S up to kTileLabels labels and classes: at N = 65536, C = 64 tiles took 76 us, rows in label order 55 (H100).
-inline constexpr int64_t kTileClasses = 64, kTileLabels = 32;
+// Up to kGradTileClasses classes one block computes the softmax and the gradient of a tile of rows in shared memory. It also adds up
+// the tile's part of S up to kOnehotClasses labels and classes: at N = 65536, C = 64 tiles took 76 us, rows in label order 55 (H100).
+inline constexpr int64_t kGradTileClasses = 64, kOnehotClasses = 32;
 // Labels and classes are padded to 16, 32 or 64.
 constexpr int64_t tile_width(int64_t labels, int64_t classes) {
   const int64_t most = labels > classes ? labels : classes;
@@ -72,10 +72,10 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
 // ---------------------------------------------------------------------------------------------------------- logdet_inverse
 
 enum class CudaFactor {
-  kWarp,     // one warp per matrix, in registers
-  kBlock,    // one block per matrix, in shared memory
-  kGrid,     // all blocks of a cooperative grid, one matrix after another
-  kLibrary,  // torch's LU, and kernels around it
+  kWarp,   // one warp per matrix, in registers
+  kBlock,  // one block per matrix, in shared memory
+  kGrid,   // all blocks of a cooperative grid, one matrix after another
+  kLu,     // torch's LU, and kernels around it
 };
 
 // Shared memory of the elimination by one block (or one warp, which shares only the result), in bytes; see FactorSpace.
@@ -105,10 +105,10 @@ int64_t grid_panel(int64_t classes, int64_t smem_bytes, int64_t blocks);
 struct CudaLogdetInverse {
   CudaFactor factor;
   int64_t stride;           // kBlock
-  int64_t team;             // kGrid: number of panel blocks, which eliminate the panels together; a cluster if there are several
+  int64_t panel_blocks;     // kGrid: number of panel blocks, which eliminate the panels together; a cluster if there are several
   int64_t panel;            // kGrid
   int64_t smem_bytes;       // kBlock, kGrid
-  int64_t workspace_bytes;  // kGrid, kLibrary
+  int64_t workspace_bytes;  // kGrid, kLu
 };
 // Without the inverse the grid's matrix is in the workspace, else in the memory of V.
 CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const DeviceLimits& limits, bool inverse = true);
@@ -150,18 +150,18 @@ CudaFused cuda_fused(int64_t rows, int64_t classes, int64_t value_bytes, bool we
 
 // Up to this number of classes, without soft targets, the whole forward is one launch of a cooperative grid. It costs the device about
 // as much as the separate steps (22.6 us and 20.8 at N = 65536, C = 14 on an H100) and saves the host 2 launches.
-inline constexpr int64_t kWholeClasses = 16;
+inline constexpr int64_t kCooperativeClasses = 16;
 enum class CudaLoss {
-  kOneBlock,  // fused without the gradient: one launch
-  kWhole,     // joint, logdet_inverse and the scalars by a cooperative grid: one launch
-  kEnd,       // joint, and one launch of one block for the factorisation and the scalars
-  kScalars,   // joint, logdet_inverse, combine: more classes than one block factors, or weights of soft targets to be summed
-  kLibrary,   // joint, the library's LU, combine: the caller's
+  kSingleBlock,      // fused without the gradient: one launch
+  kCooperative,      // joint, logdet_inverse and the scalars by a cooperative grid: one launch
+  kFusedTail,        // joint, and one launch of one block for the factorisation and the scalars
+  kSeparateKernels,  // joint, logdet_inverse, combine: more classes than one block factors, or weights of soft targets to be summed
+  kLu,               // joint, the library's LU, combine: the caller's
 };
 
 struct CudaLossForward {
-  CudaLoss how;
-  CudaFused block;  // kOneBlock
+  CudaLoss path;
+  CudaFused block;  // kSingleBlock
   int64_t workspace_bytes;
 };
 CudaLossForward cuda_loss_forward(int64_t rows, int64_t classes, bool soft, int64_t value_bytes, bool weighted,

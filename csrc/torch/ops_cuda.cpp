@@ -131,7 +131,7 @@ void factor(const Call& call, Factors& f, bool strict, bool over_S) {
   if (f.count == 0) return;
   const bool inverse = f.V.size(0) != 0;
   const plan::CudaLogdetInverse how = plan::cuda_logdet_inverse(f.count, f.C, call.limits, inverse);
-  if (how.factor == plan::CudaFactor::kLibrary) {
+  if (how.factor == plan::CudaFactor::kLu) {
     factor_by_library(call, f, strict, over_S, how.workspace_bytes);
     return;
   }
@@ -182,11 +182,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, T
   Tensor loss = call.allocate({}, compute_type(logits)), lse = call.allocate({batch.logits.rows}, compute_type(logits));
   Tensor scale = call.allocate({}, ScalarType::Double), ce_scale = call.allocate({}, ScalarType::Double);
   const bool soft = batch.soft.data != nullptr, weighted = sample_weight.has_value();
-  const plan::CudaLossForward how =
+  const plan::CudaLossForward plan =
       plan::cuda_loss_forward(batch.logits.rows, C, soft, bytes_of(batch.logits.type), weighted, call.limits, gradient);
-  if (how.how != plan::CudaLoss::kLibrary) {
+  if (plan.path != plan::CudaLoss::kLu) {
     Tensor V = call.allocate({kept, kept}, ScalarType::Double);
-    const Tensor workspace = call.workspace(how.workspace_bytes);
+    const Tensor workspace = call.workspace(plan.workspace_bytes);
     check(cuda::loss_forward(batch, options, loss.data_ptr(), lse.data_ptr(), gradient ? doubles(V) : nullptr, doubles(scale),
                              doubles(ce_scale), workspace.data_ptr(), call.limits, call.stream),
           "loss_forward");

@@ -84,7 +84,7 @@ def test_no_kernel_spills(module: Path) -> None:
     assert not bad, "\n".join(bad)
 
 
-@pytest.mark.parametrize("kernel", ["joint_rows", "joint_by_label", "loss_whole_rows", "grad_tile", "grad_by_row"])
+@pytest.mark.parametrize("kernel", ["joint_onehot_tf32", "joint_by_label", "loss_cooperative_tf32", "grad_tile", "grad_by_row"])
 def test_streaming_loops_move_16_bytes(module: Path, kernel: str) -> None:
     """In the machine code for sm_90a of the fp32 kernels: logits are read, and gradients written, 16 bytes at a time."""
     code = cuobjdump(module, "-sass", "-arch", "sm_90a")

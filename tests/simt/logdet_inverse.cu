@@ -350,7 +350,7 @@ void require_refusal(const test::Buffer<double>& S, const test::Buffer<double>& 
 // A grid of any number of blocks and threads, with any number of panel blocks and any panel width: few classes reach all edges
 struct GridShape {
   int64_t blocks;
-  int threads, slots, panel, team;
+  int threads, slots, panel, panel_blocks;
 };
 
 Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>& n, int64_t count, int64_t C, bool strict,
@@ -369,20 +369,20 @@ Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>
   };
   simt::Carve carve;
   // as the launcher does, which uses clusters only for more classes than a test can afford
-  if (shape.team == plan::kClusterBlocks && shape.threads == kGridThreads) {
+  if (shape.panel_blocks == plan::kClusterBlocks && shape.threads == kGridThreads) {
     DeviceLimits limits;
     limits.sms = sms;
     limits.clusters = sms / plan::kClusterBlocks;
     plan::CudaLogdetInverse plan{};
     plan.panel = shape.panel;
-    plan.smem_bytes = plan::grid_smem(C, shape.panel, shape.team);
+    plan.smem_bytes = plan::grid_smem(C, shape.panel, shape.panel_blocks);
     constexpr int kMost = plan::kClusterClasses / plan::kClusterBlocks / kGridThreads;
     test::require_success(launch_grid<kMost, plan::kClusterBlocks>(matrices, plan, workspace.data(), limits, simt::Stream{}),
                           "logdet_inverse_grid");
     return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
   }
-  const auto start = [&](auto kernel, auto team) {
-    constexpr int kBlocks = decltype(team)::value;
+  const auto start = [&](auto kernel, auto panel_blocks) {
+    constexpr int kBlocks = decltype(panel_blocks)::value;
     test::require(slice_rows<kBlocks>(static_cast<int>(C)) == plan::slice_rows(C, kBlocks), "the plan's rows are not the kernel's");
     take_grid_shared<kBlocks>(carve, static_cast<int>(C), shape.panel);
     test::require(static_cast<int64_t>(carve.bytes()) == plan::grid_smem(C, shape.panel, kBlocks),
@@ -390,24 +390,24 @@ Results launch_on_grid(const test::Buffer<double>& S, const test::Buffer<double>
     const simt::Grid grid{shape.blocks, shape.threads, carve.bytes(), kBlocks, true};
     return simt::launch(kernel, grid, simt::Stream{}, matrices, space, shape.panel);
   };
-  const auto with_slots = [&](auto threads, auto team) {
-    constexpr int kThreads = decltype(threads)::value, kBlocks = decltype(team)::value;
-    if (shape.slots == 1) return start(factor::logdet_inverse_grid<1, kThreads, kBlocks>, team);
-    if (shape.slots == 2) return start(factor::logdet_inverse_grid<2, kThreads, kBlocks>, team);
+  const auto with_slots = [&](auto threads, auto panel_blocks) {
+    constexpr int kThreads = decltype(threads)::value, kBlocks = decltype(panel_blocks)::value;
+    if (shape.slots == 1) return start(factor::logdet_inverse_grid<1, kThreads, kBlocks>, panel_blocks);
+    if (shape.slots == 2) return start(factor::logdet_inverse_grid<2, kThreads, kBlocks>, panel_blocks);
     if constexpr (kBlocks == 1) {
-      return shape.slots == 4 ? start(factor::logdet_inverse_grid<4, kThreads, 1>, team)
-                              : start(factor::logdet_inverse_grid<8, kThreads, 1>, team);
+      return shape.slots == 4 ? start(factor::logdet_inverse_grid<4, kThreads, 1>, panel_blocks)
+                              : start(factor::logdet_inverse_grid<8, kThreads, 1>, panel_blocks);
     }
     throw test::Failure("no such kernel");
   };
-  const auto with_threads = [&](auto team) {
-    return shape.threads == 32   ? with_slots(std::integral_constant<int, 32>{}, team)
-           : shape.threads == 96 ? with_slots(std::integral_constant<int, 96>{}, team)
-                                 : with_slots(std::integral_constant<int, 256>{}, team);
+  const auto with_threads = [&](auto panel_blocks) {
+    return shape.threads == 32   ? with_slots(std::integral_constant<int, 32>{}, panel_blocks)
+           : shape.threads == 96 ? with_slots(std::integral_constant<int, 96>{}, panel_blocks)
+                                 : with_slots(std::integral_constant<int, 256>{}, panel_blocks);
   };
-  test::require_success(shape.team == 1   ? with_threads(std::integral_constant<int, 1>{})
-                        : shape.team == 2 ? with_threads(std::integral_constant<int, 2>{})
-                                          : with_threads(std::integral_constant<int, plan::kClusterBlocks>{}),
+  test::require_success(shape.panel_blocks == 1   ? with_threads(std::integral_constant<int, 1>{})
+                        : shape.panel_blocks == 2 ? with_threads(std::integral_constant<int, 2>{})
+                                                  : with_threads(std::integral_constant<int, plan::kClusterBlocks>{}),
                         "logdet_inverse_grid");
   return {log_abs_det.download(), sign.download(), V.download(), kept.download()};
 }
@@ -563,15 +563,15 @@ void require_same_determinants(const Results& a, const Results& b, const char* m
 // The grid's elimination in every shape; its bits do not depend on the number of blocks, nor the determinants' on the inverse
 void check_grid(Random& random, const DeviceLimits& device) {
   GridShape shape{};
-  shape.team = device.capability < 90 || device.sms < 2 ? 1 : random.one_of({1, device.sms < plan::kClusterBlocks ? 2 : 8, 2});
-  shape.blocks = random.integer(1, device.sms / shape.team) * shape.team;
-  shape.slots = 1 << random.integer(0, shape.team == 1 ? 3 : 1);
+  shape.panel_blocks = device.capability < 90 || device.sms < 2 ? 1 : random.one_of({1, device.sms < plan::kClusterBlocks ? 2 : 8, 2});
+  shape.blocks = random.integer(1, device.sms / shape.panel_blocks) * shape.panel_blocks;
+  shape.slots = 1 << random.integer(0, shape.panel_blocks == 1 ? 3 : 1);
   shape.threads = random.one_of({32, 32, 96, 256});
   const int64_t rows = shape.slots * shape.threads / 8 * 8;  // of a slice
-  const int64_t C = draw_classes(random, std::min<int64_t>(rows * shape.team, 100));
-  const int64_t most = std::min<int64_t>(plan::grid_panel(C, device.smem_block, shape.team),
-                                         plan::grid_most_panel(shape.slots * kGridThreads, shape.team));
-  shape.panel = static_cast<int>(8 * random.integer(shape.team == 1 ? 1 : 2, most / 8));
+  const int64_t C = draw_classes(random, std::min<int64_t>(rows * shape.panel_blocks, 100));
+  const int64_t most = std::min<int64_t>(plan::grid_panel(C, device.smem_block, shape.panel_blocks),
+                                         plan::grid_most_panel(shape.slots * kGridThreads, shape.panel_blocks));
+  shape.panel = static_cast<int>(8 * random.integer(shape.panel_blocks == 1 ? 1 : 2, most / 8));
   const int64_t count = C <= 24 && random.chance(0.5) ? random.integer(1, 4) : 1;
   const bool strict = random.chance(0.3);
   const Batch batch = draw_batch(random, count, C, strict);
@@ -580,7 +580,7 @@ void check_grid(Random& random, const DeviceLimits& device) {
   const Results results = launch_on_grid(S, n, count, C, strict, true, lead, shape);
   compare_all(batch, results);
   GridShape other = shape;
-  other.blocks = random.integer(1, device.sms / shape.team) * shape.team;
+  other.blocks = random.integer(1, device.sms / shape.panel_blocks) * shape.panel_blocks;
   require_same_determinants(launch_on_grid(S, n, count, C, strict, false, lead, other), results,
                             "without the inverse the determinant differs");
   if (random.chance(0.5)) return;
@@ -622,9 +622,9 @@ void check(Random& random) {
   for (const auto& [kilobytes, classes] : {std::pair{227, 170}, {163, 144}, {99, 112}}) {
     test::require(plan::factor_classes({.smem_block = kilobytes * 1024}) == classes, "the most classes of one block");
   }
-  const bool large = plan.factor == plan::CudaFactor::kLibrary || plan.factor == plan::CudaFactor::kGrid;
+  const bool large = plan.factor == plan::CudaFactor::kLu || plan.factor == plan::CudaFactor::kGrid;
   test::require(large == (C > plan::factor_classes(limits)), "where one block ends");
-  const bool library = plan.factor == plan::CudaFactor::kLibrary;
+  const bool library = plan.factor == plan::CudaFactor::kLu;
   const Results results = library ? launch_library(batch, n, count, C, strict, random.chance(0.5), plan, limits)
                                   : launch_own(S, n, count, C, strict, true, limits);
   compare_all(batch, results);

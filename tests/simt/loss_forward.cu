@@ -39,12 +39,12 @@ void check_forward(const test::Case& from, bool packed, const LossOptions& optio
   const int64_t bytes = test::size_of(from.batch.logits.type);
   const plan::CudaLossForward plan =
       plan::cuda_loss_forward(N, C, problem.soft, bytes, from.batch.weights.data != nullptr, limits, gradient);
-  if (plan.how == plan::CudaLoss::kLibrary) {
+  if (plan.path == plan::CudaLoss::kLu) {
     test::require(C > 32, "a library for so few classes");
     return;
   }
   char text[200];
-  std::snprintf(text, sizeof(text), "; way %d, strict %d, eps %g, normalize %d, ce %g", static_cast<int>(plan.how), options.strict,
+  std::snprintf(text, sizeof(text), "; way %d, strict %d, eps %g, normalize %d, ce %g", static_cast<int>(plan.path), options.strict,
                 options.eps, options.normalize, options.cross_entropy_weight);
   const std::string context = from.text + text;
   const test::LossAnswer want = test::loss_of(problem, options);

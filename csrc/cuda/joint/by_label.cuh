@@ -9,20 +9,20 @@
 
 namespace ldmi::cuda {
 
-// What a run of rows leaves when its first label began in an earlier run: that label, its row of S and its weight.
-struct Sides {
+// The sums of the first label of a run of rows, if that label began in an earlier run: the label, its row of S and its weight.
+struct BoundarySums {
   int64_t* label;  // [segments], kUnused when there is none
   double* sums;    // [segments, C]
   double* weight;  // [segments]
   double* ce;      // [segments]
 };
 
-// A group of kGroup threads (a warp or a block) walks a run of rows in the order of labels, kColumns columns a thread in accesses of
-// kAccess values. Each label that begins in the run has its row of S and n stored; sort.start says which labels have none. With
-// kGiven, shift and inverse are known: rows longer than a group's registers, by runs of columns.
+// A group of kGroup threads (a warp or a block) visits a run of rows in the order of labels, kColumns columns per thread, in accesses
+// of kAccess values. It stores the row of S and n of each label that begins in the run; sort.start says which labels have no rows.
+// With kGiven, shift and inverse are known: this is for rows longer than the registers of a group, one run of columns after the other.
 template <class E, int kAccess, int kGroup, int kColumns, int kRows, bool kGiven>
-LDMI_DEVICE void label_sums(const Batch& batch, const LabelOrder& sort, int64_t segments, const Compute<E>* shift,
-                            const Compute<E>* inverse, Compute<E>* lse, double* S, double* n, const Sides& sides) {
+LDMI_DEVICE void accumulate_by_label(const Batch& batch, const LabelOrder& sort, int64_t segments, const Compute<E>* shift,
+                                     const Compute<E>* inverse, Compute<E>* lse, double* S, double* n, const BoundarySums& boundary) {
   using F = Compute<E>;
   static_assert(kColumns % kAccess == 0);
   constexpr int kWarps = kGroup / kWarp;
@@ -49,13 +49,13 @@ LDMI_DEVICE void label_sums(const Batch& batch, const LabelOrder& sort, int64_t 
       int64_t current = kUnused;
       const auto finish_run = [&] {
         if (current == kUnused) return;
-        double* const to = (current == before ? sides.sums + segment * C : S + current * C) + first_column;
+        double* const to = (current == before ? boundary.sums + segment * C : S + current * C) + first_column;
         LDMI_UNROLL
         for (int j = 0; j < kColumns; ++j) {
           if (column(j) < left) store(to + column(j), sums[j]);
           sums[j] = 0;
         }
-        if (t == 0 && first_column == 0) store(current == before ? sides.weight + segment : n + current, run_weight);
+        if (t == 0 && first_column == 0) store(current == before ? boundary.weight + segment : n + current, run_weight);
         if (current == before) side = current;
         run_weight = 0;
       };
@@ -63,7 +63,7 @@ LDMI_DEVICE void label_sums(const Batch& batch, const LabelOrder& sort, int64_t 
       int64_t following = row_at(begin);
       for (int64_t at = begin; at < end; at += kRows) {
         F x[kRows][kColumns], maximum[kRows], sum[kRows];
-        // lane u of each warp knows about row u
+        // lane u of each warp holds what belongs to row u
         const int64_t mine = following;
         following = row_at(at + kRows);
         int64_t row[kRows];
@@ -124,7 +124,7 @@ LDMI_DEVICE void label_sums(const Batch& batch, const LabelOrder& sort, int64_t 
                 store(lse + mine, F{0});
               } else {
                 const F log_sum = log(my_sum);
-                // in this order nothing is lost when all logits are far from 0
+                // this order of operations loses no digits when all logits are far from 0
                 ce += my_weight * static_cast<double>(log_sum + (my_maximum - own));
                 store(lse + mine, my_maximum + log_sum);
               }
@@ -133,7 +133,7 @@ LDMI_DEVICE void label_sums(const Batch& batch, const LabelOrder& sort, int64_t 
         }
         LDMI_UNROLL
         for (int u = 0; u < kRows; ++u) {
-          if (row[u] < 0) continue;  // alike in the whole group, as all of this is
+          if (row[u] < 0) continue;  // the same in the whole group, like all of these conditions
           const int64_t label = shfl(my_label, u);
           if (label != current) {
             finish_run();
@@ -150,8 +150,8 @@ LDMI_DEVICE void label_sums(const Batch& batch, const LabelOrder& sort, int64_t 
     }
     ce = warp_sum(ce);  // of the lanes of a group's first warp
     if (t == 0) {
-      store(sides.label + segment, side);
-      store(sides.ce + segment, ce);
+      store(boundary.label + segment, side);
+      store(boundary.ce + segment, ce);
     }
   }
   if constexpr (!kGiven) {
@@ -168,14 +168,14 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? static_cast<int>(plan::walk_thre
                               : kGroup == kWarp  ? static_cast<int>(plan::walk_blocks(kWarp * kColumns))
                                                  : 3))
     joint_by_label(Batch batch, LabelOrder sort, int64_t segments, const Compute<E>* shift, const Compute<E>* inverse, Compute<E>* lse,
-                   double* S, double* n, Sides sides) {
-  label_sums<E, kAccess, kGroup, kColumns, kRows, kGiven>(batch, sort, segments, shift, inverse, lse, S, n, sides);
+                   double* S, double* n, BoundarySums boundary) {
+  accumulate_by_label<E, kAccess, kGroup, kColumns, kRows, kGiven>(batch, sort, segments, shift, inverse, lse, S, n, boundary);
 }
 
-// Adds what labels left in the sides of later runs, zeros for labels that have no rows, NaN throughout when something is bad, and
-// the cross entropy from `ce_part`. A block a label, in the order of the runs.
-LDMI_DEVICE void add_sides(int64_t labels, int64_t C, const LabelOrder& sort, int64_t segments, const Sides& sides,
-                           const double* ce_part, int64_t ce_parts, double* S, double* n, double* ce) {
+// Adds the boundary sums of later runs to their labels, in the order of the runs, one block per label. Writes zeros for labels without
+// rows, and NaN everywhere when a label or weight is out of range. Adds up the cross entropy from `ce_part`.
+LDMI_DEVICE void add_boundary_sums(int64_t labels, int64_t C, const LabelOrder& sort, int64_t segments, const BoundarySums& boundary,
+                                   const double* ce_part, int64_t ce_parts, double* S, double* n, double* ce) {
   Carve carve;
   double* const scratch = carve.take<double>(kThreads / kWarp);
   bool bad = false;
@@ -201,14 +201,14 @@ LDMI_DEVICE void add_sides(int64_t labels, int64_t C, const LabelOrder& sort, in
       for (int64_t c = thread_idx(); c < C; c += kThreads) {
         double total = begin == end ? 0.0 : load(S + k * C + c);
         for (int64_t s = first; s < last && !bad; ++s) {
-          if (load(sides.label + s) == k) total += load(sides.sums + s * C + c);
+          if (load(boundary.label + s) == k) total += load(boundary.sums + s * C + c);
         }
         store(S + k * C + c, bad ? not_a_number<double>() : total);
       }
       if (thread_idx() == 0) {
         double total = begin == end ? 0.0 : load(n + k);
         for (int64_t s = first; s < last && !bad; ++s) {
-          if (load(sides.label + s) == k) total += load(sides.weight + s);
+          if (load(boundary.label + s) == k) total += load(boundary.weight + s);
         }
         store(n + k, bad ? not_a_number<double>() : total);
       }
@@ -223,13 +223,14 @@ LDMI_DEVICE void add_sides(int64_t labels, int64_t C, const LabelOrder& sort, in
 }
 
 template <int kBlock>
-LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1) joint_add_sides(int64_t labels, int64_t C, LabelOrder sort, int64_t segments, Sides sides,
-                                                        const double* ce_part, int64_t ce_parts, double* S, double* n, double* ce) {
-  add_sides(labels, C, sort, segments, sides, ce_part, ce_parts, S, n, ce);
+LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1)
+    joint_add_boundary_sums(int64_t labels, int64_t C, LabelOrder sort, int64_t segments, BoundarySums boundary, const double* ce_part,
+                            int64_t ce_parts, double* S, double* n, double* ce) {
+  add_boundary_sums(labels, C, sort, segments, boundary, ce_part, ce_parts, S, n, ce);
 }
 
-inline Sides take_sides(Workspace& work, int64_t segments, int64_t C) {
-  Sides out{};
+inline BoundarySums take_boundary_sums(Workspace& work, int64_t segments, int64_t C) {
+  BoundarySums out{};
   out.label = work.take<int64_t>(segments);
   out.sums = work.take<double>(segments * C);
   out.weight = work.take<double>(segments);

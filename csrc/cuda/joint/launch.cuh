@@ -1,11 +1,11 @@
 // S = sum_i w_i e_{y_i} p_i^T, n, the rows' log-sum-exp and the summed cross entropy: which algorithm runs, and its launches.
 //
-// | algorithm             | file              | when                                                                           |
-// |:----------------------|:------------------|:-------------------------------------------------------------------------------|
-// | accumulate_onehot_tf32| onehot_tf32.cuh   | at most 32 labels and classes; logits of at most 32 bits, contiguous; no weights |
-// | accumulate_onehot_fp64| onehot_fp64.cuh   | at most 32 labels and classes, otherwise                                        |
-// | accumulate_by_label   | by_label.cuh      | more classes                                                                    |
-// | joint_soft            | soft.cuh          | soft targets                                                                    |
+// | algorithm              | file            | when                                                                             |
+// |:-----------------------|:----------------|:---------------------------------------------------------------------------------|
+// | accumulate_onehot_tf32 | onehot_tf32.cuh | at most 32 labels and classes; logits of at most 32 bits, contiguous; no weights |
+// | accumulate_onehot_fp64 | onehot_fp64.cuh | at most 32 labels and classes, otherwise                                         |
+// | accumulate_by_label    | by_label.cuh    | more classes                                                                     |
+// | accumulate_soft        | soft.cuh        | soft targets                                                                     |
 //
 // csrc/plan (cuda_joint) chooses; between the first two the batch decides (is_onehot_tf32).
 //
@@ -27,47 +27,47 @@
 
 namespace ldmi::cuda {
 
-// Whether joint_rows takes the batch, and not joint_tile
+// Whether joint_onehot_tf32 takes the batch, and not joint_onehot_fp64
 template <class E>
-bool by_rows(const Batch& batch) {
+bool is_onehot_tf32(const Batch& batch) {
   return sizeof(E) <= 4 && batch.weights.data == nullptr && !batch.probs && is_flat(batch.logits);
 }
 
 template <class E, int kWidth>
-int launch_joint_tile(const Batch& batch, double* S, double* n, Compute<E>* lse, double* ce, void* workspace,
-                      const plan::CudaJoint& plan, const DeviceLimits& limits, Stream stream) {
+int launch_joint_onehot(const Batch& batch, double* S, double* n, Compute<E>* lse, double* ce, void* workspace,
+                        const plan::CudaJoint& plan, const DeviceLimits& limits, Stream stream) {
   const int64_t entries = batch.num_labels * batch.logits.columns;
   Workspace work(workspace);
   const Partial partial = take_partial(work, plan.blocks, plan.blocks, entries + batch.num_labels);
   Grid grid;
   grid.blocks = plan.blocks;
   int error = 0;
-  if (by_rows<E>(batch)) {
+  if (is_onehot_tf32<E>(batch)) {
     if constexpr (sizeof(E) <= 4) {
-      grid.threads = kRowsThreads;
-      grid.smem = rows_smem<E, kWidth>(batch.logits.columns);
-      error = launch(joint_rows<E, kWidth>, grid, stream, batch, lse, partial);
+      grid.threads = kOnehotTf32Threads;
+      grid.smem = onehot_tf32_smem<E, kWidth>(batch.logits.columns);
+      error = launch(joint_onehot_tf32<E, kWidth>, grid, stream, batch, lse, partial);
     }
   } else {
     grid.threads = kThreads;
-    grid.smem = tile_smem<E, kWidth>(batch.logits.columns);
-    error = launch(joint_tile<E, kWidth>, grid, stream, batch, lse, partial);
+    grid.smem = onehot_fp64_smem<E, kWidth>(batch.logits.columns);
+    error = launch(joint_onehot_fp64<E, kWidth>, grid, stream, batch, lse, partial);
   }
   if (error != 0) return error;
-  return launch_finish(partial, entries, batch.num_labels, S, n, ce, limits, stream);
+  return launch_reduce_partials(partial, entries, batch.num_labels, S, n, ce, limits, stream);
 }
 
 template <class E>
-int launch_row_sums(const Batch& batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part, uint32_t* bad_part,
-                    int64_t blocks, Stream stream) {
+int launch_row_logsumexp(const Batch& batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part,
+                         uint32_t* bad_part, int64_t blocks, Stream stream) {
   Grid grid;
   grid.blocks = blocks;
   grid.threads = kThreads;
-  grid.smem = row_sums_smem<Compute<E>>();
+  grid.smem = row_logsumexp_smem<Compute<E>>();
   if (batch.logits.columns <= plan::kWarpSums) {
-    return launch(joint_row_sums<E, kWarp>, grid, stream, batch, lse, shift, inverse, ce_part, bad_part);
+    return launch(joint_row_logsumexp<E, kWarp>, grid, stream, batch, lse, shift, inverse, ce_part, bad_part);
   }
-  return launch(joint_row_sums<E, kThreads>, grid, stream, batch, lse, shift, inverse, ce_part, bad_part);
+  return launch(joint_row_logsumexp<E, kThreads>, grid, stream, batch, lse, shift, inverse, ce_part, bad_part);
 }
 
 template <class E>
@@ -77,12 +77,12 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
   const int64_t rows = batch.logits.rows, C = batch.logits.columns, K = batch.num_labels;
   Workspace work(workspace);
   const LabelOrder sort = take_order(work, plan.sort, rows, K);
-  const Sides sides = take_sides(work, plan.segments, C);
+  const BoundarySums boundary = take_boundary_sums(work, plan.segments, C);
   int error = launch_sort(batch, sort, plan.sort, stream);
   if (error != 0) return error;
   const bool given = C > plan::kBlockClasses;
   F *shift = nullptr, *inverse = nullptr;
-  double* ce_part = sides.ce;
+  double* ce_part = boundary.ce;
   int64_t ce_parts = plan.segments;
   if (given) {
     ce_parts = plan.blocks;
@@ -90,7 +90,7 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
     inverse = work.take<F>(rows);
     ce_part = work.take<double>(ce_parts);
     uint32_t* const bad_part = work.take<uint32_t>(ce_parts);
-    error = launch_row_sums<E>(batch, lse, shift, inverse, ce_part, bad_part, ce_parts, stream);
+    error = launch_row_logsumexp<E>(batch, lse, shift, inverse, ce_part, bad_part, ce_parts, stream);
     if (error != 0) return error;
   }
   error = with_access<E>(batch.logits, [&](auto access) {
@@ -103,9 +103,9 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
       Carve carve;
       carve.take<F>(2 * kernel_rows * (group / kWarp));
       grid.smem = carve.bytes();
-      return launch(kernel, grid, stream, batch, sort, plan.segments, shift, inverse, lse, S, n, sides);
+      return launch(kernel, grid, stream, batch, sort, plan.segments, shift, inverse, lse, S, n, boundary);
     };
-    // value by value the addresses take registers: fewer rows under way, and fewer columns a thread
+    // With accesses of one value the addresses take registers: fewer rows in flight, and fewer columns per thread.
     constexpr int kRows = kAccess == 1 ? kWide : 2 * kWide;
     if constexpr (kAccess <= 4) {
       if (C <= plan::kLanes * 4) return start(joint_by_label<E, kAccess, kWarp, 4, kRows, false>, kWarp, kRows);
@@ -114,7 +114,7 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
     if constexpr (sizeof(E) < 8 && kAccess > 1) {
       if (C <= plan::kLanes * 16) return start(joint_by_label<E, kAccess, kWarp, 16, 2, false>, kWarp, 2);
     }
-    // 32 columns a lane leave registers for too few warps: at 65536 x 1000 that took 314 us, this 230 (H100)
+    // 32 columns per lane leave registers for too few warps: at 65536 x 1000 that took 314 us, this takes 230 (H100).
     if (C <= plan::kBlockClasses / 4) return start(joint_by_label<E, kAccess, 128, 8, 2 * kWide, false>, 128, 2 * kWide);
     if (!given) return start(joint_by_label<E, kAccess, kThreads, 16, kWide, false>, kThreads, kWide);
     return start(joint_by_label<E, kAccess, kThreads, 16, kWide, true>, kThreads, kWide);
@@ -126,7 +126,7 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
   Carve carve;
   carve.take<double>(kThreads / kWarp);
   grid.smem = carve.bytes();
-  return launch(joint_add_sides<kThreads>, grid, stream, K, C, sort, plan.segments, sides, ce_part, ce_parts, S, n, ce);
+  return launch(joint_add_boundary_sums<kThreads>, grid, stream, K, C, sort, plan.segments, boundary, ce_part, ce_parts, S, n, ce);
 }
 
 template <class E>
@@ -138,7 +138,7 @@ int launch_joint_soft(const Batch& batch, double* S, double* n, Compute<E>* lse,
   F* const shift = work.take<F>(rows);
   F* const inverse = work.take<F>(rows);
   const Partial partial = take_partial(work, splits, plan.blocks, K * C + K);
-  if (const int error = launch_row_sums<E>(batch, lse, shift, inverse, partial.ce, partial.bad, plan.blocks, stream); error != 0)
+  if (const int error = launch_row_logsumexp<E>(batch, lse, shift, inverse, partial.ce, partial.bad, plan.blocks, stream); error != 0)
     return error;
   Grid grid;
   const int64_t jobs = (C + kSoftTile - 1) / kSoftTile * ((K + kSoftTile - 1) / kSoftTile) * splits;
@@ -146,7 +146,7 @@ int launch_joint_soft(const Batch& batch, double* S, double* n, Compute<E>* lse,
   grid.threads = kThreads;
   grid.smem = soft_smem<F>();
   if (const int error = launch(joint_soft<E>, grid, stream, batch, shift, inverse, splits, partial.sums); error != 0) return error;
-  return launch_finish(partial, K * C, K, S, n, ce, limits, stream);
+  return launch_reduce_partials(partial, K * C, K, S, n, ce, limits, stream);
 }
 
 template <class E>
@@ -158,8 +158,8 @@ int launch_joint(const Batch& batch, double* S, double* n, void* lse, double* ce
   if (plan.order == plan::CudaOrder::kSoft) return launch_joint_soft<E>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
   if (plan.order == plan::CudaOrder::kByLabel)
     return launch_joint_by_label<E>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
-  if (plan.width == 16) return launch_joint_tile<E, 16>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
-  return launch_joint_tile<E, 32>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
+  if (plan.width == 16) return launch_joint_onehot<E, 16>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
+  return launch_joint_onehot<E, 32>(batch, S, n, row_lse, ce, workspace, plan, limits, stream);
 }
 
 }  // namespace ldmi::cuda

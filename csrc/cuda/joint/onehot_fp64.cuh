@@ -1,26 +1,26 @@
 // accumulate_onehot_fp64, for at most 32 labels and classes: one-hot^T diag(w) P on the fp64 tensor cores.
 //
 // A block takes tiles of rows as they are in memory, turns them into predictions in shared memory, and multiplies them. S stays in
-// registers until the end. Any dtype, weights, strides and probabilities are supported; joint_rows is faster where it applies.
+// registers until the end. Any dtype, weights, strides and probabilities are supported; joint_onehot_tf32 is faster where it applies.
 #pragma once
 
 #include "partial_sums.cuh"
 
 namespace ldmi::cuda {
 
-// Shared memory of joint_tile; used by the kernel and by its launcher.
+// Shared memory of joint_onehot_fp64; used by the kernel and by its launcher.
 template <class E, int kWidth>
-struct JointTile {
+struct OnehotFp64Space {
   using F = Compute<E>;
   static constexpr int kRows = static_cast<int>(plan::tile_rows(kWidth, sizeof(E)));
-  // The pitch spreads the stores of the exponentials (a row for each kLanes lanes) over all banks, the reads of fragments over most.
+  // The pitch spreads the stores of the exponentials (one row per kLanes lanes) over all banks, the reads of fragments over most.
   static constexpr int kPitch = kWidth == 16 ? 18 : 36;
   static constexpr int kLanes = kWidth / 8;                  // lanes of a row, 8 columns each
   static constexpr int kTiles = kWidth / 8;                  // 8 x 8 tiles along a side of S
   static constexpr int kGroups = kThreads / kWarp / kTiles;  // groups of warps, which share the rows
-  static constexpr int kNanWords = kWidth * (kWidth / 16);   // one bit an entry of S, 16 bits a word used
+  static constexpr int kNanWords = kWidth * (kWidth / 16);   // one bit per entry of S, 16 bits used per word
 
-  // two stages of what is read ahead
+  // two stages of rows that are read ahead
   E* raw;
   double* weight;
   int* label;
@@ -29,7 +29,7 @@ struct JointTile {
   uint32_t* nan;
   int values;  // of a stage of raw
 
-  LDMI_HOST_DEVICE JointTile(Carve& carve, int64_t classes) {
+  LDMI_HOST_DEVICE OnehotFp64Space(Carve& carve, int64_t classes) {
     values = kRows * static_cast<int>(classes);  // kRows * sizeof(E) is a multiple of 16
     raw = carve.take<E>(2 * values);
     weight = carve.take<double>(2 * kRows);
@@ -41,10 +41,10 @@ struct JointTile {
   }
 };
 
-// A part of every sum for each block
+// Each block writes its part of every sum.
 template <class E, int kWidth>
-LDMI_DEVICE void tile_sums(const Batch& batch, Compute<E>* lse, const Partial& partial) {
-  using Tile = JointTile<E, kWidth>;
+LDMI_DEVICE void accumulate_onehot_fp64(const Batch& batch, Compute<E>* lse, const Partial& partial) {
+  using Tile = OnehotFp64Space<E, kWidth>;
   using F = Compute<E>;
   constexpr int R = Tile::kRows, P = Tile::kPitch, L = Tile::kLanes, M = Tile::kTiles;
   const int64_t rows = batch.logits.rows, chunks = (rows + R - 1) / R;
@@ -82,14 +82,14 @@ LDMI_DEVICE void tile_sums(const Batch& batch, Compute<E>* lse, const Partial& p
       weights[thread_idx()] = weight;
     }
     if (flat) wait_copies<0>();
-    sync_block();  // the tile and the labels are there; nobody uses the one before any more
+    sync_block();  // the tile and the labels are complete; no thread uses the previous tile any more
     if (flat) {
       const int64_t next = chunk + grid_dim();
       if (next < chunks) copy_flat(batch.logits, next * R, rows_of(next), s.raw + (stage ^ 1) * s.values);
       commit_copies();
     }
 
-    // Predictions. A row that does not count, or whose sum is NaN, is zeros: its weight carries the NaN, to row y of S alone.
+    // Predictions. A row that does not count, or whose sum is NaN, becomes zeros. Its weight carries the NaN, to row y of S alone.
     for (int r = thread_idx() / L; r < R; r += kThreads / L) {
       const int label = labels[r], first = lane() % L;
       F* const to = s.tile + r * P;
@@ -142,7 +142,7 @@ LDMI_DEVICE void tile_sums(const Batch& batch, Compute<E>* lse, const Partial& p
         } else {
           const F log_sum = log(s.sum[r]);
           row_lse = s.maximum[r] + log_sum;
-          // in this order nothing is lost when all logits are far from 0
+          // this order of operations loses no digits when all logits are far from 0
           ce += weight * static_cast<double>(log_sum + (s.maximum[r] - own));
         }
       }
@@ -206,14 +206,14 @@ LDMI_DEVICE void tile_sums(const Batch& batch, Compute<E>* lse, const Partial& p
 }
 
 template <class E, int kWidth>
-LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2) joint_tile(Batch batch, Compute<E>* lse, Partial partial) {
-  tile_sums<E, kWidth>(batch, lse, partial);
+LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2) joint_onehot_fp64(Batch batch, Compute<E>* lse, Partial partial) {
+  accumulate_onehot_fp64<E, kWidth>(batch, lse, partial);
 }
 
 template <class E, int kWidth>
-size_t tile_smem(int64_t C) {
+size_t onehot_fp64_smem(int64_t C) {
   Carve carve;
-  const JointTile<E, kWidth> tile(carve, C);
+  const OnehotFp64Space<E, kWidth> tile(carve, C);
   static_cast<void>(tile);
   Carve again;  // the groups' sums, in the same place
   again.take<double>(kWidth * kWidth);

@@ -5,13 +5,13 @@
 
 namespace ldmi::cuda {
 
-inline constexpr int kRowsThreads = 128;
-inline constexpr int kRowsFlush = 4;  // steps of 32 rows between two additions of the fp32 sums to those in fp64
+inline constexpr int kOnehotTf32Threads = 128;
+inline constexpr int kOnehotTf32Flush = 4;  // steps of 32 rows between two additions of the fp32 sums to those in fp64
 
-// Shared memory of joint_rows; a warp uses nothing of another's before the end.
+// Shared memory of joint_onehot_tf32. Before the end each warp uses its own part only.
 template <class E, int kWidth>
-struct JointRows {
-  static constexpr int kWarps = kRowsThreads / kWarp;
+struct OnehotTf32Space {
+  static constexpr int kWarps = kOnehotTf32Threads / kWarp;
   static constexpr int kStages = kWidth == 16 ? 4 : 2;
   static constexpr int kPitch = kWidth + 4;  // stores of 16 bytes by neighbouring rows, and fragments, fall on different banks
   E* raw;                                    // [warps, stages, 32 * C]
@@ -21,7 +21,7 @@ struct JointRows {
   double* scratch;
   int values;  // of a stage
 
-  LDMI_HOST_DEVICE JointRows(Carve& carve, int64_t classes) {
+  LDMI_HOST_DEVICE OnehotTf32Space(Carve& carve, int64_t classes) {
     values = kWarp * static_cast<int>(classes);
     raw = carve.take<E>(kWarps * kStages * values);
     tile = carve.take<float>(kWarps * kWarp * kPitch);
@@ -31,15 +31,19 @@ struct JointRows {
   }
 };
 
-// Flat logits of at most 32 bits, labels without weights, at most 32 labels and classes. Every warp works by itself: 32 rows a step, a
-// lane a row for the softmax, and then one-hot^T P on the tensor cores. P, fp32, enters as hi + lo, both tf32 rounded to nearest: what
-// is lost is at most 2^-11 of 2^-11 of it, four units of fp32, less than its own rounding by the softmax. Products with 0 and 1 are
-// exact. hi and lo have sums of their own, so rows that are equal add up without any rounding (11 bits each, 128 rows), and a joint of
-// equal rows stays singular. Otherwise a partial sum of fp32 is over 16 steps of the tensor core, 2^-23 of itself at most each (which
-// may truncate), before it is added to fp64. A part of every sum for each block
+// Contiguous logits of at most 32 bits, labels without weights, at most 32 labels and classes. Each warp works alone: 32 rows per
+// step, one lane per row for the softmax, and then one-hot^T P on the tensor cores.
+//
+// Accuracy. P is fp32 and enters as hi + lo, both tf32, rounded to nearest. At most 2^-11 of 2^-11 of it is lost, four units of fp32,
+// which is less than its own rounding by the softmax. Products with 0 and 1 are exact. hi and lo have separate sums, so equal rows add
+// up without any rounding (11 bits each, 128 rows), and a joint of equal rows stays singular. Otherwise an fp32 partial sum goes
+// through 16 steps of the tensor core, with an error of at most 2^-23 of itself per step (the hardware may truncate), before it is
+// added to fp64.
+//
+// Each block writes its part of every sum.
 template <class E, int kWidth>
-LDMI_DEVICE void rows_sums(const Batch& batch, float* lse, const Partial& partial) {
-  using Rows = JointRows<E, kWidth>;
+LDMI_DEVICE void accumulate_onehot_tf32(const Batch& batch, float* lse, const Partial& partial) {
+  using Rows = OnehotTf32Space<E, kWidth>;
   constexpr int P = Rows::kPitch, M = kWidth / 16, N = kWidth / 8, kStages = Rows::kStages;
   const int64_t rows = batch.logits.rows, steps = (rows + kWarp - 1) / kWarp;
   const int C = static_cast<int>(batch.logits.columns), K = static_cast<int>(batch.num_labels);
@@ -49,7 +53,7 @@ LDMI_DEVICE void rows_sums(const Batch& batch, float* lse, const Partial& partia
   float* const tile = s.tile + warp() * kWarp * P;
   double* const sums = s.sums + warp() * kWidth * kWidth;
   for (int at = lane(); at < kWidth * kWidth; at += kWarp) sums[at] = 0;
-  for (int k = thread_idx(); k < kWidth; k += kRowsThreads) s.count[k] = 0;
+  for (int k = thread_idx(); k < kWidth; k += kOnehotTf32Threads) s.count[k] = 0;
   sync_block();
   M16N8K8::C high[M][N], low[M][N];
   const auto clear = [&] {
@@ -105,7 +109,8 @@ LDMI_DEVICE void rows_sums(const Batch& batch, float* lse, const Partial& partia
     sync_warp();
     const E* const row = raw + stage * s.values + lane() * C;
 
-    // The softmax of this lane's row. One that does not count is zeros; so is one whose sum is NaN, which is put into its 1 instead.
+    // The softmax of this lane's row. A row that does not count becomes zeros. So does a row whose sum is NaN; its 1 becomes NaN
+    // instead.
     float x[kWidth], maximum = -infinity<float>();
     if (C % 2 == 0) {
       struct alignas(2 * sizeof(E)) Pair {
@@ -151,7 +156,7 @@ LDMI_DEVICE void rows_sums(const Batch& batch, float* lse, const Partial& partia
       if (label >= 0) {
         const float log_sum = log(sum);
         row_lse = maximum + log_sum;
-        // in this order nothing is lost when all logits are far from 0
+        // this order of operations loses no digits when all logits are far from 0
         ce += static_cast<double>(log_sum + (maximum - widen(row[static_cast<int>(column_of(label, C))])));
         atomic_add(s.count + label, 1u);
       }
@@ -194,8 +199,8 @@ LDMI_DEVICE void rows_sums(const Batch& batch, float* lse, const Partial& partia
         }
       }
     }
-    // All lanes have been through the products: the tile and the stage are free.
-    if (++unflushed == kRowsFlush) {
+    // All lanes have done the products: the tile and the stage are free.
+    if (++unflushed == kOnehotTf32Flush) {
       flush();
       unflushed = 0;
     }
@@ -206,13 +211,13 @@ LDMI_DEVICE void rows_sums(const Batch& batch, float* lse, const Partial& partia
   wait_copies<0>();
   const bool any_bad = sync_block_or(bad);
   double* const mine = partial.sums + block_idx() * (static_cast<int64_t>(K) * C + K);
-  for (int at = thread_idx(); at < K * C; at += kRowsThreads) {
+  for (int at = thread_idx(); at < K * C; at += kOnehotTf32Threads) {
     double total = 0;
     LDMI_UNROLL
     for (int w = 0; w < Rows::kWarps; ++w) total += s.sums[(w * kWidth + at / C) * kWidth + at % C];
     store(mine + at, total);
   }
-  for (int k = thread_idx(); k < K; k += kRowsThreads) store(mine + K * C + k, static_cast<double>(s.count[k]));
+  for (int k = thread_idx(); k < K; k += kOnehotTf32Threads) store(mine + K * C + k, static_cast<double>(s.count[k]));
   ce = block_sum(ce, s.scratch);
   if (thread_idx() == 0) {
     store(partial.ce + block_idx(), ce);
@@ -220,18 +225,19 @@ LDMI_DEVICE void rows_sums(const Batch& batch, float* lse, const Partial& partia
   }
 }
 
-// Blocks of it that an SM is to hold
-constexpr int rows_blocks(int width) { return width == 16 ? 4 : 2; }
+// Resident blocks per SM that the registers have to allow
+constexpr int onehot_tf32_blocks(int width) { return width == 16 ? 4 : 2; }
 
 template <class E, int kWidth>
-LDMI_KERNEL void LDMI_BOUNDS(kRowsThreads, rows_blocks(kWidth)) joint_rows(Batch batch, float* lse, Partial partial) {
-  rows_sums<E, kWidth>(batch, lse, partial);
+LDMI_KERNEL void LDMI_BOUNDS(kOnehotTf32Threads, onehot_tf32_blocks(kWidth))
+    joint_onehot_tf32(Batch batch, float* lse, Partial partial) {
+  accumulate_onehot_tf32<E, kWidth>(batch, lse, partial);
 }
 
 template <class E, int kWidth>
-size_t rows_smem(int64_t C) {
+size_t onehot_tf32_smem(int64_t C) {
   Carve carve;
-  const JointRows<E, kWidth> rows(carve, C);
+  const OnehotTf32Space<E, kWidth> rows(carve, C);
   static_cast<void>(rows);
   return carve.bytes();
 }

@@ -14,11 +14,11 @@ struct Partial {
   int64_t ce_parts;
 };
 
-// S, n and ce from the parts; NaN throughout when a part is bad. A warp takes 1, 2, 4 ... neighbouring entries, so few that all warps
-// of the grid are busy, and spreads the parts over its other lanes, each with kFinishAhead of them on their way from memory at a time.
-// The order of the sum depends on the shape of the grid alone.
-inline constexpr int kFinishAhead = 4;
-LDMI_DEVICE void finish_sums(const Partial& partial, int64_t S_entries, int64_t n_entries, double* S, double* n, double* ce) {
+// S, n and ce from the parts; NaN everywhere when a part is bad. A warp takes 1, 2, 4 ... neighbouring entries, few enough to keep all
+// warps of the grid busy, and spreads the parts over its other lanes. Each lane has kReduceAhead loads in flight. The order of the sum
+// depends on the shape of the grid alone.
+inline constexpr int kReduceAhead = 4;
+LDMI_DEVICE void reduce_partials(const Partial& partial, int64_t S_entries, int64_t n_entries, double* S, double* n, double* ce) {
   Carve carve;
   double* const scratch = carve.take<double>(kThreads / kWarp);
   bool bad = false;
@@ -32,15 +32,15 @@ LDMI_DEVICE void finish_sums(const Partial& partial, int64_t S_entries, int64_t 
     const int64_t entry = base + lane() % across;
     double total = 0;
     if (entry < entries && !bad) {
-      for (int64_t first = lane() / across; first < partial.parts; first += down * kFinishAhead) {
-        double part[kFinishAhead];
+      for (int64_t first = lane() / across; first < partial.parts; first += down * kReduceAhead) {
+        double part[kReduceAhead];
         LDMI_UNROLL
-        for (int j = 0; j < kFinishAhead; ++j) {
+        for (int j = 0; j < kReduceAhead; ++j) {
           const int64_t p = first + j * down;
           part[j] = p < partial.parts ? load(partial.sums + p * entries + entry) : 0.0;
         }
         LDMI_UNROLL
-        for (int j = 0; j < kFinishAhead; ++j) total += part[j];
+        for (int j = 0; j < kReduceAhead; ++j) total += part[j];
       }
     }
     for (int by = across; by < kWarp; by *= 2) total += shfl_xor(total, by);
@@ -58,12 +58,12 @@ LDMI_DEVICE void finish_sums(const Partial& partial, int64_t S_entries, int64_t 
 // (A kernel in a header has to be a template: it is in several objects.)
 template <int kBlock>
 LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1)
-    joint_finish(Partial partial, int64_t S_entries, int64_t n_entries, double* S, double* n, double* ce) {
-  finish_sums(partial, S_entries, n_entries, S, n, ce);
+    joint_reduce_partials(Partial partial, int64_t S_entries, int64_t n_entries, double* S, double* n, double* ce) {
+  reduce_partials(partial, S_entries, n_entries, S, n, ce);
 }
 
-inline int launch_finish(const Partial& partial, int64_t S_entries, int64_t n_entries, double* S, double* n, double* ce,
-                         const DeviceLimits& limits, Stream stream) {
+inline int launch_reduce_partials(const Partial& partial, int64_t S_entries, int64_t n_entries, double* S, double* n, double* ce,
+                                  const DeviceLimits& limits, Stream stream) {
   Grid grid;
   constexpr int64_t kWarps = kThreads / kWarp;
   const int64_t wanted = (S_entries + n_entries + kWarps - 1) / kWarps;
@@ -72,7 +72,7 @@ inline int launch_finish(const Partial& partial, int64_t S_entries, int64_t n_en
   Carve carve;
   carve.take<double>(kThreads / kWarp);
   grid.smem = carve.bytes();
-  return launch(joint_finish<kThreads>, grid, stream, partial, S_entries, n_entries, S, n, ce);
+  return launch(joint_reduce_partials<kThreads>, grid, stream, partial, S_entries, n_entries, S, n, ce);
 }
 
 inline Partial take_partial(Workspace& work, int64_t parts, int64_t ce_parts, int64_t entries) {

@@ -5,11 +5,11 @@
 
 namespace ldmi::cuda {
 
-// A group of threads a row, online: shift (the maximum), inverse = 1 / sum (0 in rows that do not count) and, if K == C, the
+// One group of threads per row, in one pass: shift (the maximum), inverse = 1 / sum (0 in rows that do not count) and, if K == C, the
 // cross entropy. For soft targets and for rows longer than registers. ce_part and bad_part [blocks]
 template <class E, int kGroup>
-LDMI_DEVICE void sums_of_rows(const Batch& batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part,
-                              uint32_t* bad_part) {
+LDMI_DEVICE void row_logsumexp(const Batch& batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part,
+                               uint32_t* bad_part) {
   using F = Compute<E>;
   constexpr int kGroups = kThreads / kGroup, kBatch = 4;
   Carve carve;
@@ -28,7 +28,7 @@ LDMI_DEVICE void sums_of_rows(const Batch& batch, Compute<E>* lse, Compute<E>* s
     } else {
       label = used_label(batch, i, weight, bad);
     }
-    if (weight == 0) {  // alike in the whole group
+    if (weight == 0) {  // the same in the whole group
       if (t == 0) {
         store(lse + i, F{0});
         store(shift + i, F{0});
@@ -93,12 +93,12 @@ LDMI_DEVICE void sums_of_rows(const Batch& batch, Compute<E>* lse, Compute<E>* s
 
 template <class E, int kGroup>
 LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
-    joint_row_sums(Batch batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part, uint32_t* bad_part) {
-  sums_of_rows<E, kGroup>(batch, lse, shift, inverse, ce_part, bad_part);
+    joint_row_logsumexp(Batch batch, Compute<E>* lse, Compute<E>* shift, Compute<E>* inverse, double* ce_part, uint32_t* bad_part) {
+  row_logsumexp<E, kGroup>(batch, lse, shift, inverse, ce_part, bad_part);
 }
 
 template <class F>
-size_t row_sums_smem() {
+size_t row_logsumexp_smem() {
   Carve carve;
   carve.take<F>(2 * kThreads / kWarp);
   carve.take<double>(kThreads / kWarp);

@@ -7,10 +7,11 @@ namespace ldmi::cuda {
 
 inline constexpr int kSoftTile = 64, kSoftRows = 32, kSoftPitch = 72;
 
-// S = T^T diag(w) P, a tile of 64 x 64 of S and a split of the rows a block; 8 warps, 16 x 32 of the tile each.
+// S = T^T diag(w) P. A block computes a tile of 64 x 64 of S for one split of the rows; each of its 8 warps has 16 x 32 of the tile.
 // partial [splits, K * C + K]
 template <class E>
-LDMI_DEVICE void soft_sums(const Batch& batch, const Compute<E>* shift, const Compute<E>* inverse, int64_t splits, double* partial) {
+LDMI_DEVICE void accumulate_soft(const Batch& batch, const Compute<E>* shift, const Compute<E>* inverse, int64_t splits,
+                                 double* partial) {
   using F = Compute<E>;
   Carve carve;
   F* const predictions = carve.take<F>(kSoftRows * kSoftPitch);
@@ -94,7 +95,7 @@ LDMI_DEVICE void soft_sums(const Batch& batch, const Compute<E>* shift, const Co
 template <class E>
 LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
     joint_soft(Batch batch, const Compute<E>* shift, const Compute<E>* inverse, int64_t splits, double* partial) {
-  soft_sums<E>(batch, shift, inverse, splits, partial);
+  accumulate_soft<E>(batch, shift, inverse, splits, partial);
 }
 
 template <class F>

@@ -1,34 +1,36 @@
-// log|det S| and V = S^{-T} by Gauss-Jordan elimination in place, in fp64: by one warp in registers (C <= 32), or by one block in
-// shared memory (as far as that reaches). As functions of a warp and of a block, for the kernels that end with a factorisation, and as
-// kernels of their own.
+// log|det S| and V = S^{-T} by one block: Gauss-Jordan elimination in place, in fp64, the matrix in shared memory. The functions at
+// the end of the file call the elimination by one warp (warp.cuh) for at most 32 classes.
 //
-// R = diag(1/n) S of the classes that have weight, with identity rows and columns for the others. Step k divides the pivot's row by
-// the pivot and takes it out of every other row; the column that it clears holds column k of the inverse from then on: 2 C^3
-// operations for both. The product of the pivots is the determinant. Without the inverse, the columns before the panel are left alone:
-// an LU factorisation, whose determinant has the same bits.
+// Elimination. R = diag(1/n) S of the classes that are present, with identity rows and columns for the others. Step k divides the row
+// of the pivot by the pivot and subtracts multiples of it from every other row. The column that it clears stores column k of the
+// inverse from then on: 2 C^3 operations for determinant and inverse. The product of the pivots is the determinant. Without the
+// inverse, the columns before the panel are not updated: this is an LU factorisation, whose determinant has the same bits.
 //
-// Rows never move. First the pivot of step k is the entry of row k, without a search: its row is on its way to the others at once, and
-// one reciprocal is all that a step waits for. If in any step of the panel that was less than half of the column's largest open entry
-// (a multiplier above 2), the panel starts again, and the pivot of step k is the largest entry of column k among the rows that have
-// not been a pivot's; that it stood in row p_k is noted, and with G what elimination leaves in the place of R, R^{-1}[k, p_l] =
-// G[p_k, l]. With a class signal the diagonal does nearly always. Three times the
-// entries is what a step with a multiplier of 2 may grow to, twice with the search; in practice neither comes near. Magnitudes are
-// compared by their exponent and the first 12 bits of their fraction, beside which the row fits into 32 bits, so that one maximum of
-// integers finds the pivot and its row.
+// Pivoting. Rows are never exchanged; pivot_row[k] records p_k, the row of the pivot of step k.
+// 1. Optimistic pass over a panel: the pivot of step k is the diagonal entry, without a search. Its row can be broadcast at once, and
+// a
+//    step waits for one reciprocal only. With a class signal this pass nearly always succeeds.
+// 2. If a multiplier exceeds 2 in any step of the panel, the panel is done again with partial pivoting: the pivot is the largest entry
+//    of column k among the rows that have not been a pivot row.
+// With G the result of the elimination in the memory of R, R^{-1}[k, p_l] = G[p_k, l].
+// Growth: a step with a multiplier of 2 can make entries at most 3 times larger, with the search 2 times; in practice neither comes
+// near. The search compares magnitudes by their exponent and the first 12 bits of their fraction. Together with the row number they
+// fit into 32 bits, so one integer maximum finds the pivot and its row.
 //
-// The block takes its steps in panels J of 8 columns, whose effect on the rest is one matrix product. Eliminating the panel by itself
-// leaves G[:, J] in its place; then
+// Panels. The block eliminates panels J of 8 columns. Their effect on the rest is one matrix product: the elimination of the panel
+// alone leaves G[:, J] in its place, and then
 //
 //     M[:, c] <- (M[:, c] with zeros in the rows p_J) + G[:, J] M[p_J, c]          for every column c outside the panel
 //
-// in 8 x 8 tiles on the tensor cores. The tiles of the next panel are everybody's; then warp 0 eliminates that panel while the others
-// take the remaining stripes of 8 columns, a warp a stripe: three barriers a panel. Whoever takes a tile, its operations are the same,
-// so the bits do not depend on the number of threads.
+// in 8 x 8 tiles on the tensor cores. All warps update the tiles of the next panel. Then warp 0 eliminates that panel while the other
+// warps update the remaining tile columns of 8 columns, one warp per tile column: three barriers per panel. The operations of a tile
+// do not depend on the warp that does them, so the bits do not depend on the number of threads.
 //
-// M is the transpose of R. With panels that matters: M[p_J, c] is multiplied by the explicit inverse of a block, whose condition may
-// be that of the whole matrix. Where the rows of R are nearly alike, as a classifier's are that has hardly learned, M M^{-1} - I bears
-// that (1e5 C eps of the norms, measured), M^{-1} M - I does not. What is promised is S V^T - I = (M^{-1} M - I)^T, up to the scales.
-// Column by column, as the warp does it, both stay below C eps / 5, and M is R.
+// M is the transpose of R. With panels this matters: M[p_J, c] is multiplied by the explicit inverse of a block, whose condition
+// number may be that of the whole matrix. Where the rows of R are nearly equal, as those of a classifier that has hardly learned, M
+// M^{-1} - I grows with that condition number (1e5 C eps of the norms, measured), and M^{-1} M - I does not. The guarantee is for S
+// V^T - I = (M^{-1} M - I)^T, up to the scales. The warp works column by column; there both residuals stay below C eps / 5, and M is
+// R.
 #pragma once
 
 #include "warp.cuh"
@@ -37,11 +39,12 @@ namespace ldmi::cuda {
 
 namespace factor {
 
-// The columns c0..c0+7 (those below C) after panel k has been eliminated: of their tiles of 8 rows a warp's, those from `from` on,
-// each `by`-th. read() is called when the warp has read what tiles of others overwrite.
+// Applies panel k to the columns c0..c0+7 (those below C). The warp updates every `by`-th tile of 8 rows, beginning with tile `from`.
+// It calls read() when it has read the entries that other warps will overwrite.
 template <int kTiles, class Read>
-LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0, int from, int by, const Read& read) {
-  // Row m of the tile is column c0 + order(m): rows 2 columns apart come together, whose places in memory are 64 bytes apart in 128
+LDMI_DEVICE void update_tile_column(const FactorSpace& space, int C, int k, int c0, int from, int by, const Read& read) {
+  // Row m of the tile is column c0 + order(m). Rows that are 2 columns apart are next to each other: their addresses are 64 bytes
+  // apart modulo 128, so they use different banks.
   const int m = lane() / 4, q = lane() % 4;
   const int c = c0 + (m & 1) * 2 + (m >> 1 & 1) + (m & 4);
   double* const column = space.columns + c * space.stride;
@@ -62,7 +65,7 @@ LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0, i
     if (row[h] >= 0 && row[h] / 8 % by == from) column[row[h]] = 0.0;
   }
   sync_warp();
-  for (int first = from; 8 * first < C; first += kTiles * by) {  // kTiles under way together
+  for (int first = from; 8 * first < C; first += kTiles * by) {  // kTiles in flight together
     M8N8K4::C tile[kTiles];
     double b[kTiles][kHalves];
     LDMI_UNROLL
@@ -91,7 +94,7 @@ LDMI_DEVICE void update_stripe(const FactorSpace& space, int C, int k, int c0, i
   sync_warp();
 }
 
-// Eliminates the columns k..k+7 (those below C) by themselves; a warp.
+// One warp eliminates the columns k..k+7 (those below C) alone.
 template <int kSlots>
 LDMI_DEVICE bool eliminate_panel(const FactorSpace& space, int C, int k, double threshold, unsigned& used, Pivots& pivots) {
   const int columns = C - k < kFactorPanel ? C - k : kFactorPanel;
@@ -139,7 +142,7 @@ LDMI_DEVICE bool eliminate_panel(const FactorSpace& space, int C, int k, double 
   return true;
 }
 
-// M from S, a warp a row of R, which is a column of M; and what is seen on the way. norm: ||R||_inf
+// Computes M from S, one warp per row of R, which is a column of M. Returns the screening and norm = ||R||_inf.
 template <int kSlots, class Entry, class Weight>
 LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, const Entry& entry, const Weight& weight,
                                   double* norm) {
@@ -156,13 +159,13 @@ LDMI_DEVICE Screening equilibrate(const FactorSpace& space, int C, bool strict, 
   if (thread_idx() < 2) space.tickets[thread_idx()] = 0;
   if (thread_idx() == 0) space.found[1] = lift;
   sync_block();
-  unsigned here = 0;  // a bit for each of the lane's columns of R
+  unsigned here = 0;  // one bit per column of R that the lane has
   LDMI_UNROLL
   for (int s = 0; s < kSlots; ++s) {
     if (kWarp * s < C) here |= (space.present[s] >> lane() & 1u) << s;
   }
   double largest = 0.0;
-  constexpr int kRows = kSlots <= 2 ? 4 : 2;  // of a warp at a time: loads on their way together
+  constexpr int kRows = kSlots <= 2 ? 4 : 2;  // per warp at a time: their loads are in flight together
   for (int i0 = warp(); i0 < C; i0 += kRows * warps) {
     double scale[kRows], values[kRows][kSlots];
     LDMI_UNROLL
@@ -218,32 +221,32 @@ LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, b
   }
   Pivots pivots;
   unsigned used = 0;
-  const int stripes = (C + kFactorPanel - 1) / kFactorPanel;
+  const int tile_columns = (C + kFactorPanel - 1) / kFactorPanel;
   bool regular = true;
-  // Round `done` applies that panel, to the next one first; round -1 has none. Then warp 0 eliminates the next one.
-  for (int done = -1; done < stripes && regular; ++done) {
+  // Round `done` applies panel `done`, to the next panel first; round -1 has no panel to apply. Then warp 0 eliminates the next panel.
+  for (int done = -1; done < tile_columns && regular; ++done) {
     const int next = done + 1;
-    if (done >= 0 && next < stripes) {
-      update_stripe<2>(space, C, done * kFactorPanel, next * kFactorPanel, warp(), warps, [] { sync_block(); });
+    if (done >= 0 && next < tile_columns) {
+      update_tile_column<2>(space, C, done * kFactorPanel, next * kFactorPanel, warp(), warps, [] { sync_block(); });
       sync_block();
     }
     int* const tickets = space.tickets + (next & 1);
-    // the stripes after the next panel, then those before this one
-    const int rest = done < 0 ? 0 : inverse ? stripes - (next < stripes ? 2 : 1) : stripes - next - 1;
+    // the tile columns after the next panel, then those before this one
+    const int rest = done < 0 ? 0 : inverse ? tile_columns - (next < tile_columns ? 2 : 1) : tile_columns - next - 1;
     const auto draw = [&] {
       int ticket = 0;
       if (lane() == 0) ticket = atomic_add(tickets, 1);
       ticket = shfl(ticket, 0);
       if (ticket >= rest) return -1;
-      const int stripe = next + 1 + ticket;
-      return stripe < stripes ? stripe : stripe - (next < stripes ? stripes : stripes + 1);
+      const int tile_column = next + 1 + ticket;
+      return tile_column < tile_columns ? tile_column : tile_column - (next < tile_columns ? tile_columns : tile_columns + 1);
     };
     if (thread_idx() == 0) space.tickets[done & 1] = 0;
-    if (warp() == 0 && next < stripes) {
+    if (warp() == 0 && next < tile_columns) {
       regular = eliminate_panel<kSlots>(space, C, next * kFactorPanel, threshold(C, norm), used, pivots);
     }
-    for (int stripe = draw(); stripe >= 0; stripe = draw()) {
-      update_stripe<4>(space, C, done * kFactorPanel, stripe * kFactorPanel, 0, 1, [] { sync_warp(); });
+    for (int tile_column = draw(); tile_column >= 0; tile_column = draw()) {
+      update_tile_column<4>(space, C, done * kFactorPanel, tile_column * kFactorPanel, 0, 1, [] { sync_warp(); });
     }
     regular = !sync_block_or(!regular);
   }
@@ -265,9 +268,9 @@ LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, b
     for (int m = lane(); m < l; m += kWarp) odd ^= space.pivot_row[m] > space.pivot_row[l];
   }
   if (inverse) {
-    // V[k, p_l] = G[p_k, l] / n[k]. A warp takes 4 rows of V by 8 columns: whole sectors of memory, and no bank conflicts between
-    // columns that are 4 places apart among the banks. An absent class needs a scale of 0 and no more: its row and column of M are the
-    // identity's, where elimination leaves zeros, and the pivot is its own.
+    // V[k, p_l] = G[p_k, l] / n[k]. A warp writes 4 rows of V by 8 columns: whole sectors of memory, and no bank conflicts,
+    // because columns are offset by 4 banks. For an absent class a scale of 0 is enough: its row and column of M are those of the
+    // identity, where the elimination leaves zeros, and its pivot is its own diagonal entry.
     constexpr int kDown = 4, kAcross = kWarp / kDown, kAhead = 4;
     const double lift = space.found[1];
     for (int k0 = kDown * warp(); k0 < C; k0 += kDown * warps) {
@@ -302,10 +305,10 @@ LDMI_DEVICE Determinant by_block(const FactorSpace& space, int C, bool strict, b
 //     logdet_inverse_warp<kMost>   all lanes of a warp, C <= kFactorWarp
 //     logdet_inverse<kMost>        all threads of a block, C <= kFactorClasses, with take_factor_space(carve, C, stride)
 //
-// entry(i, j) is S[i, j] and weight(i) is n[i], from memory that the whole warp (block) may read when it calls. With `inverse`,
-// emit(i, j, value) is called once for every entry of V, by any thread, a warp for whole sectors of V's rows; zeros and NaN where
-// that is the answer. It may overwrite S, which has been read by then, but not n. On return the warp (block) sees what was emitted.
-// Between two calls of a block: sync_block().
+// entry(i, j) is S[i, j] and weight(i) is n[i], from memory that the whole warp (block) can read. With `inverse`,
+// emit(i, j, value) is called once for every entry of V, by any thread; the threads of a warp write whole sectors of V's rows. The
+// values are zeros or NaN where that is the result. emit may overwrite S, which has been read by then, but not n. On return the warp
+// (block) sees what was emitted. Between two calls by a block, call sync_block().
 template <int kMost, class Entry, class Weight, class Emit>
 LDMI_DEVICE Determinant logdet_inverse_warp(int C, bool strict, bool inverse, const Entry& entry, const Weight& weight,
                                             const Emit& emit);

@@ -17,7 +17,7 @@ using cpu::Determinant;
 
 inline constexpr int kFactorPanel = 8;  // columns that are eliminated together
 using plan::kFactorWarp;
-inline constexpr int kFactorClasses = 192;  // more than the shared memory of a block holds
+inline constexpr int kFactorClasses = 192;  // more than fit into the shared memory of a block
 
 using plan::FactorSpace;
 using plan::take_factor_space;
@@ -29,10 +29,10 @@ using namespace simt;
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// The largest magnitude that is no pivot
+// A pivot must have a larger magnitude.
 LDMI_HOST_DEVICE double threshold(int64_t C, double norm) { return plan::singular_threshold(C, norm); }
 
-// The least weight of a class that is present. Each warp adds up all C by itself, in the same order: all have the same bits.
+// The least weight of a class that is present. Each warp adds up all C weights in the same order, so all warps get the same bits.
 template <class Weight>
 LDMI_DEVICE double least_weight(int C, const Weight& weight) {
   double least = 0.0;
@@ -40,8 +40,8 @@ LDMI_DEVICE double least_weight(int C, const Weight& weight) {
   return warp_sum(least);
 }
 
-// What is kept of a row of R besides its entries: its norm (NaN: something there is not finite), and in the sign whether its class is
-// absent. Bit by bit, since negating may lose the sign of NaN.
+// What is stored for a row of R besides its entries: its norm (NaN if an entry is not finite), and in the sign bit whether its class
+// is absent. The sign is set by bit operations, because negation may lose the sign of NaN.
 struct RowNote {
   double value;
 
@@ -56,8 +56,8 @@ struct RowNote {
   static constexpr uint64_t kSign = uint64_t{1} << 63;
 };
 
-// The logarithm of a product of positive numbers, some in each lane, by one logarithm: their fractions in [1, 2) are multiplied, their
-// exponents added as integers.
+// The logarithm of a product of positive numbers that are spread over the lanes, with one call of log: the fractions in [1, 2) are
+// multiplied, the exponents added as integers.
 class LogProduct {
  public:
   LDMI_DEVICE void multiply(double factor) {
@@ -65,7 +65,7 @@ class LogProduct {
     split(subnormal ? factor * 0x1p54 : factor);
     exponents_ -= subnormal ? 54 : 0;
   }
-  // Of all lanes together, in all of them
+  // The logarithm of the product over all lanes; every lane gets it.
   LDMI_DEVICE double log() const {
     double product = fraction_;  // of 32: below 2^32
     LDMI_UNROLL
@@ -90,16 +90,16 @@ class LogProduct {
   int exponents_ = 0;
 };
 
-// What one warp knows of the pivots that it has taken, in parts: lane l of steps l, l + 32, ...
+// The pivots that one warp has used; lane l holds those of the steps l, l + 32, ...
 struct Pivots {
   LogProduct product;
-  bool odd = false;  // the number of negative ones
+  bool odd = false;  // whether the number of negative pivots is odd
   double last = 1.0;
 
   LDMI_DEVICE void take(int step, double pivot) {
     if (lane() == step % kWarp) last = pivot;
   }
-  // The lanes of the steps first..first+count-1 (32 at most) count theirs: all at once, outside the chain from step to step
+  // The lanes of the steps first..first+count-1 (at most 32) enter their pivots, all at once, outside the chain from step to step.
   LDMI_DEVICE void count(int first, int count) {
     if (((lane() - first) & (kWarp - 1)) >= count) return;
     product.multiply(abs(last));
@@ -107,16 +107,17 @@ struct Pivots {
   }
 };
 
-// body(0), body(1), ... as constants. In a loop, `if (s == slot)` makes the compiler index registers by `slot`, in memory then.
+// Calls body(0), body(1), ... with constants. In a loop, `if (s == slot)` would make the compiler index registers by `slot`, that is
+// in memory.
 template <int... s, class Body>
 LDMI_DEVICE void for_each_slot(std::integer_sequence<int, s...>, const Body& body) {
   (body(std::integral_constant<int, s>{}), ...);
 }
 
-// A warp eliminates `columns` columns by themselves, of which lane l holds the rows l, l + 32, ... (zeros where there is no such row).
-// The matrix moves through the registers: each step takes column 0 off and puts what it leaves behind the last, so that every
-// index is a constant. Column j ends up in column kColumns - columns + j. `used`: a bit for each of the lane's rows that have been a
-// pivot's. step(j, row, pivot) is called by all lanes. False: no pivot exceeds the threshold.
+// One warp eliminates `columns` columns alone. Lane l holds the rows l, l + 32, ... (zeros where there is no such row). The matrix
+// moves through the registers: each step removes column 0 and appends its result after the last column, so every index is a constant.
+// Column j ends up in column kColumns - columns + j. `used`: one bit per row of the lane, set if the row has been a pivot row. All
+// lanes call step(j, row, pivot). Returns false if no pivot exceeds the threshold.
 template <int kSlots, int kColumns, class Step>
 LDMI_DEVICE bool eliminate(double (&a)[kSlots][kColumns], int rows, int columns, double threshold, unsigned& used, const Step& step) {
   for (int j = 0; j < columns; ++j) {
@@ -125,7 +126,7 @@ LDMI_DEVICE bool eliminate(double (&a)[kSlots][kColumns], int rows, int columns,
     for (int s = 0; s < kSlots; ++s) {
       const int row = lane() + kWarp * s;
       const unsigned high = static_cast<unsigned>(bit_cast<uint64_t>(a[s][0]) >> 32) & 0x7fffff00u;
-      const unsigned mine = high | static_cast<unsigned>(255 - row);  // of equals the first
+      const unsigned mine = high | static_cast<unsigned>(255 - row);  // of equal magnitudes the first row
       if (row < rows && (used >> s & 1u) == 0 && mine > key) key = mine;
     }
     const int row = 255 - static_cast<int>(warp_max(key) & 255u), source = row % kWarp;
@@ -159,10 +160,10 @@ LDMI_DEVICE bool eliminate(double (&a)[kSlots][kColumns], int rows, int columns,
   return true;
 }
 
-inline constexpr double kMultiplier = 2.0;  // at most, for the diagonal's entry to be the pivot
+inline constexpr double kMultiplier = 2.0;  // the largest multiplier with which the diagonal entry may be the pivot
 
-// The same with the diagonal's entries as pivots: of step j that in row `source` + j of the lanes' first rows. False: in some step it
-// was too small beside the open rows' entries or the threshold, and what is in `a` is of no use.
+// The same with diagonal entries as pivots: the pivot of step j is in row `source` + j of the lanes' first rows. Returns false if in
+// some step it was too small compared with the entries of the open rows, or with the threshold; then `a` must not be used.
 template <int kSlots, int kColumns, class Step>
 LDMI_DEVICE bool eliminate_diagonal(double (&a)[kSlots][kColumns], int source, int columns, double threshold, unsigned used,
                                     const Step& step) {
@@ -188,7 +189,7 @@ LDMI_DEVICE bool eliminate_diagonal(double (&a)[kSlots][kColumns], int source, i
       LDMI_UNROLL
       for (int s = 0; s < kSlots; ++s) a[s][c - 1] = fma(minus[s], pivot_row[c], s == 0 && own ? 0.0 : a[s][c]);
       if (c > 1) continue;
-      pivot = shfl(a[0][0], source);  // of the next step, on its way while this one goes on
+      pivot = shfl(a[0][0], source);  // of the next step; the shuffle overlaps with the rest of this step
       inverse = reciprocal(pivot);
     }
     LDMI_UNROLL
@@ -197,7 +198,7 @@ LDMI_DEVICE bool eliminate_diagonal(double (&a)[kSlots][kColumns], int source, i
   return all(good);
 }
 
-// Which answer a matrix has before anything is eliminated
+// What is known of a matrix before the elimination, and the result if no elimination is needed
 struct Screening {
   bool finite;  // S and n
   bool strict;
@@ -205,7 +206,7 @@ struct Screening {
 
   LDMI_HOST_DEVICE int kept() const { return strict && present > 0 ? classes : present; }
   LDMI_HOST_DEVICE bool regular() const { return finite && present > 0 && kept() == present; }
-  // If not regular
+  // The result if not regular
   LDMI_HOST_DEVICE Determinant answer() const {
     if (!finite) return {kNaN, kNaN, kept()};
     if (present == 0) return {0.0, 1.0, 0};

@@ -1,32 +1,36 @@
-// log|det S| and V = S^{-T} of one matrix by all multiprocessors: a Gauss-Jordan elimination in place, as in logdet_inverse.cuh, for
-// what no block's shared memory holds, in one launch of a cooperative grid.
+// log|det S| and V = S^{-T} of one matrix by all multiprocessors, in one launch of a cooperative grid: the Gauss-Jordan elimination of
+// block.cuh, for matrices that do not fit into the shared memory of one block.
 //
-// A panel J is as many columns as the shared memory of a team holds: of block 0, or of the first cluster's blocks, each with a slice
-// of the rows. Eliminating it by itself leaves G[:, J] in its place, and then, with p_J the rows where its pivots were,
+// Panels. A panel J has as many columns as fit into the shared memory of the panel blocks: block 0 alone, or the blocks of the first
+// cluster, each with a slice of the rows. The elimination of the panel alone leaves G[:, J] in its place, and then, with p_J the rows
+// of its pivots,
 //
 //     M[:, c] <- (M[:, c] with zeros in the rows p_J) + G[:, J] M[p_J, c]          for every column c outside the panel
 //
-// in 8 x 8 tiles on the fp64 tensor cores. Between two barriers of the grid the blocks do, side by side,
+// in 8 x 8 tiles on the fp64 tensor cores. Between two barriers of the grid two things happen at the same time:
 //
-//     the team      panel k takes in panel k - 1, and is eliminated
-//     the others    what panel k - 1 does to the columns outside both, a block a few at a time: it copies M[p_J, c] of its own
+//     panel blocks     apply panel k - 1 to panel k, and eliminate panel k
+//     update blocks    apply panel k - 1 to the columns outside both, a few columns per block at a time; each block copies M[p_J, c]
+//     first
 //
-// so that the chain of eliminations waits for nothing else but one barrier a panel. The team takes a panel in strips of 8 columns, of
-// which its threads hold a few whole rows in registers, so that a column costs one barrier of the block; a strip's G then goes through
-// the rest of the panel in shared memory, as a panel's through the matrix. In a cluster a column costs a barrier of the cluster, too:
-// each block lays the row of its largest entry down in all blocks' shared memory, and so come the rows p_J of a strip to all of them.
-// Whoever takes columns, its operations are the same, so the bits do not depend on the number of blocks outside the team.
+// So the chain of eliminations waits only for one barrier per panel. The panel blocks eliminate a panel in strips of 8 columns. Each
+// thread holds a few whole rows of the strip in registers, so a column costs one barrier of the block. Then the strip's G is applied
+// to the rest of the panel in shared memory, in the same way as a panel's G to the matrix. With a cluster a column also costs a
+// barrier of the cluster: each block writes its candidate pivot row to the shared memory of every block in the cluster; the pivot rows
+// p_J of a strip are broadcast the same way. The operations of a column do not depend on the block that does them, so the bits do not
+// depend on the number of update blocks.
 //
-// M is the transpose of R = diag(1/n) S, for the reason that logdet_inverse.cuh gives: the rows p_J are multiplied by the explicit
-// inverse of a block of M, and S V^T - I = (M^{-1} M - I)^T, up to the scales, does not bear its condition (it stayed below C eps / 5
-// of the norms where M M^{-1} - I went up to 1e9 C eps).
+// M is the transpose of R = diag(1/n) S, for the reason in block.cuh: the rows p_J are multiplied by the explicit inverse of a block
+// of M, and S V^T - I = (M^{-1} M - I)^T, up to the scales, does not grow with the condition number of that block. (It stayed below C
+// eps / 5 of the norms where M M^{-1} - I went up to 1e9 C eps.)
 //
-// Rows never move: M^{-1}[k, p_l] = G[p_k, l], and V[k, p_l] = M^{-1}[k, p_l] / n[k]. G stands column after column in the memory of V,
-// so at the end the numbers in each row of V are put in the order p, V is transposed, and the numbers are put in the order p again,
-// but not if p is the identity. So the pivot is the diagonal's entry if that is at least half of the column's largest, which with a
-// class signal it is, or else the largest. (Beside the diagonal's, magnitudes are compared by the exponent and the first 20 bits
-// of the fraction.) A multiplier is at most 2. A team of one block first takes the diagonal's for all of a strip, without a search,
-// and starts the strip again with one if that was wrong; after kGridFailures strips, and above 1024 classes, it does not try.
+// Pivoting. Rows are never exchanged: M^{-1}[k, p_l] = G[p_k, l], and V[k, p_l] = M^{-1}[k, p_l] / n[k]. G is stored column by column
+// in the memory of V. So at the end each row of V is permuted by p, V is transposed, and each row is permuted by p again, unless p is
+// the identity. The pivot is the diagonal entry if that is at least half of the column's largest entry, which is usual with a class
+// signal, and the largest entry otherwise; a multiplier is at most 2. (Magnitudes other than the diagonal's are compared by the
+// exponent and the first 20 bits of the fraction.) A single panel block first tries the diagonal entries for a whole strip, without a
+// search, and repeats the strip with a search if a multiplier was too large. After kDiagonalPivotFailures strips, and above 1024
+// classes, it no longer tries.
 #pragma once
 
 #include "grid_strip.cuh"
@@ -36,7 +40,7 @@ namespace ldmi::cuda {
 
 namespace factor {
 
-// M from S, a warp a row of R, and a RowNote of each. parts: [kThreads / kWarp], in shared memory
+// Computes M from S, one warp per row of R, and a RowNote of each row. parts: [kThreads / kWarp], in shared memory
 template <int kThreads>
 LDMI_DEVICE void equilibrate_rows(const double* S, const double* n, int64_t C, double* M, double* norms, double* parts) {
   constexpr int kWarps = kThreads / kWarp;
@@ -78,7 +82,8 @@ LDMI_DEVICE void equilibrate_rows(const double* S, const double* n, int64_t C, d
   }
 }
 
-// Panel `first`, of `count` columns, by the team: takes in the one before it, of `before` columns, and is eliminated. False: singular.
+// The panel blocks apply the panel before, of `before` columns, to the panel at column `first`, of `count` columns, and eliminate it.
+// Returns false if it is singular.
 template <int kSlots, int kThreads, int kBlocks>
 LDMI_DEVICE bool eliminate_panel_of_grid(const GridProblem<kThreads, kBlocks>& problem, const GridShared& shared, int first, int count,
                                          int before, double threshold, unsigned& used, [[maybe_unused]] int& failures) {
@@ -109,8 +114,8 @@ LDMI_DEVICE bool eliminate_panel_of_grid(const GridProblem<kThreads, kBlocks>& p
     double a[kSlots][kGridStrip];
     bool search = true;
     load_strip<kSlots, kThreads>(shared, rows, c0, columns, a);
-    if constexpr (kBlocks == 1 && kSlots <= kGridHopeful) {
-      if (failures < kGridFailures) {
+    if constexpr (kBlocks == 1 && kSlots <= kDiagonalPivotMaxRows) {
+      if (failures < kDiagonalPivotFailures) {
         search = !eliminate_strip_diagonal(problem, shared, first + c0, columns, threshold, used, p, a);
         if (search) {
           ++failures;
@@ -140,12 +145,12 @@ LDMI_DEVICE bool eliminate_panel_of_grid(const GridProblem<kThreads, kBlocks>& p
   return true;
 }
 
-// All steps; every thread of the grid. False: singular.
+// All steps, by every thread of the grid. Returns false if the matrix is singular.
 template <int kSlots, int kThreads, int kBlocks>
 LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads, kBlocks>& problem, const GridShared& shared, double threshold) {
   const int C = problem.C, panel = problem.panel, panels = (C + panel - 1) / panel;
   const int block = static_cast<int>(block_idx()), blocks = static_cast<int>(grid_dim());
-  unsigned used = 0;  // of the team's threads: a bit for each of the thread's rows that have been a pivot's
+  unsigned used = 0;  // in threads of panel blocks: one bit per row of the thread, set if it has been a pivot row
   int failures = 0;   // strips whose pivots are not on the diagonal
   for (int k = 0; k < panels + (problem.inverse ? 1 : 0); ++k) {
     const int begin = k < panels ? k * panel : C, end = C - begin < panel ? C : begin + panel;
@@ -155,52 +160,54 @@ LDMI_DEVICE bool eliminate_by_grid(const GridProblem<kThreads, kBlocks>& problem
         if (block == 0 && thread_idx() == 0) store(problem.space.singular, static_cast<uint32_t>(k) + 1u);
       }
     }
-    // the columns after both panels, then, for the inverse, those before; all blocks but the team, unless that has nothing else to do
-    const int crew = k < panels && blocks > kBlocks ? blocks - kBlocks : blocks, me = crew < blocks ? block - kBlocks : block;
+    // the columns after both panels, then, for the inverse, those before them; by all blocks but the panel blocks, unless these have
+    // nothing else to do
+    const int update_blocks = k < panels && blocks > kBlocks ? blocks - kBlocks : blocks,
+              me = update_blocks < blocks ? block - kBlocks : block;
     if (me >= 0 && count > 0) {
-      constexpr int kStripes = kGridStripes<kBlocks>, kWidth = kStripes * kGridStrip;
+      constexpr int kTileColumns = kGridTileColumns<kBlocks>, kWidth = kTileColumns * kGridStrip;
       const int after = (C - end + kWidth - 1) / kWidth, before = problem.inverse ? (first + kWidth - 1) / kWidth : 0;
-      for (int task = me; task < after + before; task += crew) {
+      for (int task = me; task < after + before; task += update_blocks) {
         const bool later = task < after;
-        update_columns<kGridQuads<kSlots, kBlocks>, kStripes>(
+        update_columns<kGridQuads<kSlots, kBlocks>, kTileColumns>(
             problem, shared, first, count, later ? end + task * kWidth : (task - after) * kWidth, later ? C : first);
       }
     }
     sync_grid();
-    // Until here a panel that has no pivot has been left as it was: no harm in what followed. The next panel may have told already
-    // that it is singular, to those who are slow: they find that out with all others.
+    // A singular panel was left untouched, so the updates above were harmless. A fast block may already have flagged panel k + 1;
+    // ignore that here, so that all blocks leave in the same iteration.
     const uint32_t singular = load(problem.space.singular);
     if (singular != 0 && singular <= static_cast<uint32_t>(k) + 1u) return false;
   }
   return true;
 }
 
-// V's transpose in its place, a block two tiles that change places
+// Transposes V in place: a block exchanges two tiles at a time.
 template <int kThreads>
 LDMI_DEVICE void transpose(double* V, int64_t C, double* pool) {
-  constexpr int kStride = kGridTurn + 1;
-  const int64_t tiles = (C + kGridTurn - 1) / kGridTurn;
+  constexpr int kStride = kTransposeTile + 1;
+  const int64_t tiles = (C + kTransposeTile - 1) / kTransposeTile;
   for (int64_t task = block_idx(); task < tiles * tiles; task += grid_dim()) {
-    const int64_t i0 = task / tiles * kGridTurn, j0 = task % tiles * kGridTurn;
+    const int64_t i0 = task / tiles * kTransposeTile, j0 = task % tiles * kTransposeTile;
     if (i0 > j0) continue;
     double* const above = pool;
-    double* const below = pool + kGridTurn * kStride;
+    double* const below = pool + kTransposeTile * kStride;
     sync_block();
-    for (int e = thread_idx(); e < kGridTurn * kGridTurn; e += kThreads) {
-      const int r = e / kGridTurn, c = e % kGridTurn;
+    for (int e = thread_idx(); e < kTransposeTile * kTransposeTile; e += kThreads) {
+      const int r = e / kTransposeTile, c = e % kTransposeTile;
       if (i0 + r < C && j0 + c < C) above[r * kStride + c] = load(V + (i0 + r) * C + j0 + c);
       if (j0 + r < C && i0 + c < C) below[r * kStride + c] = load(V + (j0 + r) * C + i0 + c);
     }
     sync_block();
-    for (int e = thread_idx(); e < kGridTurn * kGridTurn; e += kThreads) {
-      const int r = e / kGridTurn, c = e % kGridTurn;
+    for (int e = thread_idx(); e < kTransposeTile * kTransposeTile; e += kThreads) {
+      const int r = e / kTransposeTile, c = e % kTransposeTile;
       if (i0 + r < C && j0 + c < C) store(V + (i0 + r) * C + j0 + c, below[c * kStride + r]);
       if (j0 + r < C && i0 + c < C) store(V + (j0 + r) * C + i0 + c, above[c * kStride + r]);
     }
   }
 }
 
-// What the screening saw is not kept: the registers are the strips'.
+// The screening is computed again where it is needed: the strips need the registers.
 LDMI_DEVICE Screening screen(const Matrices& matrices, const double* norms, double* norm) {
   double largest = 0.0;
   bool finite = true;
@@ -226,7 +233,7 @@ LDMI_DEVICE bool screen_and_eliminate(const Matrices& matrices, const GridProble
 template <int kSlots, int kThreads, int kBlocks>
 LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, const GridSpace& space, int panel,
                                         const GridShared& shared) {
-  constexpr int kRows = kSlots * kBlocks;  // of all of them, a thread
+  constexpr int kRows = kSlots * kBlocks;  // rows of the whole matrix per thread
   const int C = matrices.C, slice = slice_rows<kBlocks>(C);
   const int begin = kBlocks == 1 ? 0 : static_cast<int>(block_idx()) * slice, left = C - begin;
   const int rows = left < 0 ? 0 : left < slice ? left : slice;
@@ -316,15 +323,15 @@ LDMI_DEVICE void logdet_inverse_by_grid(const Matrices& matrices, int64_t at, co
   for (int64_t b = lane(); b < grid_dim(); b += kWarp) negative += load(space.odd + b);
   const double log_abs_det = product.log();
   const double sign = warp_sum(negative) % 2 == 0 ? 1.0 : -1.0;
-  answer({log_abs_det, sign, warp_sum(present)});  // with strict, all are
+  answer({log_abs_det, sign, warp_sum(present)});  // with strict, all classes are present
 }
 
-// One matrix after the other. kBlocks: of a cluster; the first one is the team.
+// One matrix after the other. kBlocks: blocks of a cluster; those of the first cluster are the panel blocks.
 template <int kSlots, int kThreads, int kBlocks>
 LDMI_KERNEL void LDMI_BOUNDS(kThreads, 1) logdet_inverse_grid(Matrices matrices, GridSpace space, int panel) {
   Carve carve;
   const GridShared shared = take_grid_shared<kBlocks>(carve, matrices.C, panel);
-  if constexpr (kBlocks > 1) sync_cluster();  // from here on its blocks are there, until the last barrier of the grid
+  if constexpr (kBlocks > 1) sync_cluster();  // from here to the last barrier of the grid all blocks of the cluster are running
   for (int64_t at = 0; at < matrices.count; ++at) {
     if (at > 0) sync_grid();
     logdet_inverse_by_grid<kSlots, kThreads, kBlocks>(matrices, at, space, panel, shared);

@@ -7,7 +7,7 @@ namespace ldmi::cuda {
 
 namespace factor {
 
-// A strip: a thread holds the rows thread_idx(), + kThreads, ... of the slice; zeros where there is no such row or column
+// Loads a strip. A thread holds the rows thread_idx(), + kThreads, ... of the slice, with zeros where there is no such row or column.
 template <int kSlots, int kThreads>
 LDMI_DEVICE void load_strip(const GridShared& shared, int rows, int c0, int columns, double (&a)[kSlots][kGridStrip]) {
   LDMI_UNROLL
@@ -17,7 +17,7 @@ LDMI_DEVICE void load_strip(const GridShared& shared, int rows, int c0, int colu
     for (int c = 0; c < kGridStrip; ++c) a[s][c] = i < rows && c < columns ? shared.panel[(c0 + c) * shared.stride + i] : 0.0;
   }
 }
-// from the last registers of each row, see `eliminate`
+// Stores a strip, from the last registers of each row; see `eliminate`.
 template <int kSlots, int kThreads>
 LDMI_DEVICE void store_strip(const GridShared& shared, int rows, int c0, int columns, const double (&a)[kSlots][kGridStrip]) {
   const int lead = kGridStrip - columns;
@@ -31,9 +31,9 @@ LDMI_DEVICE void store_strip(const GridShared& shared, int rows, int c0, int col
   }
 }
 
-// Eliminates the strip of the steps k..k+columns-1 by itself, with the diagonal's entries as pivots: one barrier a column, at which
-// the thread of its row has laid that down. p: the rows of the pivots, in shared memory. False: one of them was too small, and what is
-// in `a` is of no use.
+// Eliminates the strip of the steps k..k+columns-1 alone, with diagonal entries as pivots: one barrier per column, before which the
+// thread that has the pivot row writes it to shared memory. p: the rows of the pivots, in shared memory. Returns false if one of the
+// pivots was too small; then `a` must not be used.
 template <int kSlots, int kThreads>
 LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads, 1>& problem, const GridShared& shared, int k, int columns,
                                           double threshold, unsigned& used, int* p, double (&a)[kSlots][kGridStrip]) {
@@ -53,20 +53,21 @@ LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads, 1>& proble
   look(k);
   for (int j = 0; j < columns; ++j) {
     const int row = k + j;
-    double* const line = shared.candidates + (j & 1) * kGridStrip;  // two: this column's is read while the next one's is written
+    double* const pivot_line =
+        shared.candidates + (j & 1) * kGridStrip;  // two buffers: one is read while the next column's is written
     if (row % kThreads == thread_idx()) {
       for_each_slot(slots, [&](auto slot) {
         constexpr int s = decltype(slot)::value;
         if (row / kThreads != s) return;
         good &= abs(pivot) > threshold && (mine >> s & 1u) == 0;
         LDMI_UNROLL
-        for (int c = 1; c < kGridStrip; ++c) line[c] = a[s][c];
+        for (int c = 1; c < kGridStrip; ++c) pivot_line[c] = a[s][c];
       });
-      line[0] = inverse;
+      pivot_line[0] = inverse;
       pivots[j] = pivot;
     }
     sync_block();
-    const double factor = line[0];
+    const double factor = pivot_line[0];
     double minus[kSlots];  // the multipliers
     LDMI_UNROLL
     for (int s = 0; s < kSlots; ++s) {
@@ -81,7 +82,7 @@ LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads, 1>& proble
     }
     LDMI_UNROLL
     for (int c = 1; c < kGridStrip; ++c) {
-      const double entry = line[c];
+      const double entry = pivot_line[c];
       LDMI_UNROLL
       for (int s = 0; s < kSlots; ++s) a[s][c - 1] = fma(minus[s], entry, a[s][c]);
       if (c == 1) look(row + 1);  // while the rest of this step goes on
@@ -98,8 +99,9 @@ LDMI_DEVICE bool eliminate_strip_diagonal(const GridProblem<kThreads, 1>& proble
   return true;
 }
 
-// Eliminates the strip of the steps k..k+columns-1 by itself: one barrier a column, at which each warp has laid down the row of its
-// largest entry. Column j ends up in register kGridStrip - columns + j, see `eliminate`. False: no pivot exceeds the threshold.
+// Eliminates the strip of the steps k..k+columns-1 alone: one barrier per column, before which each warp writes the row of its largest
+// entry as a candidate. Column j ends up in register kGridStrip - columns + j; see `eliminate`. Returns false if no pivot exceeds the
+// threshold.
 template <int kSlots, int kThreads, int kBlocks>
 LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads, kBlocks>& problem, const GridShared& shared, int k, int columns,
                                  double threshold, unsigned& used, int* p, double (&a)[kSlots][kGridStrip]) {
@@ -107,11 +109,11 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads, kBlocks>& problem, 
   const auto slots = std::make_integer_sequence<int, kSlots>{};
   [[maybe_unused]] const int rank = static_cast<int>(block_idx());
   for (int j = 0; j < columns; ++j) {
-    const int turn = (j & 1) * kGridCandidates;  // two sets: this column's are read while the next one's are written
+    const int turn = (j & 1) * kGridCandidates;  // two buffers: one is read while the next column's is written
     double* const candidates = shared.candidates + turn * kGridStrip;
     unsigned* const keys = shared.keys + turn;
     int* const rows = shared.rows + turn;
-    const auto lay_down = [&](int at, unsigned key, int row) {
+    const auto write_candidate = [&](int at, unsigned key, int row) {
       keys[at] = key;
       rows[at] = problem.begin + row;
       for_each_slot(slots, [&](auto slot) {
@@ -121,9 +123,9 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads, kBlocks>& problem, 
         for (int c = 0; c < kGridStrip; ++c) candidates[at * kGridStrip + c] = a[s][c];
       });
     };
-    const int diagonal_row = problem.place(k + j);
+    const int diagonal_row = problem.slice_row(k + j);
     if (diagonal_row >= 0 && diagonal_row % kThreads == thread_idx()) {
-      lay_down(kWarps, ~used >> diagonal_row / kThreads & 1u, diagonal_row);
+      write_candidate(kWarps, ~used >> diagonal_row / kThreads & 1u, diagonal_row);
     }
     unsigned key = 0;
     int mine = 0;
@@ -138,14 +140,14 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads, kBlocks>& problem, 
       }
     }
     const unsigned best = warp_max(key);
-    if (lane() == lowest(ballot(key == best))) lay_down(warp(), best, mine);
+    if (lane() == lowest(ballot(key == best))) write_candidate(warp(), best, mine);
     sync_block();
     int from = 0;
     for (int w = 1; w < kWarps; ++w) from = keys[w] > keys[from] ? w : from;
-    const double* lines = candidates;
-    const unsigned* marks = keys;
-    const int* places = rows;
-    if constexpr (kBlocks > 1) {  // the block's largest, and the diagonal if it is here, to every block
+    const double* found_values = candidates;
+    const unsigned* found_keys = keys;
+    const int* found_rows = rows;
+    if constexpr (kBlocks > 1) {  // write the block's best candidate, and the diagonal if this block has it, to every block
       const int other = (j & 1) * (kBlocks + 1);
       LDMI_UNROLL_BY(1)
       for (int e = thread_idx(); e < 2 * kBlocks * kGridStrip; e += kThreads) {
@@ -153,30 +155,31 @@ LDMI_DEVICE bool eliminate_strip(const GridProblem<kThreads, kBlocks>& problem, 
         const bool largest = e < kBlocks * kGridStrip;
         if (!largest && diagonal_row < 0) continue;
         const int source = largest ? from : kWarps, at = other + (largest ? rank : kBlocks);
-        map_shared(shared.lines, to)[at * kGridStrip + c] = candidates[source * kGridStrip + c];
+        map_shared(shared.cluster_candidates, to)[at * kGridStrip + c] = candidates[source * kGridStrip + c];
         if (c == 0) {
-          map_shared(shared.marks, to)[at] = keys[source];
-          map_shared(shared.places, to)[at] = rows[source];
+          map_shared(shared.cluster_keys, to)[at] = keys[source];
+          map_shared(shared.cluster_rows, to)[at] = rows[source];
         }
       }
       sync_cluster();
-      lines = shared.lines + other * kGridStrip;
-      marks = shared.marks + other;
-      places = shared.places + other;
+      found_values = shared.cluster_candidates + other * kGridStrip;
+      found_keys = shared.cluster_keys + other;
+      found_rows = shared.cluster_rows + other;
       from = 0;
-      for (int b = 1; b < kBlocks; ++b) from = marks[b] > marks[from] ? b : from;
+      for (int b = 1; b < kBlocks; ++b) from = found_keys[b] > found_keys[from] ? b : from;
     }
-    const double diagonal = abs(lines[kCandidates * kGridStrip]);
-    if (marks[kCandidates] != 0 && diagonal > threshold && diagonal * kMultiplier >= abs(lines[from * kGridStrip])) from = kCandidates;
-    const int row = problem.place(places[from]);
+    const double diagonal = abs(found_values[kCandidates * kGridStrip]);
+    if (found_keys[kCandidates] != 0 && diagonal > threshold && diagonal * kMultiplier >= abs(found_values[from * kGridStrip]))
+      from = kCandidates;
+    const int row = problem.slice_row(found_rows[from]);
     double pivot_row[kGridStrip];
     LDMI_UNROLL
-    for (int c = 0; c < kGridStrip; ++c) pivot_row[c] = lines[from * kGridStrip + c];
+    for (int c = 0; c < kGridStrip; ++c) pivot_row[c] = found_values[from * kGridStrip + c];
     const double pivot = pivot_row[0];
     if (!(abs(pivot) > threshold)) return false;
     if (thread_idx() == 0) {
       if (problem.begin == 0) store(problem.space.pivots + k + j, pivot);
-      p[j] = places[from];
+      p[j] = found_rows[from];
     }
     const double reciprocal = 1.0 / pivot;
     LDMI_UNROLL

@@ -1,7 +1,7 @@
 // The elimination by a grid: what the elimination of some columns does to others, as products of 8 x 8 tiles on the fp64 tensor cores.
 //
 // update_panel works on the panel in shared memory, update_columns on the rest of the matrix. They are two functions, and the block's
-// update_stripe a third one, because the loads and stores between the products decide how many registers and which accesses each
+// update_tile_column a third one, because the loads and stores between the products decide how many registers and which accesses each
 // takes.
 #pragma once
 
@@ -11,17 +11,17 @@ namespace ldmi::cuda {
 
 namespace factor {
 
-// What the elimination of `count` steps, at most 4 kQuads, does to the stripes of 8 columns of the panel in shared memory that
-// takes(s) says. p: the rows of their pivots, in shared memory; multiplier(i, j) is G[i, j]. The product's rows are columns of M, so
-// that a lane has neighbours in memory. Between two barriers of the caller's.
+// Applies the elimination of `count` steps, at most 4 kQuads, to those tile columns s (8 columns) of the panel in shared memory for
+// which takes(s) is true. p: the rows of the pivots, in shared memory; multiplier(i, j) is G[i, j]. The rows of the product are
+// columns of M, so the two entries of a lane are neighbours in memory. The caller has a barrier before and after.
 template <int kQuads, int kThreads, int kBlocks, class Takes, class Multiplier>
 LDMI_DEVICE void update_panel(const GridProblem<kThreads, kBlocks>& problem, const GridShared& shared, int columns, int count,
                               const int* p, const Takes& takes, const Multiplier& multiplier) {
   constexpr int kWarps = kThreads / kWarp, kSteps = kQuads <= 2 ? 8 : 32;  // a power of two
-  constexpr int kTogether = 2, kAhead = kQuads > 2 ? 2 : 4;                // stripes, and tiles of 8 rows
-  const int rows = problem.rows, stripes = (columns + kGridStrip - 1) / kGridStrip, m = lane() / 4, q = lane() % 4;
-  LDMI_UNROLL_BY(1)  // here and below: what an unrolled loop would look up ahead takes registers from the strips
-  for (int e = thread_idx(); e < stripes * kGridStrip * kSteps; e += kThreads) {
+  constexpr int kTogether = 2, kAhead = kQuads > 2 ? 2 : 4;                // tile columns, and tiles of 8 rows
+  const int rows = problem.rows, tile_columns = (columns + kGridStrip - 1) / kGridStrip, m = lane() / 4, q = lane() % 4;
+  LDMI_UNROLL_BY(1)  // here and below: an unrolled loop would compute addresses ahead, in registers that the strips need
+  for (int e = thread_idx(); e < tile_columns * kGridStrip * kSteps; e += kThreads) {
     const int c = e / kSteps, j = e % kSteps;
     if (j >= shared.pitch || !takes(c / kGridStrip)) continue;
     const int at = c * shared.pitch + j;
@@ -29,7 +29,7 @@ LDMI_DEVICE void update_panel(const GridProblem<kThreads, kBlocks>& problem, con
       shared.X[at] = 0.0;
       continue;
     }
-    const int row = problem.place(p[j]);
+    const int row = problem.slice_row(p[j]);
     if (row < 0) continue;
     double* const entry = shared.panel + c * shared.stride + row;
     const double value = *entry;
@@ -40,13 +40,13 @@ LDMI_DEVICE void update_panel(const GridProblem<kThreads, kBlocks>& problem, con
       shared.X[at] = value;
     }
   }
-  sync_team<kBlocks>();
-  for (int s0 = 0; s0 < stripes; s0 += kTogether) {
+  sync_panel_blocks<kBlocks>();
+  for (int s0 = 0; s0 < tile_columns; s0 += kTogether) {
     double x[kTogether][kQuads];
     bool taken[kTogether];
     LDMI_UNROLL
     for (int s = 0; s < kTogether; ++s) {
-      taken[s] = s0 + s < stripes && takes(s0 + s);
+      taken[s] = s0 + s < tile_columns && takes(s0 + s);
       LDMI_UNROLL
       for (int h = 0; h < kQuads; ++h) {
         const int j = 4 * h + q;
@@ -70,7 +70,7 @@ LDMI_DEVICE void update_panel(const GridProblem<kThreads, kBlocks>& problem, con
         const int i = i0 + 8 * kWarps * u + 2 * q;
         LDMI_UNROLL
         for (int s = 0; s < kTogether; ++s) {
-          if (!taken[s]) continue;  // alike for the whole warp
+          if (!taken[s]) continue;  // the same for the whole warp
           double* const at = shared.panel + ((s0 + s) * kGridStrip + m) * shared.stride + i;
           M8N8K4::C tile{};
           if (i < rows) {
@@ -87,12 +87,12 @@ LDMI_DEVICE void update_panel(const GridProblem<kThreads, kBlocks>& problem, con
   }
 }
 
-// What the elimination of the columns first..first+count-1 does to the columns c0..c0+8*kStripes-1 outside (those below `end`); a
-// block.
-template <int kQuads, int kStripes, int kThreads, int kBlocks>
+// One block applies the elimination of the columns first..first+count-1 to the columns c0..c0+8*kTileColumns-1 outside of them (those
+// below `end`).
+template <int kQuads, int kTileColumns, int kThreads, int kBlocks>
 LDMI_DEVICE void update_columns(const GridProblem<kThreads, kBlocks>& problem, const GridShared& shared, int first, int count, int c0,
                                 int end) {
-  constexpr int kWarps = kThreads / kWarp, kAhead = 3, kWidth = kStripes * kGridStrip;
+  constexpr int kWarps = kThreads / kWarp, kAhead = 3, kWidth = kTileColumns * kGridStrip;
   const int C = problem.C, m = lane() / 4, q = lane() % 4;
   const bool pairs = problem.pairs();
   sync_block();
@@ -105,9 +105,9 @@ LDMI_DEVICE void update_columns(const GridProblem<kThreads, kBlocks>& problem, c
     store(entry, 0.0);
   }
   sync_block();
-  double x[kStripes][kQuads];
+  double x[kTileColumns][kQuads];
   LDMI_UNROLL
-  for (int s = 0; s < kStripes; ++s) {
+  for (int s = 0; s < kTileColumns; ++s) {
     LDMI_UNROLL
     for (int h = 0; h < kQuads; ++h) {
       const int own = kGridStrip * s + m, j = 4 * h + q;
@@ -117,12 +117,12 @@ LDMI_DEVICE void update_columns(const GridProblem<kThreads, kBlocks>& problem, c
   LDMI_UNROLL_BY(1)
   for (int i0 = 8 * warp(); i0 < C; i0 += 8 * kWarps * kAhead) {
     double g[kAhead][kQuads];
-    M8N8K4::C tile[kAhead][kStripes];
+    M8N8K4::C tile[kAhead][kTileColumns];
     LDMI_UNROLL
     for (int u = 0; u < kAhead; ++u) {
       const int own = i0 + 8 * kWarps * u, i = own + 2 * q;
       LDMI_UNROLL
-      for (int s = 0; s < kStripes; ++s) {
+      for (int s = 0; s < kTileColumns; ++s) {
         const int c = c0 + kGridStrip * s + m;
         tile[u][s] = {};
         if (c >= end || i >= C) continue;
@@ -145,7 +145,7 @@ LDMI_DEVICE void update_columns(const GridProblem<kThreads, kBlocks>& problem, c
     for (int u = 0; u < kAhead; ++u) {
       const int i = i0 + 8 * kWarps * u + 2 * q;
       LDMI_UNROLL
-      for (int s = 0; s < kStripes; ++s) {
+      for (int s = 0; s < kTileColumns; ++s) {
         const int c = c0 + kGridStrip * s + m;
         M8N8K4::C& sum = tile[u][s];
         LDMI_UNROLL

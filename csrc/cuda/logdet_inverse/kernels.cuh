@@ -5,7 +5,7 @@
 
 namespace ldmi::cuda {
 
-// Many matrices: what they read and write, one after the other
+// The inputs and outputs of `count` matrices
 struct Matrices {
   const double* S;  // [count, C, C]
   const double* n;  // [count, C]
@@ -21,10 +21,10 @@ struct Matrices {
 namespace factor {
 
 inline constexpr int kWarpThreads = 128, kBlockThreads = 256;
-// Of a block that eliminates: what the tiles wait for is hidden by more warps, as far as their registers go
+// Threads of a block that eliminates. More warps hide the latency of the tiles, as far as the registers allow.
 constexpr int factor_threads(int most) { return most <= 64 ? 512 : most <= 128 ? 384 : 256; }
 
-// calls solve(entry, weight, emit) and has one thread write the result down
+// Calls solve(entry, weight, emit); one thread stores the result.
 template <class Solve>
 LDMI_DEVICE void one_of(const Matrices& matrices, int64_t at, bool writes, const Solve& solve) {
   const int C = matrices.C;
@@ -39,7 +39,7 @@ LDMI_DEVICE void one_of(const Matrices& matrices, int64_t at, bool writes, const
   store(matrices.kept + at, found.kept);
 }
 
-// a warp a matrix
+// One warp per matrix
 template <int kMost>
 LDMI_KERNEL void LDMI_BOUNDS(kWarpThreads, 1) logdet_inverse_warps(Matrices matrices) {
   const int warps = block_dim() / kWarp;
@@ -50,7 +50,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kWarpThreads, 1) logdet_inverse_warps(Matrices matr
   }
 }
 
-// a block a matrix
+// One block per matrix
 template <int kMost>
 LDMI_KERNEL void LDMI_BOUNDS(factor_threads(kMost), 1) logdet_inverse_blocks(Matrices matrices, int stride) {
   Carve carve;

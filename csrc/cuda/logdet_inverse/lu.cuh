@@ -1,12 +1,14 @@
-// What stands around a library's LU factorisation where no kernel of our own takes C. The host looks at nothing; the flags stay on the
-// device. Two matrices are all the memory there is: A, in which S may stand already, and X.
+// The kernels around torch's LU factorisation, for sizes that no elimination of ours takes. The host reads nothing; flags stay on the
+// device. Two matrices are all the memory: A, which may be the memory of S, and X.
 //
-// - equilibrate: A = R = diag(1/n) S, with identity rows and columns for absent classes; the norms of its rows, and whether they are
-//   finite. X = I. A library takes A for column-major, R^T that is, and leaves its factors there: P R^T = L U.
-// - determinant: from the factors and the pivots (1-based: row k was exchanged with row pivots[k] - 1). The order that P makes.
-// - The library solves U^T X = I and then L^T X = X, column-major, in place: R^{-1} = P^T X.
-// - finish: R^{-1} column-major is R^{-T} row-major, so V[i, j] = X[i, order[j]] / n[i], in the memory of A, whose factors are done.
-//   Zeros and NaN are selected.
+// - lu_equilibrate: A = R = diag(1/n) S, with identity rows and columns for absent classes; the norms of its rows, and whether they
+// are
+//   finite. X = I. LAPACK and cuSOLVER read A as column-major, that is as R^T, and leave its factors there: P R^T = L U.
+// - lu_determinant: the scalars from the factors and the pivots (1-based: row k was exchanged with row pivots[k] - 1).
+// - torch solves U^T X = I and then L^T X = X, column-major, in place: R^{-1} = P^T X.
+// - lu_order, lu_finish: R^{-1} column-major is R^{-T} row-major, so V[i, j] = X[i, order[j]] / n[i], in the memory of A, whose
+// factors
+//   are no longer needed. Zeros and NaN are selected.
 #pragma once
 
 #include "kernels.cuh"
@@ -14,10 +16,10 @@
 namespace ldmi::cuda {
 
 // The workspace of `count` matrices
-struct LibrarySpace {
+struct LuSpace {
   double* norms;     // [count, C]: a RowNote of each row of R
   uint32_t* answer;  // [count]: what finish selects
-  int32_t* order;    // [count, C]: where the row of R^T stands after all exchanges
+  int32_t* order;    // [count, C]: the position of each row of R^T after all exchanges
 };
 
 namespace factor {
@@ -25,8 +27,8 @@ namespace factor {
 inline constexpr uint32_t kRegular = 0, kZero = 1, kPoison = 2;
 inline constexpr int kOrderThreads = 128;
 
-// A block a row of one matrix. X, unless null, becomes the identity. A may be S.
-LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_equilibrate(Matrices matrices, double* A, double* X, LibrarySpace space) {
+// One block per row of one matrix. X, unless null, becomes the identity. A may be S.
+LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) lu_equilibrate(Matrices matrices, double* A, double* X, LuSpace space) {
   Carve carve;
   double* const sums = carve.take<double>(kBlockThreads / kWarp);
   const int64_t C = matrices.C;
@@ -66,9 +68,9 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_equilibrate(Matrices matr
   }
 }
 
-// A block a matrix. S and V are not looked at.
+// One block per matrix. S and V are not read.
 LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1)
-    library_determinant(Matrices matrices, const double* LU, const int32_t* pivots, LibrarySpace space) {
+    lu_determinant(Matrices matrices, const double* LU, const int32_t* pivots, LuSpace space) {
   Carve carve;
   double* const norms = carve.take<double>(kBlockThreads / kWarp);
   double* const logs = carve.take<double>(kBlockThreads / kWarp);
@@ -136,8 +138,8 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1)
   }
 }
 
-// A thread a row of R^T follows it through the exchanges: C short steps each, but all rows side by side.
-LDMI_KERNEL void LDMI_BOUNDS(kOrderThreads, 1) library_order(int64_t count, int64_t C, const int32_t* pivots, LibrarySpace space) {
+// One thread per row of R^T follows it through the exchanges: C short steps, for all rows in parallel.
+LDMI_KERNEL void LDMI_BOUNDS(kOrderThreads, 1) lu_order(int64_t count, int64_t C, const int32_t* pivots, LuSpace space) {
   const int64_t blocks = (C + kOrderThreads - 1) / kOrderThreads;
   for (int64_t task = block_idx(); task < count * blocks; task += grid_dim()) {
     const int64_t at = task / blocks, row = task % blocks * kOrderThreads + thread_idx();
@@ -151,8 +153,8 @@ LDMI_KERNEL void LDMI_BOUNDS(kOrderThreads, 1) library_order(int64_t count, int6
   }
 }
 
-// A block a row of V.
-LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) library_finish(Matrices matrices, const double* X, LibrarySpace space) {
+// One block per row of V.
+LDMI_KERNEL void LDMI_BOUNDS(kBlockThreads, 1) lu_finish(Matrices matrices, const double* X, LuSpace space) {
   const int64_t C = matrices.C;
   for (int64_t task = block_idx(); task < matrices.count * C; task += grid_dim()) {
     const int64_t at = task / C;

@@ -21,7 +21,7 @@ LDMI_DEVICE Determinant by_warp(int C, bool strict, bool inverse, const Entry& e
     sync_warp();
   };
   double a[1][kColumns];
-  // A branch for the whole warp, and a bit that is kept instead of a factor: the registers are the matrix's
+  // The whole warp takes the same branch. A bit is kept instead of a factor, because the matrix needs the registers.
   const auto lift = [&] {
     if (!small) return;
     LDMI_UNROLL

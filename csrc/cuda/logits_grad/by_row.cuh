@@ -6,7 +6,7 @@
 
 namespace ldmi::cuda {
 
-// What a lane knows of a row: which it is (kUnused: none), its label (-1: it does not count) and its factors.
+// What a lane holds of a row: its number (kUnused: none), its label (-1: it does not count) and its factors.
 template <class F>
 struct RowOf {
   int64_t row = kUnused;
@@ -14,9 +14,9 @@ struct RowOf {
   F alpha = 0, gamma = 0, shift = 0;
 };
 
-// A group of kGroup threads a row, kColumns columns a thread at a time in accesses of kAccess values. kLong: rows longer than the
-// group's registers are read twice. `order` may be null: rows as they come. Lane u of each warp looks up what row u of the next kRows
-// needs while these are under way.
+// One group of kGroup threads per row, kColumns columns per thread at a time, in accesses of kAccess values. kLong: rows longer than
+// the registers of the group are read twice. `order` may be null: rows in their natural order. Lane u of each warp looks up what row u
+// of the next kRows rows needs while the current rows are in flight.
 template <class E, int kAccess, int kGroup, int kColumns, int kRows, bool kLong>
 LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == kThreads ? 1
                                                                      : kGroup == kWarp  ? 2
@@ -32,7 +32,7 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == k
   const int groups = block_dim() / kGroup;
   const Columns<kAccess, kGroup> column{thread_idx() % kGroup};
   const int64_t group = block_idx() * groups + thread_idx() / kGroup, all = grid_dim() * groups;
-  // a run of rows for each group, so that in the order of the labels V's row stays near
+  // one run of rows per group, so that in the order of the labels V's row stays in the caches
   const int64_t end = cut(rows, all, group + 1);
   int stage = 0;
   bool ignored = false;
@@ -59,8 +59,8 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == k
       label[u] = shfl(mine.label, u);
     }
     F x[kRows][kColumns], v[kRows][kColumns];
-    // logits (-inf outside) and V of the columns from `first` on. Rows that do not count read label 0's V, and rows that are not there
-    // the first one: they are left out at the end.
+    // logits (-inf outside) and V of the columns from `first` on. Rows that do not count read the V of label 0, and rows past the end
+    // read the first row; their results are not stored.
     const auto fetch = [&](int64_t first) {
       const int left = static_cast<int>(C - first < kGroup * kColumns ? C - first : kGroup * kColumns);
       LDMI_UNROLL
@@ -161,7 +161,7 @@ LDMI_KERNEL void LDMI_BOUNDS((kGroup == kWarp ? kThreads : kGroup), (kGroup == k
             x[u][j] = e * fma(a[u], v[u][j] - mean[u], g[u]);
           }
           const int own = own_column(u, first);
-          if (own < 0) continue;  // alike in the whole group
+          if (own < 0) continue;  // the same in the whole group
           LDMI_UNROLL
           for (int j = 0; j < kColumns; ++j) x[u][j] -= own == column(j) ? gamma[u] : F{0};
         }

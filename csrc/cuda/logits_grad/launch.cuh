@@ -1,10 +1,10 @@
 // dloss/dz_i = w_i p_i * (scale * (<p_i, V[y_i]> - V[y_i]) + ce_scale) - w_i ce_scale e_{y_i}: one read of the logits, one write.
 //
-// | algorithm   | file       | when                                                                |
-// |:------------|:-----------|:--------------------------------------------------------------------|
-// | grad_tile   | tile.cuh   | few classes                                                         |
-// | grad_by_row | by_row.cuh | more classes                                                        |
-// | grad_soft   | soft.cuh   | soft targets                                                        |
+// | algorithm   | file       | when         |
+// |:------------|:-----------|:-------------|
+// | grad_tile   | tile.cuh   | few classes  |
+// | grad_by_row | by_row.cuh | more classes |
+// | grad_soft   | soft.cuh   | soft targets |
 //
 // csrc/plan (cuda_logits_grad) chooses. A first launch makes the table of V (table.cuh).
 //
@@ -36,7 +36,7 @@ template <class E>
 int launch_grad_by_row(const Batch& batch, const Compute<E>* lse, const Table<Compute<E>>& table, const double* scale,
                        const double* ce_scale, const int64_t* order, E* grad, const plan::CudaLogitsGrad& plan, Stream stream) {
   using F = Compute<E>;
-  Matrix both = batch.logits;  // accesses suit the logits and the gradient, which is contiguous
+  Matrix both = batch.logits;  // the width of an access has to suit both the logits and the gradient, which is contiguous
   if (reinterpret_cast<uintptr_t>(grad) % 16 != 0) both.data = grad;
   return with_access<E>(both, [&](auto access) {
     constexpr int kAccess = decltype(access)::value;
@@ -55,7 +55,7 @@ int launch_grad_by_row(const Batch& batch, const Compute<E>* lse, const Table<Co
       constexpr int kRows = sizeof(E) == 8 ? 1 : 4;
       if (C <= plan::kLanes * 4) return start(grad_by_row<E, kAccess, kWarp, 4, kRows, false>, kWarp, kRows);
     }
-    // doubles value by value take too many registers for a warp
+    // accesses of one double take too many registers for a warp
     if constexpr (sizeof(E) < 8 || kAccess > 1) {
       if (C <= plan::kLanes * 8) return start(grad_by_row<E, kAccess, kWarp, 8, kWide, false>, kWarp, kWide);
     }

@@ -8,9 +8,9 @@ namespace ldmi::cuda {
 inline constexpr int kSoftGradRows = 32, kSoftGradColumns = 64, kSoftGradDepth = 32;
 inline constexpr int kSoftGradPitch = kSoftGradDepth + 1;
 
-// 32 rows a block at a time; warp w has the rows 4 w .. 4 w + 3, a lane two columns of 64. T V of a run of columns is a tile in
-// registers; the sums over a row need all columns first, so tiles are made twice: once for <p, T V>, once for the gradient. Products
-// are in fp32 (fp64 for fp64 logits), targets as they are and V scaled by its largest magnitude of all.
+// A block takes 32 rows at a time. Warp w has the rows 4 w .. 4 w + 3, and a lane has two columns of 64. T V of a run of columns is a
+// tile in registers. The sums over a row need all columns first, so tiles are computed twice: once for <p, T V>, once for the
+// gradient. Products are in fp32 (fp64 for fp64 logits), with the targets as they are and V divided by its largest magnitude.
 template <class E>
 LDMI_KERNEL void LDMI_BOUNDS(kThreads, (sizeof(E) == 8 ? 1 : 2))
     grad_soft(Batch batch, const Compute<E>* lse, Table<Compute<E>> table, const double* scale, const double* ce_scale, E* grad) {
@@ -51,7 +51,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, (sizeof(E) == 8 ? 1 : 2))
         sync_block();
         for (int at = thread_idx(); at < kSoftGradRows * kSoftGradDepth; at += kThreads) {
           const int r = at / kSoftGradDepth, k = at % kSoftGradDepth;
-          // rows that do not count are not looked at; `weight` of another warp's row is not at hand
+          // rows that do not count are not read; `weight` holds the rows of this warp only
           const bool inside = base + r < rows && k0 + k < K && used_weight(batch, base + r, ignored) != 0;
           targets[r * kSoftGradPitch + k] = inside ? value_at<F>(batch.soft, base + r, k0 + k) : F{0};
         }

@@ -17,7 +17,7 @@ struct Table {
 
 LDMI_HOST_DEVICE int64_t table_pitch(int64_t classes, int64_t size) { return (classes * size + 15) / 16 * 16 / size; }
 
-// A warp a row of V: its largest magnitude (1 for zeros; NaN passes through the quotients), and the quotients.
+// One warp per row of V: its largest magnitude (1 for zeros; NaN goes through the quotients), and the quotients.
 template <class F>
 LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2) grad_table(const double* V, int64_t labels, int64_t C, Table<F> table) {
   const int64_t warps = grid_dim() * (kThreads / kWarp);
@@ -40,7 +40,7 @@ struct RowFactors {
   double gamma;  // w ce_scale
 };
 
-// A row's factors divided by its sum, and the mean of V's row, as the columns use them: e * (a * (V - mean) + g)
+// The factors of a row divided by its sum, and the mean of V's row. A column's gradient is e * (a * (V - mean) + g).
 template <class F>
 struct ColumnFactors {
   F mean, a, g;

@@ -10,7 +10,7 @@ struct GradTile {
   using F = Compute<E>;
   static constexpr int kRows = static_cast<int>(plan::tile_rows(kWidth, sizeof(E)));
   static constexpr int kLanes = kWidth / 8;
-  // two stages of what is read ahead; gradients take the place of logits
+  // two stages of rows that are read ahead; gradients are written in the place of logits
   E* raw;
   RowFactors* factors;
   F* shift;
@@ -68,7 +68,7 @@ LDMI_KERNEL void LDMI_BOUNDS(kThreads, 2)
       shift[r] = load_const(lse + chunk * R + r);
     }
     if (flat) wait_copies<0>();
-    sync_block();  // the tile and the rows' factors are there; the tile before has been written
+    sync_block();  // the tile and the factors of its rows are complete; the previous tile has been written
     if (flat) {
       const int64_t next = chunk + grid_dim();
       if (next < chunks) copy_flat(batch.logits, next * R, rows_of(next), s.raw + (stage ^ 1) * s.values);
