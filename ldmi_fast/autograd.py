@@ -30,9 +30,9 @@ def gradients_with_graph(
     """The backward of a Function when derivatives of its gradient may be asked for: through operations that PyTorch differentiates.
 
     Args:
-        outputs: computes the outputs of the Function anew, from its inputs, by such operations.
+        outputs: computes the outputs of the Function again, from its inputs, by such operations.
         inputs: tensors of the Function.
-        needed: of which of them a gradient is needed.
+        needed: for each of them, whether a gradient is needed.
         upstream: the gradients of the outputs.
 
     Returns:
@@ -56,7 +56,7 @@ def target_grad(
 ) -> Tensor:
     """The gradient for soft targets, dloss/dT_i = -w_i (scale V p_i + ce_scale log p_i) [N, K].
 
-    Rows of V of absent classes are zero. Rare enough to be left to PyTorch, a block of rows at a time.
+    Rows of V of absent classes are zero. This is rare, so PyTorch computes it, for a block of rows at a time.
     """
     dtype = compute_dtype(logits.dtype)
     blocks = []
@@ -88,8 +88,8 @@ def sample_weight_grad(
 
         d/dw_i = <S_grad[y_i], p_i> + total_grad + ce_grad ce_i    (soft targets: <T_i S_grad, p_i>)
 
-    It is there for a weight of 0 as well, which is where learning to reweight begins; 0 where such a row holds no finite values,
-    and in rows that are ignored. A block of rows at a time, as for soft targets.
+    A weight of 0 has a gradient too, because learning to reweight begins there. The gradient is 0 where such a row holds values that
+    are not finite, and in ignored rows. Computed for a block of rows at a time, as for soft targets.
     """
     dtype = compute_dtype(logits.dtype)
     labels = S_grad.shape[0]
@@ -121,8 +121,8 @@ def sample_weight_grad(
 
 
 def as_result(value: Tensor, logits: Tensor) -> Tensor:
-    """In the dtype of results for these logits. Never by a .to() that returns its argument: Dynamo of torch 2.11 takes that for a
-    second output of the Function, and gives it the gradient that belongs to the first."""
+    """Convert to the dtype of results for these logits. Not by a .to() that may return its argument: Dynamo of torch 2.11 takes that
+    for a second output of the Function, and gives it the gradient that belongs to the first."""
     dtype = compute_dtype(logits.dtype)
     return value if value.dtype == dtype else value.to(dtype)
 
@@ -164,7 +164,8 @@ class _Fused(torch.autograd.Function):
 def _loss_forward(
     logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options, engine: Engine, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``loss_forward`` of an engine. Soft targets that say nothing about some class stand between its joint and its determinant."""
+    """``loss_forward`` of an engine. If soft targets say nothing about some class, the class weights change between joint and
+    determinant."""
     if not target.is_floating_point():
         return engine.loss_forward(logits, target, sample_weight, *options.for_ops, gradient)
     told = classes_with_samples(target, sample_weight)
@@ -178,7 +179,7 @@ def _loss_forward(
 
 
 class _Loss(torch.autograd.Function):
-    """loss_forward (joint -> logdet_inverse and the scalars behind them), and in the backward logits_grad."""
+    """loss_forward (joint, logdet_inverse and the scalars after them), and in the backward logits_grad."""
 
     @staticmethod
     def forward(
@@ -215,7 +216,7 @@ class _Loss(torch.autograd.Function):
 def _needs_gradient(logits: Tensor, target: Tensor) -> bool:
     """Whether anything can ask for a gradient; if not, neither the inverse nor the gradient is computed.
 
-    Tensors of forward mode require none and carry one: the Function refuses them.
+    Tensors of forward mode AD do not require a gradient but carry a tangent; the Function refuses them.
     """
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad))
 

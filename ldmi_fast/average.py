@@ -25,33 +25,33 @@ for _name in ("in_backward", "in_function_forward"):
 
 
 def _in_backward() -> bool:
-    """Whether a backward pass is running. A forward inside of one repeats a forward that was: activation checkpointing does that,
-    reentrant (its backward calls the function again) or not (a hook that unpacks a saved tensor does)."""
+    """Whether a backward pass is running. A forward inside a backward pass repeats an earlier forward. Activation checkpointing does
+    this: if reentrant, its backward calls the function again; otherwise a hook that unpacks a saved tensor does."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _in_function_forward() -> bool:
-    """Whether the forward of a custom autograd Function is running, which turns gradients off and yet is part of training: reentrant
-    activation checkpointing, of PyTorch or of others, is such a Function, and its backward calls the model again."""
+    """Whether the forward of a custom autograd Function is running. It turns gradients off and yet is part of training: reentrant
+    activation checkpointing, in PyTorch and in other libraries, is such a Function, and its backward calls the model again."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and code.co_argcount:
             ctx = frame.f_locals.get(code.co_varnames[0])
             if isinstance(ctx, FunctionCtx):
-                # without edges nobody can ask for a gradient: gradients were off outside, too
+                # a Function without edges cannot get a gradient: gradients were off outside too
                 return len(getattr(ctx, "next_functions", ())) > 0
         frame = frame.f_back
     return False
 
 
 def takes_part() -> bool:
-    """Whether a forward that runs now belongs to training, as far as it shows: a gradient can be asked for. Evaluation under
-    ``no_grad`` or ``inference_mode`` does not belong."""
+    """Whether a forward that runs now belongs to training, that is, whether a gradient can be asked for. Evaluation under
+    ``no_grad`` or ``inference_mode`` does not belong to training."""
     return torch.is_grad_enabled() or _in_function_forward()
 
 
-# A compiled forward is also what an outer checkpoint repeats, so a graph has to ask when it runs, not when it is traced.
+# An outer checkpoint may repeat a compiled forward, so a graph has to ask this when it runs, not when it is traced.
 @torch.library.impl(_LIBRARY, "in_backward", "CompositeExplicitAutograd")
 def _in_backward_tensor(like: Tensor) -> Tensor:
     return torch.full((), _in_backward(), dtype=torch.bool, device=like.device)
@@ -68,16 +68,19 @@ def _flag_fake(like: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.bool, device=like.device)
 
 
-# A class of whose row of smoothed targets less than this has samples is absent: the gradient would be a difference of terms that many
-# times larger, and single precision has 7 digits.
+# With smoothed targets, a class is absent if its samples make up less than this share of its row. The gradient would be a difference
+# of terms that are 1e4 times larger than it, and single precision has 7 digits.
 _LEAST_OF_ROW = 1e-4
 
 
 class MovingAverage:
-    """The state of an average, in tensors that belong to a module, and what a batch does to it.
+    """The state of a moving average, in tensors that belong to a module, and its update by a batch.
 
     Args:
-        joint: [C, C], A. counts: [C], the same average of n / W. weight: [], c. steps: [] int64, how many batches have entered.
+        joint: [C, C], A.
+        counts: [C], the same average of n / W.
+        weight: [], c.
+        steps: [] int64, how many batches have entered.
         momentum: m, 0 <= m < 1.
     """
 
@@ -87,9 +90,9 @@ class MovingAverage:
     def mean(self) -> tuple[Tensor, Tensor]:
         """B [C, C] and the weight of its classes [C], 0 for absent ones; zeros before the first batch.
 
-        With smoothed targets a class has a row of B from batches that it is absent from, too. There the weight is the sum of its row,
-        which scales the row to 1 for the factorisation. How much of the row has samples decides whether the class is present: the rest
-        is a mixture of the other rows, and cancels.
+        With smoothed targets a class has a row of B also from batches without samples of the class. Then the weight is the sum of the
+        row, which scales the row to 1 for the factorisation. The share of the row that comes from samples decides whether the class is
+        present: the rest is a mixture of the other rows, and cancels.
         """
         safe = torch.where(self.weight > 0, self.weight, 1)
         B, shares = self.joint / safe, self.counts / safe
@@ -100,9 +103,9 @@ class MovingAverage:
     def __call__(self, sums: Sums) -> Sums:
         """Enter a batch, and return sums whose determinant is that of the average, and whose gradient flows to the batch.
 
-        A batch in which nothing counts, or that is not finite, leaves the average as it is; so does one inside a backward pass, which
-        repeats a forward that has entered. Where no gradient can be asked for the average stays as it is, and the sums are returned
-        as they are.
+        A batch in which no row counts, or that is not finite, does not enter. Neither does a batch inside a backward pass, because it
+        repeats a forward that has entered. Where no gradient can be asked for, the average stays as it is and the sums are returned
+        unchanged.
         """
         tracing = torch.compiler.is_compiling()
         part = None  # None: this batch takes part; else a flag that is known when the graph runs
@@ -124,8 +127,8 @@ class MovingAverage:
             if part is not None:
                 enters = enters & part
             m = self.momentum
-            # The weight is written through a view of one dimension: a graph that torch 2.11 compiles loses what is written to a tensor
-            # of fp64 without dimensions.
+            # The weight is written through a view with one dimension: a graph that torch 2.11 compiles loses what is written to a
+            # 0-dimensional fp64 tensor.
             for state, new in ((self.joint, U_now), (self.counts, shares), (self.weight.view(1), 1.0)):
                 state.copy_(torch.where(enters, m * state + (1 - m) * new, state))
             self.steps.add_(enters)
@@ -138,7 +141,7 @@ class MovingAverage:
         return Sums((B + (U - U_now)) * sums.total, counts * sums.total.detach(), sums.total, sums.ce)
 
     def set(self, sums: Sums) -> None:
-        """Start again from the sums of a pass over data, with the weight of an average that has run for ever."""
+        """Start again from the sums of a pass over data, with the weight of a fully warmed-up average."""
         total = torch.where(sums.total == 0, 1, sums.total)
         with torch.no_grad():
             self.joint.copy_(sums.S / total)
@@ -154,7 +157,7 @@ class MovingAverage:
 
 
 def new_state(classes: int, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """The tensors of an average that has seen nothing, by the names of a module's buffers."""
+    """The tensors of an empty average, by the names of a module's buffers."""
     device = torch.empty(0, device=device).device
     dtype = accumulator(device)
     return {

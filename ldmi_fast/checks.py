@@ -1,4 +1,4 @@
-"""What can be known of the arguments without reading device data: shapes, dtypes, devices, and clear errors about them.
+"""Checks of the arguments that do not read device data: shapes, dtypes, devices, with clear errors.
 
 The one check that does read data, :func:`raise_for_values`, runs only after a loss on the CPU came out NaN.
 """
@@ -79,7 +79,7 @@ TWO_CLASSES = {
 
 
 def _for_soft(target: Tensor, shape: torch.Size) -> str:
-    """A way out for a floating point target that does not have the shape (N, C, d1, ...) of the logits."""
+    """What to do about a floating point target that does not have the shape (N, C, d1, ...) of the logits."""
     given, expected = tuple(target.shape), (shape[0], *shape[2:])
     if given == expected:
         return "class indices have to be integers: pass target.long()"
@@ -96,7 +96,7 @@ def _for_soft(target: Tensor, shape: torch.Size) -> str:
 
 
 def _for_indices(target: Tensor, shape: torch.Size) -> str:
-    """A way out for class indices that do not have the shape (N, d1, ...) that fits the logits; empty if none is plain."""
+    """What to do about class indices that do not have the shape (N, d1, ...) that fits the logits; empty if it is not clear."""
     given, expected = tuple(target.shape), (shape[0], *shape[2:])
     if given == (shape[0], 1, *shape[2:]):
         return "; pass target.squeeze(1)"
@@ -110,7 +110,7 @@ def _for_indices(target: Tensor, shape: torch.Size) -> str:
 
 
 def _for_weight(sample_weight: Tensor, shape: torch.Size) -> str:
-    """A way out for weights that are not one a sample; empty if none is plain."""
+    """What to do about weights that are not one per sample; empty if it is not clear."""
     given = tuple(sample_weight.shape)
     if given == (shape[1],):
         return "; weights of classes leave the gradient as it is; if you want them, pass weight[target]"

@@ -24,7 +24,7 @@ from .rows import used_rows
 
 @dataclass(frozen=True)
 class AverageReport:
-    """How a batch stands to the moving average of a :class:`ldmi_fast.DMILoss`. The batch does not enter it.
+    """How a batch compares with the moving average of a :class:`ldmi_fast.DMILoss`. The batch does not enter it.
 
     Attributes:
         log_abs_det, sign: of B, over the classes that it has.
@@ -60,7 +60,7 @@ class JointReport:
         condition_number: of R = diag(1/n) S, rows scaled to mean predictions, in the 2-norm; inf if singular.
         counts: [C] fp64, the weight of each class in the batch.
         absent_classes: the classes that the determinant leaves out: those without weight (a share below 1e-12), and those of which
-            soft targets say nothing, the same in every row, as label smoothing makes them for a class without a sample of its own.
+            soft targets say nothing: their column is the same in every row, as label smoothing makes it for a class without samples.
         kept: how many classes the determinant is of.
         num_samples: how many rows count.
         singular: whether the loss treats the matrix as singular.
@@ -71,7 +71,7 @@ class JointReport:
             docs/math.md); NaN if singular.
         permutation: the column that each class is mostly predicted as, where that is a permutation other than the identity (-1 for
             absent classes), else None.
-        average: how this batch stands to a moving average, from :meth:`ldmi_fast.DMILoss.diagnose`; else None.
+        average: how this batch compares with a moving average, from :meth:`ldmi_fast.DMILoss.diagnose`; else None.
     """
 
     loss: float
@@ -230,7 +230,7 @@ class _Targets:
 
 class _Rows:
     """The rows of one rank, flattened, and sums over them, which are added up over the ranks. The methods communicate: every rank has
-    to call them alike."""
+    to call them equal."""
 
     def __init__(self, x: Tensor, label: Tensor, used: Tensor | None, weight: Tensor | None, options: Options, like: Tensor) -> None:
         self.x, self.label, self.options = x, label, options

@@ -27,8 +27,8 @@ _agreed: WeakKeyDictionary[dist.ProcessGroup, set[tuple[float, ...]]] = WeakKeyD
 
 
 @contextmanager
-def _explained(group: dist.ProcessGroup) -> Iterator[None]:
-    """Says what it usually means when a collective fails."""
+def _annotate_timeout(group: dist.ProcessGroup) -> Iterator[None]:
+    """Add to the error of a failed collective what it usually means."""
     try:
         yield
     except RuntimeError as error:
@@ -42,25 +42,25 @@ def _explained(group: dist.ProcessGroup) -> Iterator[None]:
 class _AllReduce(torch.autograd.Function):
     """The sum of a tensor over the ranks.
 
-    All of them go on to compute the same from it, so the sum over the ranks of what comes back is world_size times what comes back
-    here, and needs no communication. That fails for derivatives of a gradient: from the moment that one is asked for, the
-    backward communicates too.
+    Every rank computes the same loss from the reduced sums, so the upstream gradients are equal, and their all-reduce is a
+    multiplication by world_size, without communication. Under double backward they differ between the ranks, and a real all-reduce
+    is needed.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup, world_size: int, alike: bool) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup, world_size: int, same_upstream_grad: bool) -> Tensor:
         ctx.group = group
         ctx.world_size = world_size
-        ctx.alike = alike
-        with nullcontext() if torch.compiler.is_compiling() else _explained(group):
+        ctx.same_upstream_grad = same_upstream_grad
+        with nullcontext() if torch.compiler.is_compiling() else _annotate_timeout(group):
             total: Tensor = functional_collectives.wait_tensor(functional_collectives.all_reduce(tensor, "sum", group))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            ctx.alike = False
-        if ctx.alike:
+            ctx.same_upstream_grad = False
+        if ctx.same_upstream_grad:
             return grad * ctx.world_size, None, None, None
         return _AllReduce.apply(grad.contiguous(), ctx.group, ctx.world_size, False), None, None, None
 
@@ -80,10 +80,10 @@ def _describe(name: str, value: float) -> str:
 
 
 def agree(classes: int, options: Options, device: torch.device, momentum: float | None = None) -> None:
-    """See to it that all ranks want the same loss. Communicates the first time that a group meets these settings.
+    """Raise unless all ranks want the same loss. Communicates only when a group meets these settings for the first time.
 
     Raises:
-        ValueError: on every rank, if they differ, with who has what.
+        ValueError: on every rank, if the settings differ; it lists the setting of each rank.
     """
     group = resolve(options.group)
     settings = _settings(options, momentum)
@@ -91,10 +91,10 @@ def agree(classes: int, options: Options, device: torch.device, momentum: float 
     known = _agreed.setdefault(group, set())
     if mine in known:
         return
-    # as bytes, so that no device has to know fp64
+    # sent as bytes, because some devices have no fp64
     local = torch.frombuffer(bytearray(struct.pack(f"<{len(mine)}d", *mine)), dtype=torch.uint8).to(device)
     gathered = [torch.empty_like(local) for _ in range(group.size())]
-    with _explained(group):
+    with _annotate_timeout(group):
         dist.all_gather(gathered, local, group=group)
     everyone = [struct.unpack(f"<{len(mine)}d", bytes(row.cpu().tolist())) for row in gathered]
     for position, name in enumerate(("the number of classes", *settings)):
@@ -112,7 +112,7 @@ def agree(classes: int, options: Options, device: torch.device, momentum: float 
 def all_reduce(sums: Sums, options: Options, momentum: float | None = None) -> Sums:
     """The sums over all ranks of ``options.group``; gradients come back multiplied by the number of ranks.
 
-    The buffer carries a checksum of the settings along: ranks that got out of step make the result NaN instead of wrong.
+    The buffer includes a checksum of the settings. If ranks got out of step, the result is NaN instead of wrong.
     """
     group = resolve(options.group)
     classes = sums.S.shape[-1]

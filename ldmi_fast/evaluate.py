@@ -25,29 +25,30 @@ from .tracing import may_look, may_need_gradient, transformed
 
 
 def prepare(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check the tensors and flatten them to one row a sample."""
+    """Check the tensors and flatten them to one row per sample."""
     check_tensors(logits, target, sample_weight, options)
     return flatten(logits, target, widen(sample_weight))
 
 
 def engine_for(logits: Tensor, options: Options) -> Engine:
-    """The engine for these logits. A program that torch.export makes has no autograd Functions, so one that may be trained takes the
-    engine that PyTorch differentiates itself."""
+    """The engine for these logits. An exported program has no autograd Functions, so a program that may be trained uses the composite
+    engine, which PyTorch differentiates itself."""
     if torch.compiler.is_exporting() and torch.is_grad_enabled():
         return composite
     return choose(logits, options)
 
 
 def widen(sample_weight: Tensor | None) -> Tensor | None:
-    """Sample weights in fp64 if they need a gradient: its parts cancel, and are rounded to the weights' dtype after their sum."""
+    """Sample weights in fp64 if they need a gradient: the parts of the gradient cancel, so they are rounded only after they are
+    added."""
     if sample_weight is None or not may_need_gradient(sample_weight):
         return sample_weight
     return sample_weight.to(accumulator(sample_weight.device))
 
 
 def may_check_values(value: Tensor) -> bool:
-    """Whether the data may be looked at: in eager, on the CPU. Elsewhere that would wait for the device at every step, so there it is
-    for debugging, with LDMI_FAST_CHECK=1."""
+    """Whether values may be read: in eager mode on the CPU. On other devices this would wait for the device at every step, so there it
+    is for debugging, with LDMI_FAST_CHECK=1."""
     if not may_look(value):
         return False
     if value.is_cpu:
@@ -56,7 +57,7 @@ def may_check_values(value: Tensor) -> bool:
 
 
 def check_values(value: Tensor, target: Tensor, sample_weight: Tensor | None, classes: int, ignore_index: int) -> None:
-    """A NaN result is worth a look at the labels and weights: they may be out of range."""
+    """If the result is NaN, raise the error for labels or weights that are out of range, if there are any."""
     if may_check_values(value) and math.isnan(value.item()):
         raise_for_values(target, sample_weight, classes, ignore_index)
 
@@ -73,15 +74,16 @@ def path_of(
     engine: Engine,
     averaged: bool = False,
 ) -> Path:
-    """How the loss of [N, C] logits is computed by ``engine``. This is decided here alone; :func:`ldmi_fast.explain` asks, too.
+    """How the loss of [N, C] logits is computed by ``engine``. The decision is made here only; :func:`ldmi_fast.explain` calls this
+    function too.
 
     Args:
         rows: N.
         classes: C.
         soft: whether the targets are distributions.
-        sample_weight: [N], or of any shape: what counts is whether a gradient of it may be asked for.
+        sample_weight: [N], or any shape: only whether its gradient may be asked for matters.
         options: of the loss.
-        engine: the module with its ops.
+        engine: the module with the ops.
         averaged: whether the sums go through a moving average.
 
     Returns:
@@ -126,7 +128,7 @@ def evaluate(
 ) -> Tensor:
     """The loss for checked options: what ``dmi_loss`` and ``DMILoss`` share. ``average``: the batch enters it."""
     if average is None and sample_weight is None and _is_small_step(logits, target, options):
-        # The checks below would cost as much as the loss. The op makes those that memory needs, and if it refuses, they say why.
+        # The checks below would cost as much as the loss. The op checks what memory safety needs; if it refuses, the checks say why.
         try:
             loss = autograd.loss(logits, target, None, options, choose(logits, options), fused=True)
         except RuntimeError:
@@ -140,7 +142,7 @@ def evaluate(
     path = path_of(logits.shape[0], logits.shape[1], soft, sample_weight, options, engine, average is not None)
     if path == "staged":
         sums = stages.joint_sums(logits, target, sample_weight, options, engine)
-        loss = conclude(sums, options, engine, logits.dtype, average)
+        loss = loss_from_sums(sums, options, engine, logits.dtype, average)
     elif path == "few rows":
         loss = few_rows.loss(logits, target, sample_weight, options, engine)
     elif path == "composite":
@@ -151,7 +153,7 @@ def evaluate(
     return loss
 
 
-def conclude(sums: Sums, options: Options, engine: Engine, dtype: torch.dtype, average: MovingAverage | None = None) -> Tensor:
+def loss_from_sums(sums: Sums, options: Options, engine: Engine, dtype: torch.dtype, average: MovingAverage | None = None) -> Tensor:
     """From the sums of a batch to its loss: over the ranks, through the average, then the determinant. ``dtype``: of the logits."""
     if options.group is not None:
         from . import distributed  # imports torch.distributed, which most programs do without

@@ -29,7 +29,7 @@ class Plan:
         engine: the name of the engine.
         kernels: its kernels in the order in which they would run, forward then backward.
         regime: which algorithm the shape falls into.
-        workspace_bytes: scratch memory beside the outputs, at its peak.
+        workspace_bytes: the most scratch memory in use at a time, without the outputs.
         reason: why this engine, and why this regime.
     """
 
@@ -126,8 +126,8 @@ def _plan_of_few_rows(name: str, logits: Tensor, rows: int, options: Options) ->
 
 
 def _in_stages(alone: Plan, name: str, logits: Tensor, rows: int, soft: bool, options: Options) -> Plan:
-    """The plan where something stands between joint and logdet_inverse: the sums of all ranks, or the gradient of sample weights. No
-    engine then does it in one call."""
+    """The plan if something comes between joint and logdet_inverse: the sums of all ranks, or the gradient of sample weights. No
+    engine then computes the loss in one call."""
     classes = logits.shape[1]
     how: tuple[str, ...] = alone.kernels
     rest: tuple[str, ...] = ()

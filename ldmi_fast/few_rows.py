@@ -1,7 +1,7 @@
 """Batches with far fewer samples than classes: the determinant is of the classes that occur, at most N of C.
 
-The labels that occur get the slots 0, 1, ... in the order of the classes, N slots in all whatever occurs, so that no shape depends on
-data and no device has to be waited for. The joint is then [N, C] instead of [C, C]; the columns of the classes in the slots make it
+The labels that occur get the slots 0, 1, ... in the order of the classes. There are always N slots, so no shape depends on data and
+nothing waits for the device. The joint is then [N, C] instead of [C, C]; the columns of the classes in the slots make it
 [N, N], and the determinant costs N^3 instead of C^3. Slots that stay empty are absent classes to ``logdet_inverse``.
 """
 
@@ -83,7 +83,7 @@ def loss(logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: 
     slot, class_of_slot = slots(target, sample_weight, logits.shape[1], options.ignore_index)
     if options.cross_entropy_weight != 0:
         logits = logits.to(compute_dtype(dtype))  # two gradients meet there: they are rounded once, after their sum
-    # the joint's own cross entropy would take slots for classes
+    # the cross entropy of the joint would take slots for classes
     by_slot = replace(options, ignore_index=-100, cross_entropy_weight=0.0)
     sums = stages.joint_sums(logits, slot, sample_weight, by_slot, engine, len(class_of_slot))
     if options.cross_entropy_weight != 0:

@@ -1,4 +1,4 @@
-"""The exact loss of a batch too large to hold, in two passes over its micro-batches; and of a whole data set."""
+"""The exact loss of a batch that is too large for memory, in two passes over its micro-batches; and of a whole data set."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class JointState:
     one big batch, and the values to -k (k: the number of classes kept), whatever the loss is: that is ``solve().loss``.
 
     Both passes have to see the same model outputs. :class:`RNGReplay` repeats dropout; batch norm in training mode sees
-    each micro-batch twice, and by itself.
+    each micro-batch twice, and alone.
 
     Args:
         num_classes: C.

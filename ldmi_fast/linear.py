@@ -14,7 +14,7 @@ from .checks import FLOATS, check_dense, check_tensors
 from .engines import composite
 from .engines.choose import choose
 from .engines.contract import Engine
-from .evaluate import check_values, conclude, evaluate, widen
+from .evaluate import check_values, evaluate, loss_from_sums, widen
 from .options import OptionKeywords, Options, as_int, make_options, shows_options
 from .precision import accumulator, compute_dtype, full_precision
 from .presence import with_samples
@@ -293,7 +293,7 @@ def linear_dmi_loss(
     n = n.detach()
     sums = Sums(S, with_samples(n, target, sample_weight), total, ce)
     del S  # the determinant's backward needs V alone
-    loss = conclude(sums, checked, chosen, hidden.dtype)
+    loss = loss_from_sums(sums, checked, chosen, hidden.dtype)
     if not torch.compiler.is_compiling():
         check_values(loss, target, sample_weight, classes, checked.ignore_index)
     return loss

@@ -45,7 +45,7 @@ class DMI(Metric):
         ignore_index, absent: as for :func:`ldmi_fast.dmi_loss`. With the default ``absent="present"`` the score is over the
             classes that occur, so compare scores only where the same classes do.
         input: ``"logits"``, or ``"probs"`` if ``update`` is given probabilities. Which of the two they are cannot be seen in the
-            score, so the first batch is looked at: rows of probabilities in the place of logits give a warning, the other way round
+            score, so the first batch is checked: rows of probabilities in the place of logits give a warning, the other way round
             is an error.
         kwargs: as for every ``torchmetrics.Metric``.
 
@@ -185,7 +185,7 @@ class DMI(Metric):
 
 
 def _like(value: Tensor, like: Tensor) -> Tensor:
-    """On the device of another tensor and in its dtype, without a dtype on the way that a device lacks."""
+    """Move to the device and dtype of another tensor, without an intermediate dtype that a device lacks."""
     if value.dtype.itemsize > like.dtype.itemsize:
         return value.to(like.dtype).to(like.device)
     return value.to(like.device).to(like.dtype)

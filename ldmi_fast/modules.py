@@ -20,8 +20,8 @@ from .precision import accumulator
 from .tracing import may_look, transformed
 
 SAMPLES_PER_CLASS = 250
-"""What :meth:`DMILoss.recommended` wants in the average: with fewer a class the determinant is noise, with more the average lags
-behind the model for nothing (``bench/many_classes.py`` measures both sides)."""
+"""The number of samples per class in the average that :meth:`DMILoss.recommended` aims at. With fewer the determinant is noise, with
+more the average lags behind the model without a benefit (``bench/many_classes.py`` measures both)."""
 _ROUNDED = (
     "the moving average of this DMILoss was rounded to half or single precision, and a determinant of rounded numbers is noise. It is "
     "fp64 again, but what it had held is rounded: call calibrate() or reset(). A state in half precision does this when it is loaded: "
@@ -53,7 +53,7 @@ class DMILoss(nn.Module):
 
     Args:
         num_classes: C, if it is to be checked against the logits; None takes any. ``momentum`` needs it.
-        momentum: m, 0 <= m < 1; None: each batch by itself. About 1 / (1 - m) batches are averaged.
+        momentum: m, 0 <= m < 1; None: each batch alone. About 1 / (1 - m) batches are averaged.
         options: those of :func:`ldmi_fast.dmi_loss`.
 
     Raises:
@@ -96,8 +96,8 @@ class DMILoss(nn.Module):
         """The loss with the momentum that suits these classes and batches, for noisy labels. Call :meth:`calibrate` after the cross
         entropy stage: with more classes than samples in a batch it matters as much as the momentum.
 
-        The average with momentum m has the variance of (1 + m) / (1 - m) independent batches. The momentum is the one with which
-        these hold 250 samples a class, no less than 0.9 and no more than 0.999:
+        The average with momentum m has the variance of (1 + m) / (1 - m) independent batches. The momentum is chosen so that these
+        batches have 250 samples per class, but at least 0.9 and at most 0.999:
 
             m = (n - 1) / (n + 1),    n = 250 num_classes / batch_size
 
@@ -149,7 +149,7 @@ class DMILoss(nn.Module):
         self._check_classes(logits)
         if self.momentum is None or not self.training:
             return evaluate(logits, target, sample_weight, self.options)
-        # evaluation, whatever mode this module is in
+        # evaluation, even if this module is in training mode
         if not torch.compiler.is_compiling() and (not takes_part() or (isinstance(logits, Tensor) and logits.is_inference())):
             return evaluate(logits, target, sample_weight, self.options)
         if transformed():
@@ -214,8 +214,8 @@ class DMILoss(nn.Module):
         average.set(state.sums)
 
     def diagnose(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> JointReport:
-        """Look into a batch as :func:`ldmi_fast.diagnose` does, with this module's options; with momentum, also into how it stands
-        to the average (``report.average``), which it does not enter.
+        """Examine a batch as :func:`ldmi_fast.diagnose` does, with this module's options. With momentum the report also compares the
+        batch with the average (``report.average``). The batch does not enter the average.
 
         Args:
             logits: as for the loss.
@@ -232,8 +232,8 @@ class DMILoss(nn.Module):
         return buffer
 
     def _remember(self) -> None:
-        """Keep a second tensor over the memory of each buffer of the average. It costs nothing, and still has fp64 numbers after
-        something has replaced the data of the buffer by a rounded copy."""
+        """Keep a second tensor over the memory of each buffer of the average. It costs nothing, and it still has the fp64 numbers if
+        other code replaces the data of the buffer by a rounded copy."""
         self._exact = {name: self._tensor(name).detach() for name in AVERAGES}
 
     def _restore_precision(self) -> None:
@@ -288,7 +288,7 @@ class DMILoss(nn.Module):
         return self.average
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DMILoss:
-        # .half() and .to(dtype) must not touch the average: rounded to half precision its determinant is noise. Only devices change.
+        # .half() and .to(dtype) must not change the average: rounded to half precision its determinant is noise. Only devices change.
         kept = dict(self.named_buffers(recurse=False))
         for name in kept:
             self._buffers[name] = None

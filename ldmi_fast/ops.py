@@ -9,7 +9,7 @@
         V is [0, 0] where no gradient is asked for
     fused(logits, target, sample_weight?, ignore_index, absent, eps, normalize, cross_entropy_weight, input) -> loss [], dZ
 
-``engines.composite`` defines what they compute, and runs them on every device that has no kernels of its own. The ops carry
+``engines.composite`` defines what they compute, and runs them on every device without compiled kernels. The ops carry
 no autograd formula: a gradient saved by a forward would give a silently wrong second derivative. ``autograd`` has it.
 """
 
@@ -47,7 +47,7 @@ for _name, _schema in SCHEMAS.items():
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:
-    """Let ``function`` compute an op on every device that has no kernel of its own."""
+    """Let ``function`` compute an op on every device without a compiled kernel."""
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
@@ -116,7 +116,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return _C, ""
 
 
-#: The module with the plan; None without compiled kernels. Its functions have no types of their own.
+#: The module with the plan; None without compiled kernels. Its functions are untyped.
 compiled: Any
 compiled, why_not_compiled = _load()
 
@@ -125,7 +125,7 @@ _told = compiled is None and not why_not_compiled.startswith("this installation 
 
 
 def warn_if_slow() -> None:
-    """Say once in a process that there are no compiled kernels, and what to do. For calls that nobody forced onto an engine."""
+    """Say once in a process that there are no compiled kernels, and what to do. For calls that do not force an engine."""
     global _told
     if _told or compiled is not None or torch.compiler.is_compiling():
         return

@@ -163,7 +163,7 @@ def _about(
 
 @dataclass(frozen=True)
 class Options:
-    """What the loss may be told, besides its tensors. Numbers of numpy are taken, and kept as plain ones.
+    """The options of the loss. Numbers of numpy are accepted, and stored as plain Python numbers.
 
     Attributes:
         ignore_index: an integer; rows whose integer label equals it contribute nothing.

@@ -1,4 +1,4 @@
-"""Which classes a batch or an average says something about; the determinant is of those."""
+"""Which classes are present in a batch or an average. The determinant is that of the present classes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from .checks import raise_for_negative_targets
 from .precision import compute_dtype
 from .tracing import may_look
 
-# A class whose share of the whole weight is smaller is absent. In a moving average the share of a class that left the data decays
-# for ever; long before it underflows, the row of S says nothing about the model any more. csrc/plan/presence.h has the same number.
+# A class with a smaller share of the total weight is absent. In a moving average the share of a class that has left the data decays
+# forever; long before it underflows, its row of S says nothing about the model. csrc/plan/presence.h has the same number.
 ABSENT_SHARE = 1e-12
 
-# Entries of a column of soft targets that are equal up to the rounding of mixing and smoothing differ by less, relatively.
+# The largest relative difference between entries of a column of soft targets that are equal but for the rounding of mixing and
+# smoothing.
 _SAME = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 4 * 2.0**-10, torch.bfloat16: 4 * 2.0**-7}
 
 
@@ -35,7 +36,7 @@ def with_samples(n: Tensor, target: Tensor, sample_weight: Tensor | None) -> Ten
 
 
 def classes_with_samples(target: Tensor, sample_weight: Tensor | None) -> Tensor | None:
-    """Which classes the soft targets T [N, C] say something about: [C] bool; None if it is at once clear that they all are.
+    """Which classes the soft targets T [N, C] say something about: [C] bool; None if it is clear at once that they all are present.
 
     A column c of T that has the same share a_c of each row's sum s_i, in all rows that count, says nothing about any sample; label
     smoothing makes such a column for a class that the batch lacks. Its row of S = T^T diag(w) P is a multiple of the sum of all rows,
@@ -45,8 +46,8 @@ def classes_with_samples(target: Tensor, sample_weight: Tensor | None) -> Tensor
     so with it S is singular, whatever the model predicts. Without it, for hard labels H of the classes that remain and T_K = H M,
     S_KK = M^T (H^T diag(w) P)_KK: a constant, invertible M, so the gradient is that of the hard labels.
 
-    Where all columns are such (one sample, or samples of one class) the class with the largest share stays; shares that are all equal
-    (no class is distinguished) leave all.
+    If all columns are such (one sample, or samples of one class), the class with the largest share stays. If all shares are equal, all
+    classes stay.
     """
     if target.shape[0] == 0:
         return None

@@ -12,13 +12,13 @@ from .tracing import may_need_gradient
 
 
 class CountedRows(NamedTuple):
-    """Which rows of a batch count, and with what.
+    """Which rows of a batch count, with their labels and weights.
 
     Attributes:
         used: [N] bool; None: all rows.
         label: [N] int64, or [N, K] floating: the labels or targets, 0 in rows that do not count.
         weight: [N], 0 in rows that do not count; None: all are 1.
-        nan: [], NaN if a label or a weight is out of range, else 0; None: there is nothing that could be.
+        nan: [], NaN if a label or a weight is out of range, else 0; None: neither can be.
     """
 
     used: Tensor | None

@@ -1,13 +1,13 @@
-"""The loss in stages, each differentiable: what stands between two of them changes S, and the gradient follows by the chain rule.
+"""The loss in differentiable stages. What comes between two stages changes S, and the gradient follows by the chain rule.
 
     joint_sums -> [sum over processes] -> [moving average] -> log_abs_det -> finish
 
 ``joint_sums`` runs an engine's ``joint``, its backward ``logits_grad`` with the gradient of S in the place of -V. ``log_abs_det``
-runs ``logdet_inverse``; it has V as an output of its own, so that derivatives of any order follow from
+runs ``logdet_inverse``; V is one of its outputs, so derivatives of any order follow from
 
     d log|det S| = <V, dS>,    dV = -V dS^T V
 
-without keeping S. The one-call path of :mod:`ldmi_fast.autograd` is faster for a batch that stands alone.
+without storing S. For a single batch the one-call path of :mod:`ldmi_fast.autograd` is faster.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .tracing import transformed
 def _differentiable(
     logits: Tensor, target: Tensor, sample_weight: Tensor | None, num_labels: int, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S, n, W and the cross entropy by operations that PyTorch differentiates itself, as often as asked."""
+    """S, n, W and the cross entropy by operations that PyTorch differentiates itself, any number of times."""
     with full_precision(logits.device):
         need_ce = options.cross_entropy_weight != 0
         S, n, _, ce = composite.joint(logits, target, sample_weight, num_labels, options.ignore_index, options.input, need_ce)

@@ -1,4 +1,4 @@
-"""The sums that a batch leaves behind."""
+"""The sums of a batch, from which the loss follows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tracing import may_need_gradient
 
 
 class Sums(NamedTuple):
-    """What a batch leaves behind; batches add up.
+    """The sums of a batch. The sums of two batches add up to those of both together.
 
     Attributes:
         S: [K, C], the joint sums of labels (rows) and predictions; carries the gradient. K is C, but for ``few_rows``.

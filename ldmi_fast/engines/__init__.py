@@ -1,1 +1,1 @@
-"""The engines, one module (or package) each, with the same rooms under the same names; ``choose`` picks one."""
+"""The engines, one module (or package) each, with the same ops under the same names; ``choose`` picks one."""

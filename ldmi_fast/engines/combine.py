@@ -1,4 +1,4 @@
-"""From log|det S| to the loss: the few scalars that every staged engine computes the same way."""
+"""From log|det S| to the loss: a few scalars that all engines compute by the same formulas."""
 
 from __future__ import annotations
 

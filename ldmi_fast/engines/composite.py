@@ -192,7 +192,7 @@ def logits_grad(
 ) -> Tensor:
     """scale * dloss/dlogits + ce_scale * d(weighted sum of cross entropy)/dlogits, [N, C] in the dtype of the logits.
 
-    ``lse`` is there for engines that save an exponential sum; the softmax is taken anew here.
+    ``lse`` is there for engines that save an exponential sum; the softmax is computed again here.
     """
     acc = accumulator(logits.device)
     dtype = compute_dtype(logits.dtype)

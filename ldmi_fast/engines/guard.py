@@ -1,4 +1,4 @@
-"""Kernels are checked at their first use on a device before they are believed.
+"""A kernel is checked at its first use on a device, before its results are used.
 
 Most kernels for GPUs are written on machines that have none, and no test can try every device, driver and compiler. So at the first
 use of each kernel path (engine, device, op, and the kernel that the plan picks for the shape and dtypes) in a process, :mod:`.verify`
@@ -8,8 +8,9 @@ warning:
 
     fused  ->  loss_forward and logits_grad  ->  joint, logdet_inverse, combine  ->  the composite engine's op
 
-composite's ``logdet_inverse`` is torch's LU, which is also what the CUDA engine calls a library's: so that step needs no ban in the
-compiled plan. What was refused stays refused for the process, and a launch may also be refused later on: then the same happens.
+composite's ``logdet_inverse`` is torch's LU, which the CUDA engine uses for the largest matrices too, so the compiled plan needs no
+list of forbidden paths. What was refused stays refused for the process, and a launch may also be refused later on: then the same
+happens.
 
 Nothing is checked, and nothing remembered, while a CUDA graph is captured or a graph is traced, and for tensors without data; the next
 call that can be is. A compiled graph calls the ops themselves: what should be checked must have run once in eager mode, or
@@ -50,10 +51,10 @@ _REPORT_TO = "the maintainers of ldmi_fast"
 #: The engines that are guarded.
 GUARDED = frozenset({"cuda", "triton"})
 
-# Shapes whose path is known. A program that has more of them, with a new batch size at every step, finds them out anew.
+# Shapes whose path is known. A program that has more of them, with a new batch size at every step, looks them up again.
 _KNOWN_SHAPES = 4096
 
-# After so many checks that showed nothing, only at calls whose number is a power of two.
+# After this many inconclusive checks, check only at calls whose number is a power of two.
 _EVERY_TIME = 8
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -124,7 +125,7 @@ def staged_kernels(
 def kernels(
     engine: str, device: torch.device, rows: int, classes: int, labels: int, soft: bool, dtype: torch.dtype, probs: bool
 ) -> tuple[tuple[str, ...], str]:
-    """The kernels of a loss, and in which of its ways the forward goes."""
+    """The kernels of a loss, and the regime of the forward."""
     if engine == "triton":
         found = triton.explanation(rows, classes, soft, dtype)
         return found.kernels, ""
@@ -153,8 +154,8 @@ def path_name(engine: str, op: str, args: tuple[Any, ...]) -> str:
     if op in ("joint", "logits_grad"):
         kernel = staged_kernels(*about)[0 if op == "joint" else 2]
     else:
-        found, way = kernels(*about)
-        kernel = found[0] if found[0].startswith(op) else f"{op} ({'; '.join(part for part in (way, *found) if part)})"
+        found, regime = kernels(*about)
+        kernel = found[0] if found[0].startswith(op) else f"{op} ({'; '.join(part for part in (regime, *found) if part)})"
     words = [kernel, str(first.dtype).removeprefix("torch."), f"C <= {width}"]
     words += ["probabilities"] if probs else []
     words += ["weights"] if sample_weight is not None else []
@@ -181,7 +182,7 @@ def _first_line(error: BaseException) -> str:
 def _is_argument_error(error: Exception) -> bool:
     """Whether the arguments, or the memory that is left, are what is wrong: the next path would not do better."""
     if isinstance(error, (TypeError, ValueError, IndexError, torch.OutOfMemoryError)):
-        # Triton reports what it cannot compile by errors of its own, which are none of these
+        # Triton's own errors for what it cannot compile are none of these
         return True
     text = str(error)
     if "out of memory" in text:
@@ -310,7 +311,7 @@ class Guarded(ModuleType):
             return fall_back(*args)
 
     def _recover(self, op: str, path: Path, args: tuple[Any, ...], fall_back: Callable[..., Any], error: Exception) -> Any:
-        """The result of the next path after an error of this one; the error where that is no way out."""
+        """The result of the next path after an error of this one; or the error, if the next path cannot help."""
         if not _has_data(args[0]) or _is_argument_error(error):
             raise error
         device = args[0].device

@@ -31,7 +31,7 @@ from ..sums import total_weight
 from . import composite
 from .combine import combine
 
-_BLOCK_ELEMENTS = 2**21  # logits that are looked at at a time: 16 MB in fp64
+_BLOCK_ELEMENTS = 2**21  # logits that are checked at a time: 16 MB in fp64
 _EPS = EPSILON[torch.float64]
 _TINY = 1e-300  # so that no bound is 0
 _ROUNDINGS = 8  # how many roundings a kernel may make where the formula has one
@@ -244,8 +244,8 @@ def logits_grad(
     Args:
         args: the op's arguments.
         out: its result.
-        V_bound: [K], how much entries in a row of V may be off by themselves.
-        scale_bound: how much ``scale`` may be off by itself.
+        V_bound: [K], by how much the entries in a row of V themselves may be off.
+        scale_bound: by how much ``scale`` itself may be off.
     """
     logits, target, sample_weight, _, V, scale, ce_scale, ignore_index, input = args
     rows, classes = logits.shape
@@ -319,7 +319,7 @@ def _expected(args: tuple[Any, ...], joint: Joint, logdet_inverse: LogdetInverse
     total = total_weight(target, sample_weight, n)
     loss, scale, ce_scale = combine(log_abs_det, kept, total, ce, eps, normalize, cross_entropy_weight)
     known = _scaled(S, n, V)
-    # how much an entry of R, a mean of probabilities, may be off: see joint, and p log(1/p) has its largest mean where all are alike
+    # how much an entry of R, a mean of probabilities, may be off: see joint, and p log(1/p) has its largest mean where all are equal
     height = lse.double().abs().max()
     D = unit * known.R.abs() * (8 + height - known.R.abs().clamp(1e-30, 1).log())
     growth = known.inverse_norm * D.sum(-1).amax()

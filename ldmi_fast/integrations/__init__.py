@@ -1,4 +1,4 @@
-"""What other libraries need beside the loss itself. Each part needs its library, which the package does not; Lightning, Accelerate,
+"""What other libraries need besides the loss itself. Each part needs its library, the package does not; Lightning, Accelerate,
 timm and ignite need nothing from here (``docs/beyond-one-batch.md``).
 
 - Hugging Face's Trainer: :func:`hf`, the loss as its ``compute_loss_func``, and :class:`HFCallback`, which calibrates, saves and

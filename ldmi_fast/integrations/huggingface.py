@@ -38,7 +38,7 @@ def hf(criterion: nn.Module) -> HFLoss:
     Trainer does to a loss that it takes for a sum over ``num_items_in_batch``: L_DMI is one number for a batch.
 
     - With ``gradient_accumulation_steps`` the Trainer adds up losses; here each is divided by the number of micro-batches of the step.
-      Each of them is a batch of its own to the loss, and enters a moving average by itself: ``DMILoss.recommended`` is to be given the
+      Each of them is a separate batch for the loss, and enters a moving average separately: ``DMILoss.recommended`` is to be given the
       size of one.
     - With ``average_tokens_across_devices`` (its default) it multiplies the loss by the number of processes; here it is divided by it.
       So the gradient over several processes is the mean of theirs, and with ``group="world"`` that of one process on the whole batch.
@@ -126,7 +126,7 @@ def _factor(num_items_in_batch: Any) -> float:
     divides = getattr(trainer, "loss_is_scaled_for_ga", None)
     if divides is None:
         divides = trainer.compute_loss_func is not None or (trainer.model_accepts_loss_kwargs and counted)
-    if torch.is_grad_enabled() and divides:  # else the Trainer divides by itself
+    if torch.is_grad_enabled() and divides:  # otherwise the Trainer itself divides
         # of this step: the last one of an epoch may have fewer
         factor *= getattr(trainer, "current_gradient_accumulation_steps", args.gradient_accumulation_steps)
     return factor
@@ -188,7 +188,7 @@ class HFCallback(TrainerCallback):
             torch.save(self.criterion.state_dict(), file)
 
     def _check_use(self) -> None:
-        """A callback that looks after a criterion which nobody calls would do so in silence."""
+        """Raise if the criterion is not the one that the Trainer calls: the callback would have no effect, silently."""
         trainer = _running_trainer()
         if trainer is None:
             return
@@ -214,7 +214,7 @@ class HFCallback(TrainerCallback):
         return True
 
     def _some_of(self, loader: Any, args: Any) -> Iterator[Any] | DataLoader[Any]:
-        """Batches of random training samples, by a loader of their own: the Trainer's must not be begun twice."""
+        """Batches of random training samples, from a separate loader: the Trainer's loader must not be started twice."""
         wanted = SAMPLES_PER_CLASS * (self.criterion.num_classes or 0) if self.samples is None else self.samples
         data = loader.dataset
         size = args.per_device_train_batch_size

@@ -1,1 +1,1 @@
-"""The Triton engine. ``engine`` is its face; the rooms are one module each. Importing this package does not import triton."""
+"""The Triton engine. ``engine`` has its ops; each op is one module. Importing this package does not import triton."""

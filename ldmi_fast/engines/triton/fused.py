@@ -1,6 +1,6 @@
 """fused: the loss and its gradient of a small problem in one program, one launch.
 
-The same functions as in the other rooms, one after the other: sums over tiles of rows, elimination in registers, the scalars, and
+The device functions of the other ops, one after the other: sums over tiles of rows, elimination in registers, the scalars, and
 the gradient of the tiles, whose second reading comes out of the cache. Nothing goes through memory in between.
 """
 
@@ -16,8 +16,8 @@ from . import plan
 from .joint import tile_sums
 from .launch import bits, on_device_of, plain_labels, row_alignment, wide_enough, wrap_triton
 from .logdet_inverse import along_columns, combined, equilibrated, gauss_jordan, log_abs_det_and_sign
-from .logits_grad import finished
-from .rows import facts, predictions, to_double
+from .logits_grad import finish_gradient
+from .rows import predictions, row_status, to_double
 
 
 @triton.jit(do_not_specialize=["total", "ignore_index", "log_eps", "cross_entropy_weight"])
@@ -102,7 +102,7 @@ def _fused_kernel(
     for first in range(0, total, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N).to(tl.int64)
         inside = rows < total
-        used, label, w, bad = facts(target, t_row, weight, w_row, rows, inside, classes, ignore_index, False, WEIGHTED)
+        used, label, w, bad = row_status(target, t_row, weight, w_row, rows, inside, classes, ignore_index, False, WEIGHTED)
         at = (rows * (x_row * ALIGN))[:, None] + (cols.to(tl.int64) * x_col)[None, :]
         where = used[:, None] & (cols < classes)[None, :]
         x = tl.load(logits + at, mask=where, other=0.0 if PROBS else -float("inf"))
@@ -111,7 +111,7 @@ def _fused_kernel(
         picked = tl.dot((perm[None, :] == label[:, None]).to(tl.float32), rounded, input_precision="ieee")
         factor = (-w * scale * largest).to(tl.float32)
         own = cols[None, :] == label[:, None]
-        g = finished(picked, factor, p, x, (w * ce_scale).to(tl.float32), own, p, used, bad, False, PROBS)
+        g = finish_gradient(picked, factor, p, x, (w * ce_scale).to(tl.float32), own, p, used, bad, False, PROBS)
         tl.store(out + rows[:, None] * classes + cols[None, :], g, mask=inside[:, None] & (cols < classes)[None, :])
 
 

@@ -8,7 +8,7 @@ time. Which regime runs is for ``plan`` to say:
     soft    soft targets of many classes: the composite engine, a block of rows at a time
 
 Products and sums are in fp64 everywhere. ``tile`` uses an fp64 matrix product, which data-centre GPUs since sm_80 and gfx90a have in
-their tensor cores: a product of two or three fp32 numbers is then exact or off by 2^-53, and two classes that are predicted alike
+their tensor cores: a product of two or three fp32 numbers is then exact or off by 2^-53, and two classes with equal predictions
 give a matrix that is singular to 2^-52, as the contract has it. An fp32 product, even one rounded to nearest, would leave 2^-24 there:
 a finite loss of a collapsed model, and a huge gradient in a random direction.
 """
@@ -24,7 +24,7 @@ from ...precision import compute_dtype
 from .. import composite
 from . import plan, tuning
 from .launch import on_device_of, plain_labels, row_alignment, strides, wide_enough, wrap_triton
-from .rows import exponential, facts, hard_cross_entropy, inverse, online, soft_cross_entropy, softmax
+from .rows import exponential, hard_cross_entropy, inverse, online, row_status, soft_cross_entropy, softmax
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def tile_sums(
     )
     for first in range(start, stop, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N).to(tl.int64)
-        used, label, w, bad = facts(target, t_row, weight, w_row, rows, rows < stop, num_labels, ignore_index, SOFT, WEIGHTED)
+        used, label, w, bad = row_status(target, t_row, weight, w_row, rows, rows < stop, num_labels, ignore_index, SOFT, WEIGHTED)
         wrong = tl.maximum(wrong, bad.to(tl.int32))
         where = used[:, None] & inside_columns
         x = ahead.to(dtype)
@@ -203,7 +203,7 @@ def _keys_kernel(
 ):
     """keys[i] = the label; K for rows that do not count, K + 1 for rows out of range: sorted, those come last."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    used, label, _, bad = facts(target, t_row, weight, w_row, rows, rows < total, num_labels, ignore_index, False, WEIGHTED)
+    used, label, _, bad = row_status(target, t_row, weight, w_row, rows, rows < total, num_labels, ignore_index, False, WEIGHTED)
     key = tl.where(bad, num_labels + 1, tl.where(used, label, num_labels))
     tl.store(keys + rows, key.to(keys.dtype.element_ty), mask=rows < total)
 

@@ -19,7 +19,7 @@ def wrap_triton(kernel: Any) -> Any:
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether this is a tensor to compute with, and not one of the many kinds that only stand for one while a graph is traced."""
+    """Whether this is a tensor with data, and not one of the kinds that represent a tensor while a graph is traced."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 

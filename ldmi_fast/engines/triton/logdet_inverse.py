@@ -43,7 +43,7 @@ def gauss_jordan(A, classes, threshold, B: tl.constexpr):
         pivot = tl.sum(tl.where(c == k, row, 0.0), axis=0)
         small = tl.abs(pivot) <= threshold
         singular = tl.where(small, 1, singular)
-        pivot = tl.where(small, 1.0, pivot)  # what follows is not used then; no infinities on the way
+        pivot = tl.where(small, 1.0, pivot)  # the result is then not used; this avoids infinities
         pivots = tl.where(c == k, pivot, pivots)
         perm = tl.where(c == k, p, perm)
         column_of = tl.where(r == p, k, column_of)
@@ -86,9 +86,9 @@ def equilibrated(S, n, classes, SINGLE: tl.constexpr, B: tl.constexpr):
     """
     r, c = tl.arange(0, B), tl.arange(0, B)
     inside = r < classes
-    wild = tl.sum(tl.where(inside & (is_finite(n) == 0), 1, 0), axis=0)
-    wild += tl.sum(tl.sum(tl.where(inside[:, None] & (c < classes)[None, :] & (is_finite(S) == 0), 1, 0), axis=1), axis=0)
-    finite = wild == 0
+    non_finite = tl.sum(tl.where(inside & (is_finite(n) == 0), 1, 0), axis=0)
+    non_finite += tl.sum(tl.sum(tl.where(inside[:, None] & (c < classes)[None, :] & (is_finite(S) == 0), 1, 0), axis=1), axis=0)
+    finite = non_finite == 0
     present = inside & is_present(n, least_weight(tl.where(inside, n, 0.0)))
     present_c = along_columns(present.to(tl.int32), B) > 0
     divides = present & finite
@@ -221,7 +221,7 @@ def log_det(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, 
     classes = int(S.shape[-1])
     batch = S.shape[:-2]
     if classes > plan.GAUSS_JORDAN_CLASSES or math.prod(batch) == 0:
-        return _by_library(S.clone(memory_format=torch.contiguous_format), n.contiguous(), absent)
+        return _by_lu(S.clone(memory_format=torch.contiguous_format), n.contiguous(), absent)
     S, n = S.contiguous(), n.contiguous()
     V = torch.empty_like(S)
     log_abs_det, sign = S.new_empty(batch), S.new_empty(batch)
@@ -269,7 +269,7 @@ def log_det_and_loss(
     """``log_det`` and ``combine`` of one problem: loss [] in ``dtype``, V [C, C], scale [] and ce_scale []. S may be overwritten."""
     classes = int(S.shape[-1])
     if classes > plan.GAUSS_JORDAN_CLASSES:
-        log_abs_det, _, kept, V = _by_library(S, n, absent)
+        log_abs_det, _, kept, V = _by_lu(S, n, absent)
         value, scale, ce_scale = combine(log_abs_det, kept, total, ce, eps, normalize, cross_entropy_weight)
         return value.to(dtype), V, scale, ce_scale
     V = torch.empty_like(S)
@@ -303,7 +303,7 @@ def log_det_and_loss(
     return loss, V, scale, ce_scale
 
 
-def _by_library(A: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _by_lu(A: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same by torch's LU and its triangular solves, of A = S, which it overwrites with V: no synchronisation, no exception.
 
     Two matrices are all the memory that it takes, A and X. A becomes R = diag(1/n) S, and then holds the factors P L U = R^T (LAPACK

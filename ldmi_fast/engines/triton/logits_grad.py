@@ -1,7 +1,7 @@
 """logits_grad: w_i (scale p_i (<p_i, V[y_i]> - V[y_i]) + ce_scale (p_i - e_{y_i})), each row read once and written once.
 
-The softmax is taken anew from the row that is in registers anyway: it costs no traffic, and the rounding of a saved log-sum-exp far
-from 0 does not reach the result (the argument ``lse`` is there for engines that need it). A row of V may be shifted by a constant
+The softmax is computed again from the row that is in registers anyway: it costs no traffic, and the rounding of a saved log-sum-exp
+far from 0 does not reach the result (the argument ``lse`` is there for engines that need it). A row of V may be shifted by a constant
 without changing the gradient of logits; it is taken relative to its own class's entry before it is rounded to fp32, which is exact
 where a prediction is right and sure.
 
@@ -20,7 +20,7 @@ from .. import composite
 from . import plan, tuning
 from .joint import sort_by_label
 from .launch import on_device_of, plain_labels, row_alignment, strides, wrap_triton
-from .rows import exponential, facts, inverse, online, predictions
+from .rows import exponential, inverse, online, predictions, row_status
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def scaled_rows(V, PROBS: tl.constexpr, B_K: tl.constexpr, B_C: tl.constexpr, dt
 
 
 @triton.jit
-def finished(t, factor, p, x, gamma, onehot, A, used, bad, SOFT: tl.constexpr, PROBS: tl.constexpr):
+def finish_gradient(t, factor, p, x, gamma, onehot, A, used, bad, SOFT: tl.constexpr, PROBS: tl.constexpr):
     """From t factor = -w scale V[y_i] (or the mean of such rows, for soft targets) [BLOCK_N, BLOCK_C] to the gradient.
 
     factor [BLOCK_N]: applied to differences. As a product before, it could be fused with one side of them, and what is to be 0 would
@@ -97,7 +97,7 @@ def _rows_kernel(
     inside = rows < total
     if ORDERED:
         rows = tl.load(order + rows, mask=inside, other=0).to(tl.int64)
-    used, label, w, bad = facts(target, t_row, weight, w_row, rows, inside, num_labels, ignore_index, SOFT, WEIGHTED)
+    used, label, w, bad = row_status(target, t_row, weight, w_row, rows, inside, num_labels, ignore_index, SOFT, WEIGHTED)
     where = used[:, None] & (cols < classes)[None, :]
     at = (rows * (x_row * ALIGN))[:, None] + (cols.to(tl.int64) * x_col)[None, :]
     x = tl.load(logits + at, mask=where, other=0.0 if PROBS else -float("inf")).to(dtype)
@@ -129,7 +129,7 @@ def _rows_kernel(
             else:  # V alone may be too large
                 t = (t * alpha[:, None]).to(dtype)
                 factor = tl.full([BLOCK_N], 1.0, dtype)
-    g = finished(t, factor, p, x, gamma, cols[None, :] == column[:, None], A, used, bad, SOFT, PROBS)
+    g = finish_gradient(t, factor, p, x, gamma, cols[None, :] == column[:, None], A, used, bad, SOFT, PROBS)
     to = (rows * (classes // OUT_ALIGN * OUT_ALIGN))[:, None] + cols[None, :]
     tl.store(out + to, g.to(out.dtype.element_ty), mask=inside[:, None] & (cols < classes)[None, :])
 
@@ -165,7 +165,7 @@ def _long_kernel(
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     if ORDERED:
         rows = tl.load(order + rows).to(tl.int64)
-    used, label, w, bad = facts(target, t_row, weight, w_row, rows, rows >= 0, num_labels, ignore_index, False, WEIGHTED)
+    used, label, w, bad = row_status(target, t_row, weight, w_row, rows, rows >= 0, num_labels, ignore_index, False, WEIGHTED)
     # one row: scalars from here on
     row = tl.sum(rows, axis=0)
     count = tl.sum(used.to(tl.int32), axis=0) > 0

@@ -1,7 +1,7 @@
 """The ops in the namespace ``ldmi_fast_triton``, with the schemas of ``ldmi_fast``.
 
 Each is a ``torch.library.triton_op``: torch.compile sees the launches inside and can plan memory around them. Its fake kernel is the
-function itself, run on tensors without data. They are a namespace of their own because ``ldmi_fast`` has one kernel per device, and
+function itself, run on tensors without data. They have their own namespace because ``ldmi_fast`` has one kernel per device, and
 which engine runs is for ``engines.choose`` to say. No autograd formulas, as there.
 """
 
@@ -30,7 +30,7 @@ def forward(
     ignore_index, absent, eps, normalize, cross_entropy_weight, input = options
     S, n, lse, ce = joint_sums(logits, target, sample_weight, logits.shape[1], ignore_index, input, cross_entropy_weight != 0)
     if target.is_floating_point() and sample_weight is None:
-        total = n.new_full((), logits.shape[0])  # not float(N), for which torch.compile would compile anew at every batch size
+        total = n.new_full((), logits.shape[0])  # not float(N), for which torch.compile would compile again at every batch size
     else:
         total = total_weight(target, sample_weight, n)
     dtype = compute_dtype(logits.dtype)

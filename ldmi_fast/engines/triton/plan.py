@@ -1,6 +1,6 @@
 """Shapes in, an algorithm out: which regime each kernel of this engine takes, its grid and its scratch memory, and why.
 
-The rooms ask these functions, and so does ``ldmi_fast.explain``, so that what is explained is what runs. Free of triton: it must
+The ops call these functions, and so does ``ldmi_fast.explain``, so what it explains is what runs. Free of triton: it must
 answer where triton is not installed. A plan depends on the shape alone, never on the device, so that partial sums are added in
 the same order everywhere.
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 # in 256 threads are 32 registers each. Above, the product would cost more arithmetic than the logits cost bandwidth.
 TILE_CLASSES = 64
 
-# Gauss-Jordan elimination in the registers of one program up to here (no spills, checked by the tests); a library's LU above.
+# Gauss-Jordan elimination in the registers of one program up to this number of classes (no spills, checked by the tests); torch's LU
+# above.
 GAUSS_JORDAN_CLASSES = 64
 
 # One program, one launch, up to here: it reads at the speed of one multiprocessor, some 50 GB/s, so 64 KB cost about a microsecond.
@@ -63,7 +64,7 @@ def is_fused(rows: int, classes: int, soft: bool, value_bytes: int) -> bool:
     """Whether one program computes everything: small, hard labels, and fp32.
 
     In half precision the upstream gradient (a loss scale of 65536, say) must come in before the gradient is rounded. fp64 would need
-    twice the registers, and nobody trains in it.
+    twice the registers, and it is rarely used for training.
     """
     return not soft and value_bytes == 4 and classes <= FUSED_CLASSES and rows * classes <= FUSED_ELEMENTS
 
@@ -77,8 +78,8 @@ class Joint:
             matrix product, a block of rows at a time.
         programs: programs of the first stage, each of which leaves partial sums.
         rows: rows of one program (of one block, for ``"soft"``).
-        long: the softmax of a row goes block by block, in a pass of its own.
-        workspace_bytes: scratch memory beside the outputs.
+        long: the softmax of a row is computed block by block, in a separate pass.
+        workspace_bytes: scratch memory, without the outputs.
     """
 
     regime: str
@@ -130,7 +131,7 @@ class LogitsGrad:
             matrix product, a block of rows at a time.
         table: V enters as a table in the precision of the logits, made by a kernel before.
         ordered: rows are visited in the order of their labels.
-        workspace_bytes: scratch memory beside the output.
+        workspace_bytes: scratch memory, without the output.
     """
 
     regime: str

@@ -27,7 +27,7 @@ def exponential(x):
 
 
 @triton.jit
-def facts(
+def row_status(
     target,
     target_stride,
     weight,

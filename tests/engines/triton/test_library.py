@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ldmi_fast.engines import composite
-from ldmi_fast.engines.triton.logdet_inverse import _by_library
+from ldmi_fast.engines.triton.logdet_inverse import _by_lu
 from tests.support.compare import DERIVATIVE
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -24,7 +24,7 @@ Solve = Callable[[Tensor, Tensor, str], tuple[Tensor, ...]]
 
 @torch.library.triton_op("ldmi_fast_test::by_library", mutates_args=())
 def as_op(S: Tensor, n: Tensor, absent: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _by_library(S.clone(), n, absent)
+    return _by_lu(S.clone(), n, absent)
 
 
 def compiled() -> Solve:
@@ -41,14 +41,14 @@ def problems(shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
     S = 0.1 * torch.rand(shape, generator=generator, dtype=torch.float64)
     S += torch.eye(classes, dtype=torch.float64)[torch.randperm(classes, generator=generator)]
     n = S.sum(-1)
-    absent, equal, wild = S.clone(), S.clone(), S.clone()
+    absent, equal, non_finite = S.clone(), S.clone(), S.clone()
     absent[..., 5, :] = 0
     equal[..., 3, :] = equal[..., 4, :]
-    wild[..., 3, 9] = torch.nan
-    return [(S, n), (absent, absent.sum(-1)), (equal, n), (wild, n), (0 * S, 0 * n)]
+    non_finite[..., 3, 9] = torch.nan
+    return [(S, n), (absent, absent.sum(-1)), (equal, n), (non_finite, n), (0 * S, 0 * n)]
 
 
-@pytest.mark.parametrize("solve", [lambda: _by_library, compiled], ids=["eager", "compiled"])
+@pytest.mark.parametrize("solve", [lambda: _by_lu, compiled], ids=["eager", "compiled"])
 @pytest.mark.parametrize("shape", [(70, 70), (3, 65, 65)], ids=str)
 def test_the_definition(shape: tuple[int, ...], solve: Callable[[], Solve]) -> None:
     ours = solve()
@@ -63,18 +63,18 @@ import ctypes, gc, sys
 from pathlib import Path
 import torch
 from bench.memory import PR_SET_THP_DISABLE, status_bytes
-from ldmi_fast.engines.triton.logdet_inverse import _by_library
+from ldmi_fast.engines.triton.logdet_inverse import _by_lu
 libc, classes = ctypes.CDLL(None), int(sys.argv[1])
 libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 make = lambda c: torch.eye(c, dtype=torch.float64).add_(torch.rand(c, c, dtype=torch.float64), alpha=0.1 / c)
 # Once at this size: the LAPACK library keeps its buffers, which are not the operation's own.
-_by_library(make(classes), torch.ones(classes, dtype=torch.float64), "present")
+_by_lu(make(classes), torch.ones(classes, dtype=torch.float64), "present")
 S, n = make(classes), torch.ones(classes, dtype=torch.float64)
 gc.collect()
 libc.malloc_trim(0)
 Path("/proc/self/clear_refs").write_text("5")
 before = status_bytes("VmRSS")
-result = _by_library(S, n, "present")
+result = _by_lu(S, n, "present")
 print(status_bytes("VmHWM") - before)
 """
 
