@@ -110,8 +110,8 @@ def test_recommended_is_a_class_method_of_subclasses() -> None:
         (lambda: DMILoss.recommended(10, 64.0), TypeError, "batch_size must be an int, got float: 64.0"),  # type: ignore[arg-type]
         (lambda: DMILoss.recommended(10, True), TypeError, "batch_size must be an int, got bool"),
         (lambda: DMILoss.recommended(0, 64), ValueError, "num_classes"),
-        (lambda: DMILoss.recommended(10, 64, momentum=0.5), TypeError, "chooses the momentum"),
-        (lambda: DMILoss.recommended(10, 64, reduction="none"), TypeError, "reduction"),
+        (lambda: DMILoss.recommended(10, 64, momentum=0.5), TypeError, "chooses the momentum"),  # type: ignore[call-arg]
+        (lambda: DMILoss.recommended(10, 64, reduction="none"), TypeError, "reduction"),  # type: ignore[call-arg]
     ],
 )
 def test_recommended_says_what_is_wrong(call: Any, error: type[Exception], message: str) -> None:

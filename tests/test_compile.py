@@ -153,7 +153,11 @@ def test_compile_of_vmap_is_right_or_refused(engine: str, device: torch.device) 
     logits = torch.stack([batch.logits for batch in batches]).to(device)
     target = torch.stack([batch.target for batch in batches]).to(device)
     try:
-        values = compiled(torch.vmap(lambda z, y: dmi_loss(z, y, engine=engine)))(logits, target)
+
+        def one(z: Tensor, y: Tensor) -> Tensor:
+            return dmi_loss(z, y, engine=engine)
+
+        values = compiled(torch.vmap(one))(logits, target)
     except (RuntimeError, NotImplementedError) as error:
         if "vmap" not in str(error) and "functorch" not in str(error):
             raise

@@ -203,7 +203,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         JointState(0)
     with pytest.raises(TypeError, match="did you mean 'absent'"):
-        JointState(6, absnt="present")
+        JointState(6, absnt="present")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="for 5 classes, got logits with 6"):
         JointState(5).update(batch.logits, batch.target)
     state = filled(0)

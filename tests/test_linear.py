@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def test_is_the_loss_of_the_logits(
     ours = results(linear_dmi_loss(hidden, weight, target, shift, chunk_size=chunk, **arguments), *leaves)
     theirs = results(dmi_loss(F.linear(hidden, weight, shift), target, **arguments), *leaves)
     for name, got, expected in zip(("loss", "hidden", "weight", "bias or target", "target"), ours, theirs, strict=False):
-        torch.testing.assert_close(got, expected, rtol=DERIVATIVE, atol=DERIVATIVE, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got, expected, rtol=DERIVATIVE, atol=DERIVATIVE, msg=partial("{}: {}".format, name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

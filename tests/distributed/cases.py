@@ -140,9 +140,10 @@ def train(group: Any, wrap: str, momentum: float | None) -> dict[str, Any]:
 
 
 class _WithLoss(nn.Module):
-    def __init__(self, model: nn.Module, criterion: nn.Module) -> None:
+    def __init__(self, model: nn.Module, criterion: DMILoss) -> None:
         super().__init__()
-        self.model, self.criterion = model, criterion
+        self.model: nn.Module = model
+        self.criterion: DMILoss = criterion
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.criterion(self.model(x), y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -109,9 +110,12 @@ def test_factor() -> None:
         def factor(classes: int, device: str = device) -> str:
             return plan(10**6, classes, device)["kernels"][1]
 
-        assert last_before(lambda c, f=factor: "one warp" not in f(c), 1, 64) == 32
-        assert last_before(lambda c, f=factor: "one block" not in f(c), 33, 1000) == most
-        assert last_before(lambda c, f=factor: "torch" in f(c), 33, 10000) == GRID[device]
+        def differs(words: str, classes: int) -> bool:
+            return words not in factor(classes)
+
+        assert last_before(partial(differs, "one warp"), 1, 64) == 32
+        assert last_before(partial(differs, "one block"), 33, 1000) == most
+        assert last_before(lambda classes: not differs("torch", classes), 33, 10000) == GRID[device]
         assert ("all multiprocessors" in factor(most + 1)) is (device != "staged")
         assert f"at most {most} classes" in plan(10**6, most + 1, device)["reason"]
 
