@@ -21,7 +21,7 @@ from .tracing import may_look, transformed
 
 SAMPLES_PER_CLASS = 250
 """What :meth:`DMILoss.recommended` wants in the average: with fewer a class the determinant is noise, with more the average lags
-behind the model for nothing (``bench/many_classes.py`` measures both sides)."""
+behind the model for nothing (``bench/experiments/many_classes.py`` measures both sides)."""
 _ROUNDED = (
     "the moving average of this DMILoss was rounded to half or single precision, and a determinant of rounded numbers is noise. It is "
     "fp64 again, but what it had held is rounded: call calibrate() or reset(). A state in half precision does this when it is loaded: "

@@ -18,14 +18,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ldmi_fast
-from bench.demo import sources
-from bench.demo.__main__ import DIGITS, main, train
-from bench.demo.cost import loss_cost
-from bench.demo.data import DataSet, load, read_digits, read_fashion, read_idx
-from bench.demo.model import digits_mlp, fashion_cnn
-from bench.demo.noise import KINDS, TWO_CLASS, corrupt, noise_matrix
-from bench.demo.report import confusion
-from bench.demo.train import Check, Stage, batches, run_stage
+from bench.experiments.demo import sources
+from bench.experiments.demo.__main__ import DIGITS, main, train
+from bench.experiments.demo.cost import loss_cost
+from bench.experiments.demo.data import DataSet, load, read_digits, read_fashion, read_idx
+from bench.experiments.demo.model import digits_mlp, fashion_cnn
+from bench.experiments.demo.noise import KINDS, TWO_CLASS, corrupt, noise_matrix
+from bench.experiments.demo.report import confusion
+from bench.experiments.demo.train import Check, Stage, batches, run_stage
 
 # ---------------------------------------------------------------------------------------------------------------- noise
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import linear, many_classes
+from bench import linear
+from bench.experiments import many_classes
+from bench.experiments.stability.__main__ import main, read_lines
+from bench.experiments.stability.methods import METHODS, Lagged, Momentum, SignedEps, SkipNegative, TwoPass
+from bench.experiments.stability.report import cell
+from bench.experiments.stability.tasks import CLASSES, TASKS, read_ten
 from bench.kernels.cases import Shape
-from bench.stability.__main__ import main, read_lines
-from bench.stability.methods import METHODS, Lagged, Momentum, SignedEps, SkipNegative, TwoPass
-from bench.stability.report import cell
-from bench.stability.tasks import CLASSES, TASKS, read_ten
 from ldmi_fast import dmi_loss, joint_matrix
 from tests.bench.test_demo import write_fashion
 from tests.support.problems import problem

@@ -14,16 +14,16 @@ from torch import Tensor
 
 pytest.importorskip("lightning", reason="lightning is not installed: pip install .[integrations]")
 
+from bench.experiments.paper.clothing1m import checkpoint
+from bench.experiments.paper.clothing1m.__main__ import main, parse_arguments
+from bench.experiments.paper.clothing1m.checkpoint import BadCheckpoint
+from bench.experiments.paper.clothing1m.log import Log, read_log
+from bench.experiments.paper.clothing1m.model import build, load_weights
+from bench.experiments.paper.clothing1m.options import Options, check, from_namespace, to_arguments
+from bench.experiments.paper.clothing1m.sampler import Batches, Order, Seeded
+from bench.experiments.paper.clothing1m.sets import open_sets
+from bench.experiments.paper.clothing1m.train import Trainer, make_criterion, train
 from bench.kernels.peers import published
-from bench.paper.clothing1m import checkpoint
-from bench.paper.clothing1m.__main__ import main, parse_arguments
-from bench.paper.clothing1m.checkpoint import BadCheckpoint
-from bench.paper.clothing1m.log import Log, read_log
-from bench.paper.clothing1m.model import build, load_weights
-from bench.paper.clothing1m.options import Options, check, from_namespace, to_arguments
-from bench.paper.clothing1m.sampler import Batches, Order, Seeded
-from bench.paper.clothing1m.sets import open_sets
-from bench.paper.clothing1m.train import Trainer, make_criterion, train
 from tests.bench.paper.clothing1m_runs import SMALL, last_state, same_end, steps
 from tests.bench.paper.clothing1m_sets import make
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.paper.methods import (
+from bench.experiments.paper.methods import (
     COMPARED,
     METHODS,
     Exact,
