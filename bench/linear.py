@@ -28,8 +28,8 @@ import ldmi_fast
 from bench.kernels.cases import Shape, parse_shapes
 from bench.kernels.interleave import interleave
 from bench.kernels.results import RESULTS_DIR, environment, write_atomic
-from bench.markdown import markdown_table
 from bench.memory import MIB, PR_SET_THP_DISABLE, status_bytes, warm_up_lapack
+from bench.reporting import markdown_table
 
 LINEAR_JSON = RESULTS_DIR / "linear-cpu.json"
 SHAPES = (Shape(8192, 100), Shape(65536, 100), Shape(8192, 1000), Shape(65536, 1000), Shape(8192, 10000), Shape(65536, 10000))

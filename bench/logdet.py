@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.kernels.interleave import Quantiles, interleave
 from bench.kernels.results import RESULTS_DIR, busy_warning, environment, write_atomic
-from bench.markdown import markdown_table
+from bench.reporting import markdown_table
 
 LOGDET_JSON = RESULTS_DIR / "logdet-cpu.json"
 SECONDS = 5.0
@@ -168,7 +168,7 @@ def plot(rows: Sequence[Row], rate: float) -> bytes:
     """Time over the floor, of one matrix."""
     from matplotlib.figure import Figure
 
-    from bench.report import png
+    from bench.reporting import png
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -31,7 +31,7 @@ from rich.table import Table
 from bench.kernels.cases import SHAPES, Batch, Shape, make_batch, parse_shapes
 from bench.kernels.peers import PEERS
 from bench.kernels.results import RESULTS_DIR, environment, write_atomic
-from bench.markdown import markdown_table
+from bench.reporting import markdown_table
 
 MEMORY_JSON = RESULTS_DIR / "memory-cpu.json"
 MEASURED = ("ours", "D", "E")

@@ -24,7 +24,7 @@ import ldmi_fast
 from bench.kernels.measure import num_threads
 from bench.kernels.peers import PUBLISHED_EPS, Loss, published
 from bench.kernels.results import write_atomic
-from bench.markdown import markdown_table
+from bench.reporting import markdown_table
 
 FEATURES = 64
 NOISE_RATE = 0.4

@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.kernels.results import RESULTS_DIR, environment, write_atomic
-from bench.markdown import markdown_table
-from bench.report import png
+from bench.reporting import markdown_table, png
 from ldmi_fast import DMILoss, dmi_loss
 
 RESULT_JSON = RESULTS_DIR / "many-classes.json"

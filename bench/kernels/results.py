@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from bench.kernels.cases import Direction, Shape
 from bench.kernels.interleave import Quantiles
 from bench.kernels.measure import COPY, COPY_BYTES, CaseResult
 from bench.kernels.peers import PEERS
+from ldmi_fast.files import replacing
 
 RESULTS_DIR = Path(__file__).resolve().parents[1] / "results"
 KERNELS_JSON = RESULTS_DIR / "kernels-cpu.json"
@@ -128,18 +128,10 @@ def load_result(path: Path) -> RunResult:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write to a temporary file in the same folder and rename it, so that no reader ever sees half a file."""
+    """Write a file, and its folder if need be, so that no reader ever sees half of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-        temporary = Path(stream.name)
-        stream.write(data)
-    try:
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
 
 
 def environment() -> dict[str, Any]:

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as bench_main
-from bench.gpu import cases, floor, machine, measure, report, results, sanitize, summary, verified
+from bench.gpu import cases, floor, goals, machine, measure, report, results, sanitize, summary, verified
 from bench.gpu.cases import Case
 from bench.gpu.clocks import Clocks
 from bench.gpu.results import CLOCKS, Launches, Peak, Result, Row
 from bench.kernels.interleave import interleave
 from bench.kernels.peers import PEERS
 from bench.logdet import Size, joint_like
+from bench.reporting import Outcome
 
 from .synthetic import around
 
@@ -122,8 +123,8 @@ def test_every_goal_has_its_shape() -> None:
     assert {(256, 14, "float32"), (65536, 10, "float32"), (65536, 14, "float32"), (65536, 100, "float32")} <= timed
     assert {case.classes for case in cases.CASES if case.rows == 65536} >= {26, 200, 500, 1000}
     assert {case.dtype for case in cases.CASES} == set(cases.DTYPES)
-    assert any(case.logits_bytes >= report.LARGE_BYTES for case in cases.CASES)
-    assert set(report.LOGDET_GOALS) <= {size.classes for size in cases.LOGDET_SIZES if size.count == 1}
+    assert any(case.logits_bytes >= goals.LARGE_BYTES for case in cases.CASES)
+    assert set(goals.LOGDET_GOALS) <= {size.classes for size in cases.LOGDET_SIZES if size.count == 1}
     assert len(set(cases.CASES)) == len(cases.CASES)
 
 
@@ -203,7 +204,7 @@ def synthetic() -> Result:
     return result
 
 
-def outcome(found: list[report.Outcome], where: str, goal: str, clock: str) -> report.Outcome:
+def outcome(found: list[Outcome], where: str, goal: str, clock: str) -> Outcome:
     return next(o for o in found if (o.where, o.goal, o.clock) == (where, goal, clock))
 
 
@@ -232,7 +233,7 @@ def test_bandwidth_is_that_of_the_copy() -> None:
 
 
 def test_goals() -> None:
-    found = report.outcomes(synthetic())
+    found = goals.outcomes(synthetic())
     assert outcome(found, "256x14:fp32", "one launch forward, one backward", "-").met is True
     assert outcome(found, "256x14:fp32 fwd+bwd", "<= 10 us", "graph").met is True
     # the compiled one is the faster cross entropy here, and that is the bar

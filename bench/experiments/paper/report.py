@@ -16,8 +16,7 @@ import matplotlib.pyplot as plt
 from bench.experiments.paper.methods import METHODS
 from bench.experiments.paper.sets import EXPERIMENTS
 from bench.kernels.results import write_atomic
-from bench.markdown import markdown_table
-from bench.report import png
+from bench.reporting import markdown_table, png
 
 Lines = Sequence[dict[str, Any]]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from bench.experiments.paper.data import DataSet, load
 from bench.experiments.paper.methods import METHODS, Setting
 from bench.experiments.paper.models import build
 from bench.experiments.paper.sets import EXPERIMENTS, Recipe, transition
+from ldmi_fast.files import replacing
 
 
 @dataclass(frozen=True)
@@ -84,18 +83,10 @@ def load_data(cell: Cell, options: Options) -> DataSet:
 
 
 def save_atomic(state: Any, path: Path) -> None:
-    """torch.save to a temporary file, then rename: a reader finds the old or the new one."""
+    """Write a file with ``torch.save`` so that a reader finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def first_stage(cell: Cell, data: DataSet, options: Options, tick: Callable[[str], None]) -> dict[str, Any]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +29,7 @@ from bench.experiments.stability.report import write_report
 from bench.experiments.stability.tasks import TASKS, accuracy, find_data
 from bench.kernels.results import RESULTS_DIR, environment
 from ldmi_fast import dmi_score
+from ldmi_fast.files import replacing
 
 BATCH = 128
 LR_CE, LR_DMI = 1e-3, 1e-4
@@ -75,10 +74,8 @@ def warmed_up(data: DataSet, task: str, seed: int, options: argparse.Namespace) 
         return torch.load(path, weights_only=True)
     state = warm_up(data, seed, options.epochs_ce)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)
-    os.replace(temporary, path)
     return state
 
 

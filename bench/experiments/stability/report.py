@@ -13,8 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench.kernels.results import write_atomic
-from bench.markdown import markdown_table
-from bench.report import png
+from bench.reporting import markdown_table, png
 
 Lines = Sequence[dict[str, Any]]
 

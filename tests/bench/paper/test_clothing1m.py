@@ -197,7 +197,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:
     _, new = write_two(tmp_path)
-    (tmp_path / f"{checkpoint._TEMPORARY}x.pt").write_bytes(b"half")
+    (tmp_path / f"{checkpoint.name_of(5)}.0123456789abcdef.tmp").write_bytes(b"half")
     (tmp_path / "best-ce.pt").write_bytes(b"best")
     checkpoint.tidy(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best-ce.pt", new.name]

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from ldmi_fast.files import replacing
+
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)\.pt")
-_TEMPORARY = ".writing-"
+_HALF_WRITTEN = "*.pt.*.tmp"
+"""What an interrupted ``replacing`` leaves behind."""
 
 
 class BadCheckpoint(ValueError):
@@ -25,18 +28,10 @@ class BadCheckpoint(ValueError):
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write to a temporary file beside, bring it to the disk, rename it."""
+    """Write a checkpoint so that it is complete or not there at all, even after a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    try:
-        with temporary.open("wb") as stream:
-            torch.save({"format": FORMAT, **state}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as stream:
+        torch.save({"format": FORMAT, **state}, stream)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the name, too
@@ -128,9 +123,9 @@ def is_good(path: Path) -> bool:
 
 
 def tidy(folder: Path, keep: int) -> None:
-    """Leave the newest ``keep`` of them, and nothing half-written."""
+    """Delete all checkpoints but the newest ``keep``, and all that are half written."""
     for path in found(folder)[keep:]:
         path.unlink(missing_ok=True)
     if folder.is_dir():
-        for path in folder.glob(f"{_TEMPORARY}*"):
+        for path in folder.glob(_HALF_WRITTEN):
             path.unlink(missing_ok=True)

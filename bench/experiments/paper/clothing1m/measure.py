@@ -25,7 +25,7 @@ from bench.experiments.paper.clothing1m.sets import open_sets
 from bench.kernels.interleave import interleave
 from bench.kernels.peers import published
 from bench.kernels.results import environment, write_atomic
-from bench.markdown import markdown_table
+from bench.reporting import markdown_table
 from ldmi_fast import DMILoss
 
 LOSSES = {"ours": "DMILoss.recommended", "published": "the published form", "cross_entropy": "F.cross_entropy"}

@@ -1,4 +1,4 @@
-"""``python -m bench.report``: a result file as a markdown report with plots, written next to it.
+"""``python -m bench.kernels.report``: a result file as a markdown report with plots, written next to it.
 
 Reads the result of ``python -m bench.kernels.run`` and, if there is one beside it, that of ``python -m bench.memory``.
 Writes ``<name>.md``, ``<name>-speedup.png`` and ``<name>-roofline.png``.
@@ -7,7 +7,6 @@ Writes ``<name>.md``, ``<name>-speedup.png`` and ``<name>-roofline.png``.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.kernels.cases import DIRECTIONS, Direction, Shape
-from bench.kernels.interleave import Quantiles
 from bench.kernels.measure import COPY
 from bench.kernels.peers import PEERS
 from bench.kernels.results import KERNELS_JSON, Record, RunResult, load_result, write_atomic
-from bench.markdown import markdown_table
 from bench.memory import MEMORY_JSON, MemoryResult, load_memory, memory_markdown
+from bench.reporting import (
+    FAMILIES,
+    LABELS,
+    Outcome,
+    at_most,
+    goals_markdown,
+    markdown_table,
+    plot_speedups,
+    png,
+    times_faster,
+)
 
 METHOD = (
     "All peers of a shape are timed round-robin in one run, in random order within a round; ratios are medians over "
@@ -35,12 +43,12 @@ METHOD = (
     "in float32; large shapes rotate through buffers larger than the cache, small ones (overhead of a call) run on one "
     "thread. Forward alone runs without gradients."
 )
+DIGITS = ".1f"
+"""How the table of goals prints a speed-up."""
 BAR_NOTE = (
     "The bar is the fastest member of a family of peers: E eager or compiled, D with `index_add_` or `scatter_add_`, "
     "joint in fp32 or fp64."
 )
-
-LABELS = {"forward": "fwd", "forward_backward": "fwd+bwd"}
 
 
 @dataclass(frozen=True)
@@ -59,63 +67,20 @@ GOALS = (
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One goal and what was measured: ``ratio`` is ours / peer, ``None`` where the peer was not timed."""
-
-    shape: Shape
-    direction: Direction
-    goal: str
-    limit: float
-    measured: Record | None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the median ratio is within the limit; None where nothing was measured."""
-        return None if self.measured is None else self.measured.ours_over_peer.p50 <= self.limit
-
-
 def outcomes(result: RunResult) -> list[Outcome]:
     """Every speed goal against a result. The bar of a family is the member that ours compares worst with."""
     found: list[Outcome] = []
     for goal in GOALS:
-        for family, text, limit in (
-            ("E", f"<= {goal.of_e:g}x E", goal.of_e),
-            ("D", f">= {goal.over_d:g}x D", 1 / goal.over_d),
-        ):
-            record = result.fastest(goal.shape, "forward_backward", family)
-            found.append(Outcome(goal.shape, "forward_backward", text, limit, record))
+        where = f"{goal.shape} {LABELS['forward_backward']}"
+        of_e, of_d = (result.fastest(goal.shape, "forward_backward", family) for family in ("E", "D"))
+        found.append(at_most(where, f"<= {goal.of_e:g}x E", of_e, goal.of_e))
+        found.append(times_faster(where, f">= {goal.over_d:g}x D", of_d, goal.over_d, digits=DIGITS))
     for shape in result.shapes():
         for direction in DIRECTIONS:
             if result.find(shape, direction, "ours") is not None:
                 record = result.fastest(shape, direction, "D")
-                found.append(Outcome(shape, direction, "never slower than D", 1.0, record))
+                found.append(times_faster(f"{shape} {LABELS[direction]}", "never slower than D", record, 1.0, digits=DIGITS))
     return found
-
-
-def ratio_text(ratio: Quantiles) -> str:
-    """``0.45x (0.43-0.48)``: median, p20 and p80."""
-    return f"{ratio.p50:.2f}x ({ratio.p20:.2f}-{ratio.p80:.2f})"
-
-
-def speedup_text(ratio: Quantiles) -> str:
-    """The same ratio turned round: how many times faster ours is."""
-    return f"{1 / ratio.p50:.1f}x ({1 / ratio.p80:.1f}-{1 / ratio.p20:.1f})"
-
-
-def goals_markdown(found: Sequence[Outcome]) -> str:
-    """The table of goals: goal, measured, met or not."""
-    rows = []
-    for outcome in found:
-        record = outcome.measured
-        if record is None:
-            measured, bar = "not measured", "-"
-        else:
-            to_text = ratio_text if record.family == "E" else speedup_text
-            measured, bar = to_text(record.ours_over_peer), record.peer
-        met = {True: "yes", False: "**no**", None: "-"}[outcome.met]
-        rows.append((str(outcome.shape), LABELS[outcome.direction], outcome.goal, measured, bar, met))
-    return markdown_table(("shape", "", "goal", "measured (p20-p80)", "bar", "met"), rows)
 
 
 def speedup_markdown(result: RunResult) -> str:
@@ -200,22 +165,6 @@ def report_markdown(result: RunResult, memory: MemoryResult | None, plots: Seque
     return "\n\n".join(parts) + "\n"
 
 
-STYLES = {
-    "A": ("tab:gray", "o"),
-    "B": ("tab:brown", "v"),
-    "D": ("tab:blue", "s"),
-    "Dc": ("tab:cyan", "^"),
-    "E": ("tab:orange", "D"),
-}
-FAMILY_LABELS = {
-    "A": "A: published formula",
-    "B": "B: one-hot + slogdet",
-    "D": "D: best eager index_add/scatter_add",
-    "Dc": "Dc: D compiled",
-    "E": "E: cross-entropy, better of eager and compiled",
-}
-
-
 def large_rows(result: RunResult) -> int | None:
     """The row count whose class counts make the curves: the largest one timed."""
     return max((shape.rows for shape in result.shapes() if shape.large), default=None)
@@ -227,24 +176,9 @@ def plot_speedup(result: RunResult) -> Figure:
     rows = large_rows(result)
     shapes = [shape for shape in result.shapes() if shape.rows == rows]
     for axis, direction in zip(axes, DIRECTIONS, strict=True):
-        for family, (color, marker) in STYLES.items():
-            points = [(s.classes, record) for s in shapes if (record := result.fastest(s, direction, family))]
-            if not points:
-                continue
-            ratios = [record.ours_over_peer for _, record in points]
-            middle = [1 / ratio.p50 for ratio in ratios]
-            below = [1 / ratio.p50 - 1 / ratio.p80 for ratio in ratios]
-            above = [1 / ratio.p20 - 1 / ratio.p50 for ratio in ratios]
-            axis.errorbar(
-                [classes for classes, _ in points],
-                middle,
-                yerr=(below, above),
-                color=color,
-                marker=marker,
-                markersize=5,
-                capsize=3,
-                label=FAMILY_LABELS[family],
-            )
+        for family in FAMILIES:
+            points = [(s.classes, record.ours_over_peer) for s in shapes if (record := result.fastest(s, direction, family))]
+            plot_speedups(axis, family, points)
         axis.axhline(1.0, color="black", linewidth=1, linestyle=":")
         log_classes(axis, shapes)
         axis.set_yscale("log")
@@ -308,14 +242,6 @@ def plot_roofline(result: RunResult) -> Figure:
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """A figure as PNG; closes it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
-
-
 def write_report(kernels: Path, memory: Path | None) -> list[Path]:
     """Write the report and its plots next to the result file; returns the files written."""
     result = load_result(kernels)
@@ -332,7 +258,7 @@ def write_report(kernels: Path, memory: Path | None) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.report", description=__doc__)
     parser.add_argument("kernels", type=Path, nargs="?", default=KERNELS_JSON, help="default: %(default)s")
     parser.add_argument("--memory", type=Path, help=f"default: {MEMORY_JSON.name} beside the result, if it is there")
     options = parser.parse_args(arguments)
