@@ -34,7 +34,7 @@ from bench.kernels.results import RESULTS_DIR, environment, write_atomic
 from bench.reporting import markdown_table
 
 MEMORY_JSON = RESULTS_DIR / "memory-cpu.json"
-MEASURED = ("ours", "D", "E")
+MEASURED = ("ours", "index_add", "cross_entropy")
 MIB = 2**20
 WARM_UP = (Shape(64, 4), Shape(200, 80))
 """Few and more classes: the factorisation of one panel and of several."""

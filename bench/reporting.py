@@ -30,11 +30,11 @@ class Style:
 
 
 FAMILIES = {
-    "A": Style("A: published formula", "tab:gray", "o"),
-    "B": Style("B: one-hot + slogdet", "tab:brown", "v"),
-    "D": Style("D: best eager index_add/scatter_add", "tab:blue", "s"),
-    "Dc": Style("Dc: D compiled", "tab:cyan", "^"),
-    "E": Style("E: cross-entropy, better of eager and compiled", "tab:orange", "D"),
+    "published": Style("published formula", "tab:gray", "o"),
+    "onehot_slogdet": Style("one-hot + slogdet", "tab:brown", "v"),
+    "index_add": Style("best eager index_add / scatter_add", "tab:blue", "s"),
+    "index_add_compiled": Style("index_add, compiled", "tab:cyan", "^"),
+    "cross_entropy": Style("cross entropy, better of eager and compiled", "tab:orange", "D"),
 }
 """The families of peers that the plots of speed-ups show."""
 

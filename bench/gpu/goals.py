@@ -27,8 +27,8 @@ def microseconds(row: Row) -> str:
 
 def against_cross_entropy(result: Result, case: Case, clock: Clock, limit: float) -> Outcome:
     """Ours takes at most ``limit`` times as long as the fastest cross entropy, forward and backward."""
-    row = result.fastest(case, "forward_backward", clock, "E")
-    return at_most(f"{case} {LABELS['forward_backward']}", f"<= {limit:g}x E", row, limit, clock=clock)
+    row = result.fastest(case, "forward_backward", clock, "cross_entropy")
+    return at_most(f"{case} {LABELS['forward_backward']}", f"<= {limit:g}x cross_entropy", row, limit, clock=clock)
 
 
 def faster(result: Result, case: Case, direction: str, clock: Clock, family: str, times: float, goal: str = "") -> Outcome:
@@ -123,21 +123,21 @@ def outcomes(result: Result) -> list[Outcome]:
     text, met = ("not measured", None) if row is None else (microseconds(row), row.seconds.p50 <= 10e-6)
     found.append(Outcome(f"{CLOTHING} fwd+bwd", "<= 10 us", "graph", text, met))
     found.append(against_cross_entropy(result, CLOTHING, "wall", 1.0))
-    found.append(faster(result, CLOTHING, "forward_backward", "wall", "B", 10.0))
+    found.append(faster(result, CLOTHING, "forward_backward", "wall", "onehot_slogdet", 10.0))
     found += step_outcomes(result)
     for case in result.cases():
         if case.rows >= LARGE_ROWS and case.classes <= FEW_CLASSES:
             for clock in ("graph", "wall"):
                 found += [
                     against_cross_entropy(result, case, clock, 1.0),
-                    faster(result, case, "forward_backward", clock, "D", 5.0),
+                    faster(result, case, "forward_backward", clock, "index_add", 5.0),
                 ]
     found += logdet_outcomes(result)
     for case in result.cases():
         for direction in DIRECTIONS:
             for clock in CLOCKS:
                 if result.find(case, direction, clock, "ours") is not None:
-                    found.append(faster(result, case, direction, clock, "D", 1.0, "never slower than D"))
+                    found.append(faster(result, case, direction, clock, "index_add", 1.0, "never slower than index_add"))
     for peak in result.peaks:
         if peak.peer == "ours":
             text = f"{peak.extra_bytes / 1e6:.1f} MB of {goal_bytes(peak) / 1e6:.1f}"

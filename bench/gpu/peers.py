@@ -84,6 +84,6 @@ def gpu_peers(device: torch.device) -> tuple[dict[str, Peer], dict[str, str]]:
 
 def why_not_timed(name: str, rows: int, classes: int) -> str:
     """Why a peer is left out at a shape; empty if it is not."""
-    if name == "A" and rows * classes > ONE_HOT_ELEMENTS:
+    if name == "published" and rows * classes > ONE_HOT_ELEMENTS:
         return "its one-hot matrix comes from the CPU and would take most of the run's time"
     return ""

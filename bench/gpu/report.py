@@ -25,7 +25,8 @@ METHOD = (
     "All functions of a line are timed in turn in one run, in random order; ratios are medians of the ratios within a round, "
     "with their 20th and 80th percentiles. `graph`: replays of a CUDA graph of calls, logits rotating through more than twice the "
     "level 2 cache where they are large and in the cache where they are small. `device`: events round one eager call with a cold "
-    "cache, the host far ahead. `wall`: the host's clock over eager calls in a row. E and D stand for the fastest of their family; "
+    "cache, the host far ahead. `wall`: the host's clock over eager calls in a row. `cross_entropy` and `index_add` stand for the "
+    "fastest member of their family; "
     "the compiled ones are timed forward and backward at the shapes that have a goal."
 )
 

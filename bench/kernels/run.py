@@ -26,7 +26,7 @@ TABLE_WIDTH = 110
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.run", description=__doc__)
     parser.add_argument("--shapes", help="ROWSxCLASSES, comma-separated: 65536x10,256x14 (default: all)")
-    parser.add_argument("--peers", help="comma-separated: D,E (default: all; ours is always timed)")
+    parser.add_argument("--peers", help="comma-separated: index_add,cross_entropy (default: all; ours is always timed)")
     parser.add_argument("--rounds", type=int, help="exactly this many rounds a shape (default: until a time cap)")
     parser.add_argument("--out", type=Path, help=f"result file (default for a full run: {KERNELS_JSON.name})")
     options = parser.parse_args(arguments)
