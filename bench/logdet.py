@@ -9,7 +9,6 @@ and a plot. ``bench.gpu`` times the same on a GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels.interleave import Quantiles, interleave
-from bench.kernels.results import RESULTS_DIR, busy_warning, environment, write_atomic
+from bench.kernels.results import RESULTS_DIR, busy_warning, dump_lines, environment, write_atomic
 from bench.reporting import markdown_table
 
 LOGDET_JSON = RESULTS_DIR / "logdet-cpu.json"
@@ -204,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table)
     if out is not None:
         result = {"environment": env, "date": date, "flops": rate, "rows": [asdict(row) for row in rows]}
-        write_atomic(out, json.dumps(result, indent=1) + "\n")
+        write_atomic(out, dump_lines(result, "rows"))
         write_atomic(out.with_suffix(".png"), plot(rows, rate))
         write_atomic(out.with_suffix(".md"), table)
     return 0

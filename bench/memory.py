@@ -30,7 +30,7 @@ from rich.table import Table
 
 from bench.kernels.cases import SHAPES, Batch, Shape, make_batch, parse_shapes
 from bench.kernels.peers import PEERS
-from bench.kernels.results import RESULTS_DIR, environment, write_atomic
+from bench.kernels.results import RESULTS_DIR, dump_lines, environment, write_atomic
 from bench.reporting import markdown_table
 
 MEMORY_JSON = RESULTS_DIR / "memory-cpu.json"
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table)
     out = options.out if options.out is not None else MEMORY_JSON if options.shapes is None else None
     if out is not None:
-        write_atomic(out, json.dumps(asdict(result), indent=1) + "\n")
+        write_atomic(out, dump_lines(asdict(result), "peaks"))
         console.print(f"written: {out}")
     return 0
 

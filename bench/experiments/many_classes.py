@@ -26,13 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.kernels.results import RESULTS_DIR, environment, write_atomic
+from bench.kernels.results import RESULTS_DIR, dump_lines, environment, write_atomic
 from bench.reporting import markdown_table, png
 from ldmi_fast import DMILoss, dmi_loss
 
 RESULT_JSON = RESULTS_DIR / "many-classes.json"
 BAR = "clean labels, cross entropy"
 WARM = "cross entropy"
+PLOTTED = ("cross entropy, continued", "published formula", "exact per batch", "recommended, not calibrated", "recommended")
+"""The losses whose curves the plot shows, of the first seed."""
 
 
 @dataclass(frozen=True)
@@ -207,13 +209,23 @@ def markdown(result: dict[str, Any], plot: str) -> str:
     return "\n\n".join([*parts, f"![accuracy over steps, and against momentum]({plot})"]) + "\n"
 
 
+def shortened(result: dict[str, Any]) -> dict[str, Any]:
+    """What the tables and the plot need: whole curves of the first seed where the plot shows them, the last point of the others."""
+    runs = []
+    for _, of_setting in by_setting(result):
+        for run in of_setting:
+            whole = PLOTTED if run is of_setting[0] else ()
+            curves = {name: curve if name in whole else curve[-1:] for name, curve in run["curves"].items()}
+            runs.append({**run, "curves": curves})
+    return {**result, "runs": runs}
+
+
 def draw_curves(result: dict[str, Any]) -> bytes:
     """A column a setting: curves of the first seed; below, the ladder of momenta with every seed."""
     settings = by_setting(result)
     figure, axes = plt.subplots(2, len(settings), figsize=(4.6 * len(settings), 7.6), squeeze=False, layout="constrained")
-    shown = ("cross entropy, continued", "published formula", "exact per batch", "recommended, not calibrated", "recommended")
     for (setting, runs), above, below in zip(settings, axes[0], axes[1], strict=True):
-        for name in shown:
+        for name in PLOTTED:
             above.plot(*zip(*runs[0]["curves"][name], strict=True), marker=".", label=name)
         above.set_xlabel("steps after cross entropy")
         names = [f"momentum {momentum:g}" for momentum in setting.momenta]
@@ -239,6 +251,15 @@ def draw_curves(result: dict[str, Any]) -> bytes:
     return png(figure)
 
 
+def write_report(result: dict[str, Any], path: Path) -> None:
+    """Write plot and table next to the result file, and print the table."""
+    plot = path.with_suffix(".png")
+    write_atomic(plot, draw_curves(result))
+    text = markdown(result, plot.name)
+    write_atomic(path.with_suffix(".md"), text)
+    print(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.experiments.many_classes", description="More classes than samples in a batch."
@@ -246,7 +267,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", default=",".join(SETTINGS), help=f"comma-separated, of: {', '.join(SETTINGS)} (default: all)")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULT_JSON, help="JSON file; table and plot go beside it (default: %(default)s)")
+    parser.add_argument("--report", action="store_true", help="only write table and plot again, from the JSON file")
     options = parser.parse_args(arguments)
+    if options.report:
+        if not options.out.exists():
+            parser.error(f"--report: there is no result file {options.out}")
+        write_report(json.loads(options.out.read_text(encoding="utf-8")), options.out)
+        return 0
     names = options.settings.split(",")
     if unknown := [name for name in names if name not in SETTINGS]:
         parser.error(f"--settings: unknown {', '.join(unknown)}: expected some of {', '.join(SETTINGS)}")
@@ -256,11 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--seeds {options.seeds}: expected integers, comma-separated")
     runs = [compare(SETTINGS[name], seed, lambda text: print(text, flush=True)) for name in names for seed in seeds]
     result = {"environment": environment(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "runs": runs}
-    write_atomic(options.out, json.dumps(result, indent=1) + "\n")
-    plot = options.out.with_suffix(".png")
-    write_atomic(plot, draw_curves(result))
-    write_atomic(options.out.with_suffix(".md"), markdown(result, plot.name))
-    print(markdown(result, plot.name))
+    write_atomic(options.out, dump_lines(shortened(result), "runs"))
+    write_report(result, options.out)
     return 0
 
 

@@ -134,6 +134,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 
+def dump_lines(data: dict[str, Any], *lists: str) -> str:
+    """JSON with each item of the named lists on one line: a committed result is short, and its diff is readable."""
+    parts = []
+    for name, value in data.items():
+        if name in lists and value:
+            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n ]"
+        else:
+            text = json.dumps(value, indent=1).replace("\n", "\n ")
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def environment() -> dict[str, Any]:
     """Versions and the machine, as far as they bear on speed. No host name."""
     build_info = getattr(ldmi_fast, "build_info", None)

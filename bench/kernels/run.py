@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kernels.cases import DIRECTIONS
-from bench.kernels.results import KERNELS_JSON, RunResult, busy_warning, load_result, write_atomic
+from bench.kernels.results import KERNELS_JSON, RunResult, busy_warning, dump_lines, load_result, write_atomic
 
 HERE = Path(__file__).resolve().parent
 TABLE_WIDTH = 110
@@ -86,18 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for item in result.unavailable:
         console.print(f"{item['peer']} unavailable at {item['shape']} {item['direction']}: {item['reason']}")
     if out is not None:
-        write_atomic(out, dump(data))
+        write_atomic(out, dump_lines(data, "benchmarks"))
         console.print(f"written: {out}")
     return 0
-
-
-def dump(data: dict[str, object]) -> str:
-    """JSON with one benchmark a line: a committed result stays short and its diff readable."""
-    benchmarks = data["benchmarks"]
-    assert isinstance(benchmarks, list)
-    head = json.dumps({**data, "benchmarks": []}, indent=1)
-    lines = ",\n".join(json.dumps(benchmark) for benchmark in benchmarks)
-    return head.replace('"benchmarks": []', f'"benchmarks": [\n{lines}\n ]', 1) + "\n"
 
 
 if __name__ == "__main__":
