@@ -1,9 +1,9 @@
 """``python -m bench.logdet``: log|det| and inverse of one matrix, or of many at once, against what torch offers for both, on this CPU.
 
 The peers, in fp64 and in fp32: slogdet and its backward, whose gradient is the inverse transposed; slogdet and inv; one LU, the
-determinant from its diagonal and the inverse by solving with it (as LAPACK's getri would give it). Interleaved, and beside them the
-floor: the 2 C^3 operations that both take together at the rate of a large matrix product. Ends with a table; writes JSON, markdown
-and a plot. ``bench.gpu`` times the same on a GPU.
+determinant from its diagonal and the inverse by solving with it (as LAPACK's getri would give it). They are timed interleaved and
+compared with the floor: the 2 C^3 operations that both results need, at the rate of a large matrix product. The program prints a table
+and writes JSON, markdown and a plot. ``bench.gpu`` times the same on a GPU.
 """
 
 from __future__ import annotations
@@ -86,18 +86,18 @@ def joint_like(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def slogdet_and_gradient(leaf: Tensor) -> Tensor:
-    """The inverse, transposed, as the gradient of log|det|."""
+    """Return the transposed inverse, as the gradient of log|det|."""
     return torch.autograd.grad(torch.linalg.slogdet(leaf).logabsdet.sum(), leaf)[0]
 
 
 def slogdet_and_inverse(S: Tensor) -> Tensor:
-    """The same by two factorisations."""
+    """Return the inverse and compute log|det|, with one factorisation each."""
     torch.linalg.slogdet(S)
     return torch.linalg.inv_ex(S).inverse.mT
 
 
 def lu_and_inverse(S: Tensor) -> Tensor:
-    """The same by one."""
+    """Return the inverse and compute log|det|, with one factorisation for both."""
     lu, pivots, _ = torch.linalg.lu_factor_ex(S)
     lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
     return torch.linalg.lu_solve(lu, pivots, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S), adjoint=True)
@@ -138,12 +138,12 @@ def measure(size: Size, seconds: float) -> Row:
 
 
 def floor_seconds(size: Size, rate: float) -> float:
-    """2 C^3 operations a matrix at a rate."""
+    """Seconds for 2 C^3 operations per matrix at a rate."""
     return 2 * size.count * size.classes**3 / rate
 
 
 def markdown(rows: Sequence[Row], rate: float, env: dict[str, Any], date: str, picture: str) -> str:
-    """The table, and the plot of that name."""
+    """The table, with a link to the plot named ``picture``."""
     peers = list(rows[0].ours_over)
     cells = [
         (
@@ -157,7 +157,7 @@ def markdown(rows: Sequence[Row], rate: float, env: dict[str, Any], date: str, p
     return (
         "# log|det| and inverse on a CPU\n\n"
         f"Measured on {date[:10]}: {env['cpu']}, {env['threads']} threads, torch {env['torch']}. Medians, interleaved; for each peer "
-        "how many times as long as ours it takes. Ours is fp64 throughout. COUNTxCLASSES: so many matrices in one call. Floor: 2 C^3 "
+        "how many times as long as ours it takes. Ours is fp64 throughout. COUNTxCLASSES: COUNT matrices in one call. Floor: 2 C^3 "
         f"operations at the {rate / 1e9:.0f} GFLOP/s of a product of {PRODUCT} x {PRODUCT} matrices in the same run.\n\n"
         f"{markdown_table(('C', 'ours, us', 'floor, us', *peers), cells)}\n\n![times]({picture})\n"
     )
@@ -187,8 +187,10 @@ def plot(rows: Sequence[Row], rate: float) -> bytes:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.logdet", description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--sizes", type=Size.parse, nargs="+", help="CLASSES or COUNTxCLASSES (default: all)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time a size at most so long (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help=f"JSON file (default for all sizes: {LOGDET_JSON.name}); table and plot go beside it")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="longest time per size in seconds (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, help=f"JSON file (default for all sizes: {LOGDET_JSON.name}); table and plot go next to it"
+    )
     options = parser.parse_args(arguments)
     if warning := busy_warning():
         print(warning, file=sys.stderr)

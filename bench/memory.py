@@ -4,8 +4,8 @@ Measured as the process's resident high-water mark (VmHWM, reset through /proc/s
 each measurement. torch's profiler and tracemalloc would miss what a C++ kernel takes from malloc; ru_maxrss cannot be
 reset, so making the inputs would hide a smaller peak. Three things make the mark exact to a few pages: every allocation
 above 64 KiB is its own mapping (MALLOC_MMAP_THRESHOLD_), so that no memory freed earlier is reused unseen; freed heap
-is given back before the baseline is read; transparent huge pages are off. The peers' code, thread pools and the LAPACK
-library's own buffers are warmed up on other shapes first, so that scratch which an operation keeps for a shape counts.
+is given back before the baseline is read; transparent huge pages are off. The peers' code, the thread pools and
+LAPACK's own buffers are warmed up on other shapes first, so that scratch memory which an operation keeps for a shape counts.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def forward_backward(peer: str, batch: Batch) -> tuple[torch.Tensor, ...]:
 
 
 def warm_up_lapack(classes: int) -> None:
-    """Let the LAPACK library make its buffers for matrices of this size, which are not the operation's own."""
+    """Let LAPACK make its buffers for matrices of this size: they are not the operation's own."""
     for dtype in (torch.float32, torch.float64):
         matrix = torch.eye(classes, dtype=dtype).requires_grad_()
         torch.autograd.grad(torch.linalg.slogdet(matrix).logabsdet, matrix)

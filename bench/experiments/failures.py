@@ -1,6 +1,6 @@
-"""``python -m bench.experiments.failures``: what the published formula does where it fails, beside ``ldmi_fast.dmi_loss``.
+"""``python -m bench.experiments.failures``: what the published formula does where it fails, next to ``ldmi_fast.dmi_loss``.
 
-Every number is computed here and now, on the CPU: a small classifier is trained with cross-entropy on noisy labels of
+Every number is computed when it runs, on the CPU: a small classifier is trained with cross-entropy on noisy labels of
 synthetic Gaussian classes, then both losses are evaluated on its predictions.
 """
 
@@ -65,7 +65,7 @@ def number(value: float) -> str:
 
 
 class GaussianClasses:
-    """Gaussian clusters, one a class, whose labels are wrong at ``NOISE_RATE``, uniformly over the other classes."""
+    """Gaussian clusters, one per class, whose labels are wrong at ``NOISE_RATE``, uniformly over the other classes."""
 
     def __init__(self, classes: int, seed: int = 0) -> None:
         self.classes = classes
@@ -130,7 +130,7 @@ def side_by_side(case: str, logits: Tensor, target: Tensor, normalize: bool, rem
 
 
 def underflow() -> Failure:
-    """14 classes, 256 rows, mean form: the determinant vanishes beside the published 0.001."""
+    """14 classes, 256 rows, mean form: the determinant is negligible next to the published 0.001."""
     data = GaussianClasses(14)
     model = cross_entropy_model(data)
     features, target = data.sample(256)
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
-    # matrices as small as these are slower on several threads, very much so on a busy machine
+    # matrices as small as these are slower on several threads, and much slower on a busy machine
     with num_threads(1):
         text = markdown([case() for case in track(CASES, description="failures", console=console)])
     print(text, end="")

@@ -102,7 +102,7 @@ def compare(setting: Setting, seed: int, say: Callable[[str], None]) -> dict[str
         curve = [[0, accuracy(model)]]
         before = [parameter.detach().clone() for parameter in model.parameters()]
         for step in range(1, steps + 1):
-            # without any gradient the other steps would be the same again
+            # without any gradient the remaining steps would change nothing either
             if step == 100 and all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)):
                 return [*curve, [steps, accuracy(model)]]
             for group in optimizer.param_groups:  # to 0, linearly, so that noise in the gradients averages out
@@ -154,12 +154,12 @@ def compare(setting: Setting, seed: int, say: Callable[[str], None]) -> dict[str
 
 
 def title(setting: Setting) -> str:
-    """What tells the settings apart."""
+    """What distinguishes the settings."""
     return f"C = {setting.classes}, batch {setting.batch}, noise {setting.noise:.0%}"
 
 
 def by_setting(result: dict[str, Any]) -> list[tuple[Setting, list[dict[str, Any]]]]:
-    """The runs of each setting, one a seed."""
+    """The runs of each setting, one per seed."""
     found: dict[Setting, list[dict[str, Any]]] = {}
     for run in result["runs"]:
         setting = Setting(**{**run["setting"], "momenta": tuple(run["setting"]["momenta"])})
@@ -168,7 +168,7 @@ def by_setting(result: dict[str, Any]) -> list[tuple[Setting, list[dict[str, Any
 
 
 def ends(runs: list[dict[str, Any]], name: str) -> list[float]:
-    """Accuracy at the end, a seed each."""
+    """Accuracy at the end, one value per seed."""
     return [run["curves"][name][-1][1] for run in runs]
 
 
@@ -210,18 +210,18 @@ def markdown(result: dict[str, Any], plot: str) -> str:
 
 
 def shortened(result: dict[str, Any]) -> dict[str, Any]:
-    """What the tables and the plot need: whole curves of the first seed where the plot shows them, the last point of the others."""
+    """What the tables and the plot need: the curves of the first seed that the plot shows, and the last point of all others."""
     runs = []
     for _, of_setting in by_setting(result):
         for run in of_setting:
-            whole = PLOTTED if run is of_setting[0] else ()
-            curves = {name: curve if name in whole else curve[-1:] for name, curve in run["curves"].items()}
+            plotted = PLOTTED if run is of_setting[0] else ()
+            curves = {name: curve if name in plotted else curve[-1:] for name, curve in run["curves"].items()}
             runs.append({**run, "curves": curves})
     return {**result, "runs": runs}
 
 
 def draw_curves(result: dict[str, Any]) -> bytes:
-    """A column a setting: curves of the first seed; below, the ladder of momenta with every seed."""
+    """One column per setting: curves of the first seed; below, the ladder of momenta with every seed."""
     settings = by_setting(result)
     figure, axes = plt.subplots(2, len(settings), figsize=(4.6 * len(settings), 7.6), squeeze=False, layout="constrained")
     for (setting, runs), above, below in zip(settings, axes[0], axes[1], strict=True):
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--settings", default=",".join(SETTINGS), help=f"comma-separated, of: {', '.join(SETTINGS)} (default: all)")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULT_JSON, help="JSON file; table and plot go beside it (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULT_JSON, help="JSON file; table and plot go next to it (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="only write table and plot again, from the JSON file")
     options = parser.parse_args(arguments)
     if options.report:

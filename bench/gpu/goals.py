@@ -38,7 +38,7 @@ def faster(result: Result, case: Case, direction: str, clock: Clock, family: str
 
 
 def launch_outcomes(result: Result) -> list[Outcome]:
-    """One launch each way at Clothing1M's batch."""
+    """Judge the goal of one launch forward and one backward at Clothing1M's batch."""
     found = {
         entry.direction: entry
         for entry in result.launches

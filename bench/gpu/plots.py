@@ -44,7 +44,7 @@ def plot_speedup(result: Result) -> Figure:
 
 
 def plot_bandwidth(result: Result) -> Figure:
-    """What the steps reach of the copy's bandwidth; log|det| and inverse beside slogdet."""
+    """The share of the copy's bandwidth that the steps reach; log|det| and inverse next to slogdet."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     engine = str(result.machine.get("engine"))
     for step, color in zip(STEPS, ("tab:green", "tab:blue"), strict=True):

@@ -1,6 +1,6 @@
 """``python -m bench.gpu.report FILE``: a result of the GPU benchmark as a markdown report with plots, written next to it.
 
-Needs no GPU, and draws the plots where matplotlib is installed. Writes ``<name>.md``, ``<name>-speedup.png`` and
+It needs no GPU, and draws the plots where matplotlib is installed. It writes ``<name>.md``, ``<name>-speedup.png`` and
 ``<name>-bandwidth.png``.
 """
 
@@ -49,7 +49,7 @@ def times_markdown(result: Result, clock: Clock) -> str:
 
 
 def steps_markdown(result: Result) -> str:
-    """What the steps reach of the copy's bandwidth, and their time beside the model."""
+    """The share of the copy's bandwidth that the steps reach, and their time next to the model's."""
     bandwidth = result.bandwidth()
     rows = []
     for case in result.cases("step"):
@@ -65,7 +65,7 @@ def steps_markdown(result: Result) -> str:
 
 
 def whole_markdown(result: Result) -> str:
-    """The whole operation beside the whole model, factorisation included."""
+    """The complete operation next to the complete model, factorisation included."""
     bandwidth = result.bandwidth()
     rows = []
     for case in result.cases():
@@ -122,7 +122,7 @@ def memory_markdown(result: Result) -> str:
 
 
 def machine_markdown(result: Result) -> str:
-    """On what, when and with which versions."""
+    """One line on the machine, the date and the versions."""
     machine = result.machine
     gpu, smi = machine.get("gpu"), machine.get("nvidia_smi") or {}
     bandwidth = result.bandwidth()
@@ -138,7 +138,7 @@ def machine_markdown(result: Result) -> str:
 
 
 def report_markdown(result: Result, plots: Sequence[str]) -> str:
-    """The whole report."""
+    """The complete report."""
     found = outcomes(result)
     judged = [outcome for outcome in found if outcome.met is not None]
     parts = ["# Speed and memory on a GPU"]
@@ -155,8 +155,8 @@ def report_markdown(result: Result, plots: Sequence[str]) -> str:
         parts += [f"## How many times as long the peers take, clock `{clock}`", times_markdown(result, clock)]
     parts.append("\n".join(f"- {peer.name}: {peer.description}" for peer in PEERS.values() if peer.name != "ours"))
     parts += ["## The steps, and the bandwidth that they reach", steps_markdown(result)]
-    parts += ["## The whole operation beside its model", whole_markdown(result)]
-    parts += ["## log|det| and inverse alone, and how many times as long torch's ways to them take", logdet_markdown(result)]
+    parts += ["## The complete operation next to its model", whole_markdown(result)]
+    parts += ["## log|det| and inverse alone, and how many times as long torch's paths to them take", logdet_markdown(result)]
     if result.peaks:
         parts += ["## Peak memory beyond the inputs, MB", memory_markdown(result)]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]

@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One function at one shape by one clock. Seconds per call; ``ours_over_peer`` below 1 where ours is the faster one.
+    """One function at one shape by one clock. Times are seconds per call; ``ours_over_peer`` is below 1 where ours is faster.
 
     ``what``: "loss" (``direction``: forward or forward_backward), "step" (direction: the name of the op; rows of engines and of the
     copy) or "logdet" (log|det| and the inverse of a C x C matrix).
@@ -118,7 +118,7 @@ def dump(result: Result) -> str:
 
 
 def write(result: Result, path: Path) -> None:
-    """Write the file whole or not at all."""
+    """Write the file completely or not at all."""
     write_atomic(path, dump(result))
 
 

@@ -38,7 +38,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute a loss.
+    """One method to compute a loss.
 
     ``family`` names the idea whose fastest member is the bar; ``dmi`` tells whether the value is L_DMI's, so that it
     can be checked against the others; ``compiled`` asks for ``torch.compile``; ``overwrites`` says that it destroys its
@@ -102,7 +102,7 @@ def scatter_add_slogdet(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def index_add_slogdet_fp64(logits: Tensor, target: Tensor) -> Tensor:
-    """As ``index_add_slogdet`` with the joint accumulated and factored in float64, as the library does."""
+    """As ``index_add_slogdet`` with the joint accumulated and factored in float64, as ldmi_fast does."""
     num_rows, num_classes = logits.shape
     probs = _softmax(logits).double()
     joint = probs.new_zeros(num_classes, num_classes).index_add_(0, target, probs)
@@ -120,7 +120,7 @@ def ours(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """In float32 at least, which the factorisation needs: for half precision in the same pass, as good code does."""
+    """Softmax in float32 at least, which the factorisation needs; half precision is converted in the same pass, as good code does."""
     return F.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -1,7 +1,7 @@
 """``python -m bench.kernels.report``: a result file as a markdown report with plots, written next to it.
 
-Reads the result of ``python -m bench.kernels.run`` and, if there is one beside it, that of ``python -m bench.memory``.
-Writes ``<name>.md``, ``<name>-speedup.png`` and ``<name>-roofline.png``.
+It reads the result of ``python -m bench.kernels.run`` and, if there is one next to it, that of ``python -m bench.memory``.
+It writes ``<name>.md``, ``<name>-speedup.png`` and ``<name>-roofline.png``.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def outcomes(result: RunResult) -> list[Outcome]:
 
 
 def speedup_markdown(result: RunResult) -> str:
-    """How many times faster ours is than each peer."""
+    """The table of how many times faster ours is than each peer."""
     peers = [name for name in PEERS if name != "ours" and any(record.peer == name for record in result.records)]
     rows = []
     for direction in reversed(DIRECTIONS):
@@ -127,7 +127,7 @@ def bandwidth_markdown(result: RunResult) -> str:
 
 
 def environment_markdown(result: RunResult) -> str:
-    """One line on when and where."""
+    """One line on the date and the machine."""
     env = result.environment
     load = "unknown" if env["load_average"] is None else f"{env['load_average']:.1f}"
     return (
@@ -138,7 +138,7 @@ def environment_markdown(result: RunResult) -> str:
 
 
 def report_markdown(result: RunResult, memory: MemoryResult | None, plots: Sequence[str]) -> str:
-    """The whole report."""
+    """The complete report."""
     found = outcomes(result)
     judged = [outcome for outcome in found if outcome.met is not None]
     parts = [
@@ -174,7 +174,7 @@ def large_rows(result: RunResult) -> int | None:
 
 
 def plot_speedup(result: RunResult) -> Figure:
-    """Speed-up over each family by class count, one panel a direction."""
+    """Speed-up over each family by class count, one panel per direction."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     rows = large_rows(result)
     shapes = [shape for shape in result.shapes() if shape.rows == rows]
@@ -268,14 +268,14 @@ def write_report(kernels: Path, memory: Path | None) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.report", description=__doc__)
     parser.add_argument("kernels", type=Path, nargs="?", default=KERNELS_JSON, help="default: %(default)s")
-    parser.add_argument("--memory", type=Path, help=f"default: {MEMORY_JSON.name} beside the result, if it is there")
+    parser.add_argument("--memory", type=Path, help=f"default: {MEMORY_JSON.name} next to the result, if it exists")
     options = parser.parse_args(arguments)
     if not options.kernels.exists():
         parser.error(f"no result file {options.kernels}: run `python -m bench.kernels.run` first")
     memory = options.memory
     if memory is None:
-        beside = options.kernels.with_name(MEMORY_JSON.name)
-        memory = beside if beside.exists() else None
+        neighbour = options.kernels.with_name(MEMORY_JSON.name)
+        memory = neighbour if neighbour.exists() else None
     elif not memory.exists():
         parser.error(f"no memory result {memory}: run `python -m bench.memory` first")
     for path in write_report(options.kernels, memory):

@@ -28,7 +28,7 @@ BUSY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Record:
-    """One peer (or the copy) at one shape in one direction. Times in seconds per call."""
+    """One peer (or the copy) at one shape in one direction. Times are seconds per call."""
 
     shape: Shape
     direction: Direction
@@ -147,7 +147,7 @@ def dump_lines(data: dict[str, Any], *lists: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the machine, as far as they bear on speed. No host name."""
+    """Versions and the machine, as far as they influence speed. The host name is left out."""
     build_info = getattr(ldmi_fast, "build_info", None)
     return {
         "ldmi_fast": ldmi_fast.__version__,
@@ -165,12 +165,12 @@ def environment() -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run over the last minute; None where the system does not say."""
+    """The number of processes that wanted to run over the last minute; None where the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def busy_warning() -> str:
-    """A warning if other processes want the CPU, else empty. Ratios bear that better than times do."""
+    """A warning if other processes use the CPU, else empty. Ratios are less sensitive to that than times."""
     load, cores = load_average(), os.cpu_count() or 1
     if load is None or load <= BUSY_SHARE * cores:
         return ""
@@ -189,7 +189,7 @@ def cpu_model() -> str:
 
 
 def committed_text(path: Path) -> tuple[str, str] | None:
-    """The text of ``path`` at git's HEAD, or on disk where that is not to be had, and a word for where it came from."""
+    """The text of ``path`` at git's HEAD, or on disk where git does not have it, and a description of its origin."""
     git = ("git", "-C", str(path.parent))
     shown = subprocess.run((*git, "show", f"HEAD:./{path.name}"), capture_output=True, text=True, check=False)
     if shown.returncode == 0:

@@ -1,6 +1,6 @@
 """``python -m bench.kernels.run``: time every peer at every shape and write the result file.
 
-A full run writes ``bench/results/kernels-cpu.json``; a run of some shapes or peers writes only where ``--out`` says.
+A full run writes ``bench/results/kernels-cpu.json``; a run of some shapes or peers writes only to the file that ``--out`` names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run_pytest(options: argparse.Namespace, out: Path) -> int:
     """Run the benchmarks through pytest-benchmark; returns pytest's exit status."""
     arguments = [str(HERE / "bench_dmi_loss.py"), f"--rootdir={HERE.parents[1]}", "-q", "-s", "-p", "no:cacheprovider"]
-    # the project's addopts switch benchmarks off for its test suite
+    # the project's addopts disable benchmarks for its test suite
     arguments += ["-o", "addopts=", "-o", "console_output_style=classic"]
     arguments += ["--benchmark-quiet", f"--benchmark-json={out}"]
     for name in ("shapes", "peers", "rounds"):

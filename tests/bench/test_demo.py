@@ -1,4 +1,4 @@
-"""The demo: noise, data and where it comes from, a training stage, and the whole of it end to end on the digits."""
+"""The demo: noise, data and its sources, a training stage, and a complete run on the digits."""
 
 from __future__ import annotations
 
@@ -367,7 +367,7 @@ def test_confusion() -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run on the digits, with what it printed beside the results."""
+    """The folder of a finished run on the digits, with what it printed next to the results."""
     folder = tmp_path_factory.mktemp("demo")
     arguments = ["--data", "digits", "--epochs-ce", "12", "--epochs-dmi", "50", "--out", str(folder / "out")]
     with pytest.MonkeyPatch.context() as patch, (folder / "printed").open("w") as stream:

@@ -108,7 +108,7 @@ def test_batches_outgrow_the_cache_or_stay_in_it() -> None:
 
 @pytest.mark.parametrize("name", [peer.name for peer in PEERS.values() if peer.dmi and not peer.compiled])
 def test_peers_take_half_precision(name: str) -> None:
-    """They factor in float32 at least: nobody would factor a matrix in half precision."""
+    """Peers factor in float32 at least: a matrix in half precision cannot be factored usefully."""
     (batch,) = cases.make_batches(Case(256, 14, "bfloat16"), torch.device("cpu"), 0)
     loss = PEERS[name].loss(batch.logits, batch.target)
     (grad,) = torch.autograd.grad(loss, batch.logits)
@@ -169,7 +169,7 @@ def test_matrices_for_logdet_are_well_conditioned() -> None:
 
 
 def loss_rows(case: Case, ratios: dict[str, float], seconds: float) -> list[Row]:
-    family = {"index_add_scatter": "index_add", "cross_entropy_compiled": "cross_entropy", "liger": "beside"}
+    family = {"index_add_scatter": "index_add", "cross_entropy_compiled": "cross_entropy", "liger": "other"}
     return [
         Row(
             "loss", case.rows, case.classes, case.dtype, direction, clock, peer, family.get(peer, peer),
@@ -245,7 +245,7 @@ def test_goals() -> None:
     assert of_cross_entropy.met is False
     assert "of cross_entropy_compiled" in of_cross_entropy.measured
     assert outcome(found, "256x14:fp32 fwd+bwd", ">= 10x onehot_slogdet", "wall").met is True
-    # index_add_scatter is the better of the family index_add: four times, not ten; what is beside the bar is no bar
+    # index_add_scatter is the better of the family index_add: four times, not ten; a peer outside of the bar's families is no bar
     over_index_add = outcome(found, "65536x100:fp32 fwd+bwd", ">= 5x index_add", "graph")
     assert over_index_add.met is False
     assert over_index_add.measured.startswith("4x")
@@ -491,7 +491,7 @@ def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
 @needs_bash
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU, which could verify")
 def test_nothing_is_verified_without_a_gpu(tmp_path: Path) -> None:
-    """Tests and sanitizers that passed count only where a GPU ran them, whatever the script was told."""
+    """Tests and sanitizers that passed count only where a GPU ran them, whatever the arguments of the script."""
     done, found = run(tmp_path, "tests", "sanitize", REHEARSE="0")
     assert done.returncode == 0
     assert found["rehearsal"] is False

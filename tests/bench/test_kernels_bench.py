@@ -58,7 +58,7 @@ def test_peers_compute_the_loss(peer: Peer, shape: Shape) -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_published_formula(normalize: bool) -> None:
-    # few classes: the determinant is within float32's range and not lost beside the constant
+    # few classes: the determinant is within float32's range and not negligible next to the constant
     (batch,) = make_batches(Shape(120, 3))
     plain, expected_gradient = reference(batch)
     log_det = -plain if normalize else -plain + 3 * np.log(120)

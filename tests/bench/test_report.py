@@ -60,7 +60,7 @@ def test_goal_without_a_measurement_is_neither_met_nor_missed() -> None:
     assert outcome(synthetic(), Shape(65536, 1000), "<= 0.7x cross_entropy").met is None
 
 
-def test_every_shape_and_direction_is_held_against_index_add() -> None:
+def test_every_shape_and_direction_is_compared_with_index_add() -> None:
     found = [o for o in report.outcomes(synthetic()) if o.goal == "never slower than index_add"]
     assert len(found) == 6
     assert all(o.met for o in found)

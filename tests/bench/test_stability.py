@@ -193,9 +193,9 @@ def test_more_classes_than_samples_in_a_batch(tmp_path: Path, monkeypatch: pytes
         many_classes.main(["--seeds", "one"])
 
 
-def test_both_ways_of_the_head_are_the_same() -> None:
+def test_both_methods_of_the_head_are_the_same() -> None:
     made = linear.make(Shape(200, 20), 16)
-    fused, materialised = (linear.step(way, made) for way in linear.WAYS)
+    fused, materialised = (linear.step(method, made) for method in linear.METHODS)
     for ours, theirs in zip(fused, materialised, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 

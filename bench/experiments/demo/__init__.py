@@ -1,1 +1,1 @@
-"""The demo, ``python -m bench.experiments.demo``: a classifier trained on labels that lie, with cross entropy and with L_DMI."""
+"""The demo, ``python -m bench.experiments.demo``: a classifier trained on wrong labels, with cross entropy and with L_DMI."""

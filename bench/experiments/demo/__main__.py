@@ -1,7 +1,7 @@
-"""``python -m bench.experiments.demo``: train a classifier on labels that lie, with cross entropy and then with L_DMI.
+"""``python -m bench.experiments.demo``: train a classifier on wrong labels, with cross entropy and then with L_DMI.
 
-Cross entropy trains first; from that checkpoint L_DMI goes on, and cross entropy too, for as many epochs on the same
-batches. Ends with a table of accuracies on clean test labels, a picture of the curves and the numbers as JSON.
+Cross entropy trains first. From that checkpoint L_DMI goes on, and so does cross entropy, for the same number of epochs on
+the same batches. The result is a table of accuracies on clean test labels, a picture of the curves and the numbers as JSON.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Recipe:
     checks_per_epoch: int
 
 
-# The paper trains 20 + 20 epochs at 1e-4; larger steps fit the same way into minutes.
+# The paper trains 20 + 20 epochs at 1e-4; larger steps do the same in minutes.
 FASHION = Recipe("3", 0.6, 3, 3, 1e-3, 3e-4, 128, 128, 3)
 # Ten classes in so few images: L_DMI takes all of them as one batch, whose determinant is exact.
 DIGITS = Recipe("pair", 0.4, 30, 150, 1e-3, 1e-3, 64, 1100, 1)
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     console = Console()
     try:
-        options.out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is found out before the training
+        options.out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written to is found before the training
         result = run(options, console)
         paths = report.write(result, options.out)
     except (ValueError, RuntimeError, OSError) as error:

@@ -113,7 +113,7 @@ def read_digits(skipped: tuple[str, ...] = ()) -> DataSet:
     except ImportError:
         raise RuntimeError("the digits need scikit-learn: pip install scikit-learn") from None
     bunch = load_digits()
-    # The file is ordered by writer: shuffled once, the same way whatever the seed of the run.
+    # The file is ordered by writer: shuffled once, in the same order whatever the seed of the run.
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
     x = torch.from_numpy(bunch.data).float()[order] / 16
     y = torch.from_numpy(bunch.target).long()[order]
@@ -132,7 +132,7 @@ def load(where: str | None, say: Callable[[str], None]) -> DataSet:
 
     Args:
         where: a folder with Fashion-MNIST's files, which is then the only place to look; ``"digits"``; None searches.
-        say: is told what is tried and why it is not used.
+        say: is called with what is tried and why it is not used.
 
     Raises:
         ValueError: the folder given does not hold the files, or they are damaged.

@@ -17,8 +17,8 @@ FILES = tuple(
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
-CONNECT_SECONDS = 5  # a server that does not answer
-DOWNLOAD_SECONDS = 90  # 31 MB over a link that crawls
+CONNECT_SECONDS = 5  # seconds until a server that does not answer is given up
+DOWNLOAD_SECONDS = 90  # seconds for 31 MB over a slow link
 
 
 class SourceUnavailable(Exception):
@@ -72,7 +72,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def _keep(downloaded: Path, cache: Path) -> Path:
-    """Move complete files into the cache, so that a download cut short never lies there."""
+    """Move complete files into the cache, so that an incomplete download is never in the cache."""
     require_files(downloaded)
     for name in FILES:
         path = locate(downloaded, name)
@@ -83,7 +83,7 @@ def _keep(downloaded: Path, cache: Path) -> Path:
 def _with_torchvision(cache: Path) -> Path:
     if importlib.util.find_spec("torchvision") is None:
         raise SourceUnavailable("torchvision is not installed")
-    # A process of its own, because torchvision's download has no time limit, and a torchvision built for
+    # A separate process, because torchvision's download has no time limit, and a torchvision built for
     # another torch does not import.
     code = (
         f"import socket, sys; socket.setdefaulttimeout({CONNECT_SECONDS}); "

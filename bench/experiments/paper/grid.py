@@ -1,7 +1,7 @@
-"""A grid of runs, by several processes, that goes on where it was stopped.
+"""A grid of runs on several processes, which continues where it was stopped.
 
 A group, the runs that share a data set and a cross entropy stage, is one process's work. Each run is appended to the result file as
-it ends, so killing everything at any moment loses what was under way and nothing else.
+it ends, so killing everything at any moment loses only the runs that had not ended.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run_group(group: Sequence[Cell], options: Options, out: Path, tick: Callable
 
 
 def _leave_with(parent: int) -> None:
-    """End this process when its parent is gone: nobody would take its groups away from it."""
+    """End this process when its parent has ended: nothing else would stop it from working on its groups."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

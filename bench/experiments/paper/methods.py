@@ -11,7 +11,7 @@ Every method goes on from the same cross entropy stage. With p = softmax(logits)
 | mae | 1 - p_y, which is gce with q = 1: linear in p, as L_DMI is for each sample | Ghosh et al., AAAI 2017 |
 | lccn | -log p_z, z drawn from p_z phi_{z y}, phi the posterior mean of T given all other z | Yao et al., AAAI 2019 |
 | dmi-published | -log(det(one_hot^T p / N) + 0.001), in fp32 | Xu et al., NeurIPS 2019 |
-| dmi-exact | -log det U of every batch by itself | the same, without the constant |
+| dmi-exact | -log det U of every single batch | the same, without the constant |
 | dmi | -log det of the average joint, as ``DMILoss.recommended``, calibrated | docs/beyond-one-batch.md |
 """
 
@@ -88,7 +88,7 @@ class Forward(Method):
             self.T = estimated_transition(logits_of(model, setting.x).softmax(1)).float()
 
     def valid_loss(self, logits: Tensor, noisy: Tensor) -> Tensor:
-        # a label that T rules out would cost infinitely much
+        # a label that T excludes would have an infinite loss
         return F.nll_loss((logits.softmax(1) @ self.T).clamp(min=1e-8).log(), noisy)
 
 
@@ -131,7 +131,7 @@ class LatentNoise(Method):
         with torch.no_grad():
             self.counts -= self._count(self.z[index], noisy)
             weight = logits.double().softmax(1) * self.posterior()[:, noisy].T
-            # underflow of the whole row leaves nothing to draw from
+            # if the complete row underflows, there is nothing to draw from
             weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, 1.0)
             z = torch.multinomial(weight, 1)[:, 0]
             self.counts += self._count(z, noisy)
@@ -155,7 +155,7 @@ class Published(Method):
 
 
 class Exact(Method):
-    """L_DMI of every batch by itself."""
+    """L_DMI of every single batch."""
 
     def valid_loss(self, logits: Tensor, noisy: Tensor) -> Tensor:
         return dmi_loss(logits, noisy)
@@ -184,5 +184,5 @@ METHODS: dict[str, Callable[[], Method]] = {
     "dmi": Recommended,
 }
 
-#: What the paper compares, and ours: the default of a grid.
+#: The methods that the paper compares, and ours: the default of a grid.
 COMPARED = ("ce", "fw", "gce", "lccn", "dmi-published", "dmi")

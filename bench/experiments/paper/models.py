@@ -1,4 +1,4 @@
-"""The paper's networks, one a set."""
+"""The paper's networks, one per set."""
 
 from __future__ import annotations
 

@@ -281,12 +281,12 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
 def corrupt(labels: Tensor, T: Tensor, seed: int) -> Tensor:
     """Draw a noisy label for every true one, independently; the same seed gives the same labels.
 
-    One uniform number a label is looked up in its row's cumulative sums; a class of probability 0 is never drawn.
+    One uniform number per label is looked up in its row's cumulative sums; a class of probability 0 is never drawn.
 
     Args:
         labels: (N,), integers in 0..C-1.
         T: (C, C), floating, T[i, j] = P(noisy = j | true = i).
-        seed: of the generator, which lives on the CPU whatever the labels' device.
+        seed: of the generator, which is on the CPU whatever the labels' device.
 
     Returns:
         (N,), int64, on the labels' device.

@@ -97,7 +97,7 @@ def losses(lines: Lines, methods: Sequence[str], what: str) -> list[str]:
 
 
 def section(name: str, lines: Lines) -> list[str]:
-    """The part of one data set."""
+    """The section of one data set."""
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     recipe = lines[0]["recipe"]
     paper = EXPERIMENTS[name].paper
@@ -134,7 +134,7 @@ def section(name: str, lines: Lines) -> list[str]:
 
 
 def markdown(lines: Lines, plot: str) -> str:
-    """The whole report."""
+    """The complete report."""
     parts = [
         "# Noisy labels: the paper's experiments",
         "Clean test accuracy in percent, mean and standard deviation over seeds (a 95 % interval of the mean where people made the "
@@ -151,7 +151,7 @@ def markdown(lines: Lines, plot: str) -> str:
 
 
 def draw(lines: Lines) -> bytes:
-    """A panel a data set and kind of noise: accuracy against the amount, a band from the worst to the best seed."""
+    """One panel per data set and kind of noise: accuracy against the amount, a band from the worst to the best seed."""
     panels = [
         (name, noise, mine)
         for name in dict.fromkeys(line["set"] for line in lines)
@@ -192,7 +192,7 @@ def draw(lines: Lines) -> bytes:
 
 
 def write_report(lines: Lines, target: Path) -> list[Path]:
-    """Write ``target`` (markdown) and the plot beside it; returns both."""
+    """Write ``target`` (markdown) and the plot next to it, and return both paths."""
     plot = target.with_suffix(".png")
     write_atomic(plot, draw(lines))
     write_atomic(target, markdown(lines, plot.name))

@@ -1,4 +1,4 @@
-"""The result file: a JSON line a run, each written whole or not at all, never two of one run."""
+"""The result file: one JSON line per run, each written completely or not at all, never two of one run."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def read(path: Path) -> list[Line]:
 
 
 def repair(path: Path) -> None:
-    """Take away a last line that a crash cut short, so that the next one starts on a line of its own."""
+    """Remove a last line that a crash cut short, so that the next run starts on a new line."""
     if path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size:
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in read(path)))
 
 
 def append(path: Path, line: Line) -> None:
-    """Add a run: one write, on the disk when this returns."""
+    """Add a run with one write, which is on the disk when this returns."""
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write((json.dumps(line) + "\n").encode())

@@ -24,7 +24,7 @@ from ldmi_fast.files import replacing
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid. noise "clean" and r 0: without noise, whatever kind was asked for."""
+    """One run of a grid. noise "clean" and r 0: without noise, whatever kind was requested."""
 
     set: str
     noise: str

@@ -1,1 +1,1 @@
-"""What to do when determinants of single batches are noisy: ``python -m bench.experiments.stability`` compares ways on real data."""
+"""Methods for noisy determinants of single batches: ``python -m bench.experiments.stability`` compares them on real data."""

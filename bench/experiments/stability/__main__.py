@@ -1,8 +1,8 @@
-"""``python -m bench.experiments.stability``: train every method on every task with every seed; append a line a run; report.
+"""``python -m bench.experiments.stability``: train every method on every task with every seed; append one line per run; report.
 
-Cross entropy trains first, once a task and seed; every method goes on from that checkpoint, on the same batches. Runs that the
-result file has already are not made again, so an interrupted grid goes on where it was. ``--report`` writes a table and a plot of
-what is there.
+Cross entropy trains first, once per task and seed; every method goes on from that checkpoint, on the same batches. Runs that the
+result file has already are not made again, so an interrupted grid continues where it was. ``--report`` writes a table and a plot of
+the runs in the file.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def warm_up(data: DataSet, seed: int, epochs: int) -> dict[str, Any]:
 
 
 def warmed_up(data: DataSet, task: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The same from a file, if a run before left it."""
+    """The same, read from a file if an earlier run has written it."""
     path = options.out.with_name(f"{options.out.stem}-checkpoints") / f"{task}-{seed}-{options.epochs_ce}-{options.limit}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)

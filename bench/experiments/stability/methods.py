@@ -1,4 +1,4 @@
-"""The ways to take a step. Each makes gradients from one batch of images and labels, and says what the loss was."""
+"""The methods to take a step. Each makes gradients from one batch of images and labels, and returns the loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Loader = list[tuple[Tensor, Tensor]]
 
 
 class Method:
-    """One way. ``batches``: how many ordinary batches one step takes; ``clip``: largest norm of the gradient."""
+    """One method. ``batches``: how many ordinary batches one step takes; ``clip``: largest norm of the gradient."""
 
     batches = 1
     clip: float | None = None

@@ -33,7 +33,7 @@ def cell(lines: Lines, name: str) -> str:
 
 
 def markdown(lines: Lines, plot: str) -> str:
-    """The whole report."""
+    """The complete report."""
     tasks, methods = _ordered(lines, "task"), _ordered(lines, "method")
     parts = [
         "# What to do when determinants of single batches are noisy",
@@ -63,7 +63,7 @@ def markdown(lines: Lines, plot: str) -> str:
 
 
 def draw(lines: Lines) -> bytes:
-    """A panel a task: the last accuracy of every seed, by method."""
+    """One panel per task: the last accuracy of every seed, by method."""
     tasks, methods = _ordered(lines, "task"), _ordered(lines, "method")
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 0.32 * len(methods) + 1.6), sharey=True, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
@@ -82,7 +82,7 @@ def draw(lines: Lines) -> bytes:
 
 
 def write_report(lines: Lines, source: Path) -> list[Path]:
-    """Write ``<name>.md`` and ``<name>.png`` beside the result file; returns them."""
+    """Write ``<name>.md`` and ``<name>.png`` next to the result file, and return both paths."""
     report, plot = source.with_suffix(".md"), source.with_suffix(".png")
     write_atomic(plot, draw(lines))
     write_atomic(report, markdown(lines, plot.name))

@@ -59,7 +59,7 @@ class Run:
                 mine |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
                 mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             command = [sys.executable, "-m", "bench.experiments.paper.clothing1m", "train", *to_arguments(options)]
-            # files, not pipes: a pipe that nobody reads would fill
+            # files, not pipes: a pipe that no process reads would fill
             log = Path(options.out).parent / f"{Path(options.out).name}-rank{rank}.txt"
             with log.open("w") as stream:
                 process = subprocess.Popen(command, cwd=ROOT, env=mine, stdout=stream, stderr=stream, start_new_session=True)

@@ -1,4 +1,4 @@
-"""The Clothing1M program without processes of its own: options, order, checkpoints, log, losses; and whole runs in this process."""
+"""The Clothing1M program without child processes: options, order, checkpoints, log, losses; and complete runs in this process."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_bad_checkpoint_is_refused_and_the_one_before_is_used(tmp_path: Path, 
     assert (path, state["step"]) == (old, 10)
     assert str(new) in told[0]
     assert f"going on from {old.name} instead" in told[0]
-    with pytest.raises(BadCheckpoint, match=f"newest good one beside it: {old}"):
+    with pytest.raises(BadCheckpoint, match=f"newest good one next to it: {old}"):
         checkpoint.read_or_name_another(new)
     old.write_bytes(b"nothing")
     with pytest.raises(BadCheckpoint, match=r"no checkpoint in .* is good"):
@@ -211,7 +211,7 @@ def test_a_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     log.write("train", 2, loss=1.0)
     log.close()
     with path.open("a") as stream:
-        stream.write('{"event": "tr')  # killed within a line, by a system that does not write lines whole
+        stream.write('{"event": "tr')  # killed within a line, by a system that does not write complete lines
     assert [line["step"] for line in read_log(path)] == [1, 2]
     log = Log(path, size)
     log.write("resume", 1)

@@ -112,7 +112,7 @@ def test_a_line_cut_short_is_taken_away_and_made_again(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for cut in (1, 20, 100):
         path.write_bytes(whole[:-cut])
-        # without its line break alone, the last run is whole
+        # without only its line break, the last run is complete
         assert len(read(path)) == (2 if cut == 1 else 1)
         repair(path)
         append(path, line("gce", 91.0))

@@ -30,7 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = measure.add_argument
     add("--model-batch", type=int, default=0, help="images that the network is timed with; 0: the batch (its time is scaled)")
     add("--seconds", type=float, default=20.0, help="for each part")
-    add("--json", type=Path, default=Path("clothing1m-cost.json"), help="the result; the table goes beside it, as .md")
+    add("--json", type=Path, default=Path("clothing1m-cost.json"), help="the result; the table goes next to it, as .md")
     return parser.parse_args(arguments)
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, and checked before anything in them is believed.
+"""Checkpoints: written completely or not at all, and checked before anything in them is used.
 
-A file is one of ``torch.save`` and so a zip archive, which has a checksum for every record. torch does not look at them, so they
-are looked at here: a file that is cut short or changed is refused.
+A file is one of ``torch.save`` and so a zip archive, which has a checksum for every record. torch does not check them, so they
+are checked here: a file that is cut short or changed is refused.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Any]:
         raise
     except FileNotFoundError:
         raise BadCheckpoint(f"{path}: there is no such file") from None
-    except Exception as error:  # zip, pickle and torch each have their own
+    except Exception as error:  # zip, pickle and torch each have their own exceptions
         size = path.stat().st_size if path.is_file() else 0
         raise BadCheckpoint(f"{path}: not a whole checkpoint ({size} bytes): {type(error).__name__}: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -77,7 +77,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest good checkpoint, or None where there is none at all. ``tell`` hears of each bad one and what is used instead.
+    """The newest good checkpoint, or None where there is none at all. ``tell`` is called for each bad one, with what is used instead.
 
     Raises:
         BadCheckpoint: there are some, and all are bad.
@@ -102,14 +102,14 @@ def read_or_name_another(path: Path) -> dict[str, Any]:
     """The checkpoint that was asked for.
 
     Raises:
-        BadCheckpoint: it is bad; with the name of the newest good one beside it, if there is one.
+        BadCheckpoint: it is bad; the message names the newest good one next to it, if there is one.
     """
     try:
         return read(path)
     except BadCheckpoint as error:
         for other in found(path.parent):
             if other != path and is_good(other):
-                raise BadCheckpoint(f"{error}. The newest good one beside it: {other}") from None
+                raise BadCheckpoint(f"{error}. The newest good one next to it: {other}") from None
         raise
 
 

@@ -1,4 +1,4 @@
-"""The log: a line of JSON an event, and TensorBoard beside it where that is installed."""
+"""The log: one line of JSON per event, and TensorBoard's files next to it where TensorBoard is installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Log:
 
     Args:
         path: the file; None writes nothing, as on every process but the first.
-        size: bytes to keep of what is there: what a killed run wrote after its last checkpoint is done again, and told again.
+        size: bytes to keep of an existing file: what a killed run wrote after its last checkpoint is done and logged again.
         tensorboard: folder for TensorBoard, or None.
     """
 
@@ -68,7 +68,7 @@ class Log:
                     self._writer.add_scalar(f"{event}/{name}", value, step)
 
     def sync(self) -> int:
-        """Bring it to the disk; returns its size in bytes, for a checkpoint."""
+        """Write it to the disk and return its size in bytes, for a checkpoint."""
         if self._file is None:
             return 0
         os.fsync(self._file)

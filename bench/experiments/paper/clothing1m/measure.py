@@ -72,7 +72,7 @@ class Jpegs(Dataset[tuple[Tensor, int]]):
 
 
 def _synchronised(device: torch.device) -> Callable[[Callable[[], object], int], float]:
-    """Seconds of so many calls, the device's work included."""
+    """Seconds of a number of calls, the device's work included."""
 
     def seconds(function: Callable[[], object], calls: int) -> float:
         if device.type == "cuda":
@@ -104,7 +104,7 @@ def time_losses(options: Options, device: torch.device, seconds: float) -> dict[
 
 
 def time_network(options: Options, fabric: Fabric, batch: int, seconds: float) -> float:
-    """Seconds of forward, backward and update on so many images already on the device; the median."""
+    """Seconds of forward, backward and update on a number of images that are on the device already; the median."""
     net = build(options)
     if options.channels_last:
         net = net.to(memory_format=torch.channels_last)
@@ -128,7 +128,7 @@ def time_network(options: Options, fabric: Fabric, batch: int, seconds: float) -
 
 
 def time_loader(data: Any, batch: int, workers: int, seconds: float) -> float:
-    """Images a second that the loader makes when nobody holds it up, its start not counted."""
+    """Images per second that the loader makes when no consumer slows it down; its start is not counted."""
     keys = [[(step * batch + i, (step * batch + i) % len(data)) for i in range(batch)] for step in range(100_000)]
     loader = DataLoader(Seeded(data), batch_sampler=keys, num_workers=workers, multiprocessing_context=worker_start(workers))
     batches = iter(loader)
@@ -142,7 +142,7 @@ def time_loader(data: Any, batch: int, workers: int, seconds: float) -> float:
 
 
 def measure(options: Options, model_batch: int, seconds: float, path: Path) -> str:
-    """Measure, write ``path`` and a table beside it; returns the table.
+    """Measure, write ``path`` and a table next to it, and return the table.
 
     Args:
         model_batch: images that the network is timed with; its time is scaled to the batch. 0: the batch.

@@ -15,7 +15,7 @@ _IMAGENET = "such as torchvision's resnet50-0676ba61.pth (ResNet50_Weights.IMAGE
 
 
 class Tiny(nn.Sequential):
-    """Some 3,000 parameters, for tests. With group norm it treats every image by itself, whatever is in the batch."""
+    """Some 3,000 parameters, for tests. With group norm it treats every image separately, whatever is in the batch."""
 
     def __init__(self, classes: int, dropout: float, batchnorm: bool) -> None:
         def norm(channels: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a run can be told: a dataclass whose fields are the command's options, and the checks that need no data."""
+"""The options of a run: a dataclass whose fields are the command's options, and the checks that need no data."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def decisive(options: Options) -> dict[str, Any]:
 
 
 def check(options: Options, processes: int) -> Options:
-    """The options, if they can work on so many processes.
+    """The options, if they can work with this number of processes.
 
     Raises:
         ValueError: with the option, what was given and what is expected.
@@ -177,5 +177,5 @@ def to_arguments(options: Options) -> Sequence[str]:
 
 
 def out_folder(options: Options) -> Path:
-    """Where everything is written."""
+    """The folder that everything is written to."""
     return Path(options.out)

@@ -118,10 +118,11 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
 
 def worker_start(workers: int) -> str | None:
-    """How a DataLoader starts so many workers: never by a fork of the training process.
+    """How a DataLoader starts this number of workers: never by a fork of the training process.
 
-    That has the threads of gloo, NCCL and autograd, and a lock that one of them holds at the fork is never released in the worker,
-    which waits for it for ever, and so does the training. A server that has none is forked instead; it has what workers import.
+    The training process has the threads of gloo, NCCL and autograd. A lock that one of them holds at the fork is never released in
+    the worker, which waits for ever, and so does the training. A server without such threads is forked instead; it has imported what
+    the workers need.
     """
     if workers == 0:
         return None
@@ -134,7 +135,7 @@ def worker_start(workers: int) -> str | None:
 
 
 class Seeded(Dataset[tuple[Tensor, int]]):
-    """A data set whose random transforms depend on where the sample stands in the run, not on the worker that makes it.
+    """A data set whose random transforms depend on the sample's position in the run, not on the worker that makes it.
 
     Args:
         source: ``source[index]`` is (image, label) or more.

@@ -14,7 +14,7 @@ Expected is the folder of Clothing1M, which its authors give on request, in one 
   annotations: annotations/noisy_train.txt, clean_val.txt, clean_test.txt with lines `images/0/00/name.jpg 13`
   keys:        noisy_train_key_list.txt, clean_val_key_list.txt, clean_test_key_list.txt with paths,
                noisy_label_kv.txt, clean_label_kv.txt with lines `path label`
-and the images in images/ beside them."""
+and the images in images/ next to them."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Display:
-    """A bar over the steps of the whole run, with lines above it.
+    """A bar over all steps of the run, with lines above it.
 
     Args:
         total: steps. shown: whether this process shows anything.
@@ -19,7 +19,7 @@ class Display:
     def __init__(self, total: int, shown: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._console = Console(quiet=not shown)
-        # where nobody looks, lines are enough
+        # without a terminal lines are enough
         self._progress = Progress(*columns, console=self._console, disable=not shown or not self._console.is_terminal)
         self._task = self._progress.add_task("", total=total)
 
@@ -31,18 +31,18 @@ class Display:
         self._progress.stop()
 
     def at(self, step: int) -> None:
-        """So many steps are done."""
+        """Show the number of steps that are done."""
         self._progress.update(self._task, completed=step)
 
     def note(self, text: str) -> None:
-        """Beside the bar."""
+        """Show a text next to the bar."""
         self._progress.update(self._task, description=text)
 
     def line(self, text: str) -> None:
-        """Above the bar, to stay."""
+        """Print a line above the bar."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
     @staticmethod
     def warn(text: str) -> None:
-        """On stderr."""
+        """Print a warning to stderr."""
         print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The training: two stages on Lightning Fabric, that can be killed at any moment and go on to the same weights.
+"""The training: two stages on Lightning Fabric. It can be killed at any moment, and a resumed run ends with the same weights.
 
 What a step computes depends on the checkpoint and the options alone: batches come from ``sampler.Order``, random transforms from the
 sample's place in the run, dropout from the generator of the rank, which is in the checkpoint.
@@ -43,7 +43,7 @@ CHECKPOINTS, LOG, RESULT = "checkpoints", "log.jsonl", "result.json"
 
 
 def processes() -> int:
-    """How many processes torchrun, or whoever sets its variables, has started."""
+    """The number of processes that torchrun, or another launcher that sets its variables, has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -65,7 +65,7 @@ class GlobalCrossEntropy(nn.Module):
     """Mean cross entropy over all ranks' samples that count.
 
     A rank's part is multiplied by the number of ranks, so that DDP's averaging gives the gradient, and the mean of the values the
-    value. With a mean of its own a rank that has images that cannot be read would count its others for more.
+    value. If each rank took its own mean, a rank with images that cannot be read would give its other images too much weight.
     """
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -206,8 +206,8 @@ class Trainer:
         self.criterion = make_criterion(options, min(stage, len(STAGES) - 1), self.group).to(self.device)
 
     def _settle_buckets(self) -> None:
-        """DDP orders its buckets anew after its first backward, and with them the sums of more than two ranks: so that a resumed run
-        adds up as one that was not interrupted, that first backward is one of nothing."""
+        """DDP reorders its buckets after its first backward, and with them the sums of more than two ranks. The first backward is
+        therefore one of zeros, so that a resumed run adds in the same order as one that was not interrupted."""
         if self.size == 1:
             return
         before = {name: value.clone() for name, value in self.net.state_dict().items()}
@@ -240,7 +240,7 @@ class Trainer:
 
     @property
     def steps_done(self) -> int:
-        """Steps of the whole run so far."""
+        """Steps of the run so far, over both stages."""
         return (self.epochs_before + self.place.epoch) * self.order.steps + self.place.step
 
     def best_path(self, stage: int) -> Path:
@@ -252,7 +252,7 @@ class Trainer:
     def _find_checkpoint(self) -> dict[str, Any] | None:
         """What to go on from. All ranks look at the same file, which rank 0 chooses."""
         options = self.options
-        # an error travels, too: a rank that raises alone would have the others wait for it
+        # an error is broadcast, too: if one rank raised alone, the other ranks would wait for it
         choice: tuple[str, str] = ("none", "")
         if self.rank == 0:
             try:
@@ -281,7 +281,7 @@ class Trainer:
         return state
 
     def save(self, *paths: Path) -> None:
-        """Everything, to each of these files, by rank 0; every rank has to call."""
+        """Write everything to each of these files, from rank 0; every rank has to call this."""
         self.flush()
         rngs = [_rng_state(self.device)]
         if self.size > 1:
@@ -375,7 +375,7 @@ class Trainer:
             self.place = Place(len(STAGES))
 
     def _epoch(self) -> None:
-        """What is left of an epoch."""
+        """Train what is left of an epoch."""
         options, place = self.options, self.place
         self.net.train()
         self.batches.set(self.epochs_before + place.epoch, place.step)
@@ -523,7 +523,7 @@ class Trainer:
 
 
 def train(options: Options, open_sets: Callable[[Options], Sets]) -> dict[str, Any]:
-    """A run, or what is left of it, on this process and those beside it.
+    """Do a run, or what is left of it, on this process and the other ranks.
 
     Raises:
         ValueError, RuntimeError, OSError: what cannot work, on this rank or on another.

@@ -1,6 +1,6 @@
 """Clothing1M: its lists in both published layouts, its images, and a synthetic set in its format.
 
-Layouts, told apart by the files that are there (in the folder or in its ``annotations``):
+Layouts, distinguished by the files that exist (in the folder or in its ``annotations``):
 
 - ``"annotations"``, the paper's repository: noisy_train.txt, clean_val.txt, clean_test.txt, lines ``path label``;
 - ``"keys"``, the data set's own: noisy_train_key_list.txt, clean_{val,test}_key_list.txt (clean_train_key_list.txt is read
@@ -231,7 +231,7 @@ class Images(Dataset[tuple[Tensor, int, int]]):
         self.paths = _Names([path for path, _ in samples])
         self.labels = torch.tensor([label for _, label in samples])
         self.transform = transform
-        # A folder of its own for each size, so that another one's images are not taken for these.
+        # Each size has its own folder, so that images of one size are not used for another.
         self.cache = Path(cache) / f"{cache_pixels}px" if cache is not None else None
         self.cache_pixels = cache_pixels
         self._unreadable = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()

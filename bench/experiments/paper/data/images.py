@@ -195,9 +195,9 @@ def _decode(path: Path, pixels: int) -> Tensor | None:
 
 def load_dogs_cats(name: str, folder: Path | str | None, seeds: Seeds, transition: Transition, limit: int | None) -> DataSet:
     """Dogs vs Cats: train/cat.0.jpg, train/dog.0.jpg ... A tenth is the test set, the same in every run, a tenth of the rest
-    (by count of all) validates: 20,000 / 2,500 / 2,500 of the 25,000 published. 150 x 150 pixels, ImageNet's mean and std.
+    (by count of all) is for validation: 20,000 / 2,500 / 2,500 of the 25,000 published. 150 x 150 pixels, ImageNet's mean and std.
 
-    All is decoded into memory: 270 kB an image, 6.8 GB for the whole set. An image that cannot be read is left out of its
+    All is decoded into memory: 270 kB per image, 6.8 GB for the complete set. An image that cannot be read is left out of its
     split and counted.
     """
     where = require_folder("Dogs vs Cats", "dogs-vs-cats", folder, "a folder with train/cat.0.jpg, train/dog.0.jpg and so on")

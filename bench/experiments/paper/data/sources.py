@@ -182,10 +182,10 @@ def read(source: Packaged, folder: Path | str | None, check: Callable[[bytes], N
     Args:
         source: the file.
         folder: the only place to look, if given: a folder with the file or with pip's download, or the file itself.
-        check: raises ValueError for bytes that are not the whole set; not called for a folder given, which may hold a part.
+        check: raises ValueError for bytes that are not the complete set; not called for a given folder, which may have a part of it.
 
     Raises:
-        MissingData: it cannot be had; what was tried, and what to put where.
+        MissingData: it cannot be found; the message says what was tried, and what to put where.
     """
     help_text = f"put {source.file} into a folder and give it as folder=..., or run: {source.command}"
     if folder is not None:

@@ -19,7 +19,7 @@ PAD, UNKNOWN = 0, 1
 LENGTH = 64
 """Tokens a sentence is padded or cut to; MR's longest has 59."""
 MIN_COUNT = 2
-"""Occurrences in the training sentences that a word needs for an id of its own: the rare ones are what trains UNKNOWN."""
+"""Occurrences in the training sentences that a word needs to get its own id: the rarer words train UNKNOWN."""
 
 MR_ROWS = 8_530
 SNIPPETS = 10_605
@@ -27,11 +27,11 @@ POLARITY = ("negative", "positive")
 GROUND_TRUTH, RATINGS = "movieReviewSnippets_GroundTruth.txt", "movieReviewSnippets_anonDataRatings.txt"
 
 _TOKEN = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
-_FIELD_LIMIT = 10_000_000  # the csv has whole reviews of other sets beside MR's sentences
+_FIELD_LIMIT = 10_000_000  # the csv has complete reviews of other sets besides MR's sentences
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-cased words, with what follows one apostrophe (don't), and every other visible character by itself."""
+    """Lower-cased words, with what follows one apostrophe (don't), and every other visible character separately."""
     return _TOKEN.findall(text.lower())
 
 
@@ -195,7 +195,7 @@ def load_mr_human(name: str, folder: Path | str | None, seeds: Seeds, transition
             kept.append((text, next(iter(known)), opinions))
     if len(kept) < 10:
         raise ValueError(f"MR with human raters: {len(kept)} snippets match an MR row, which are too few to split")
-    # One uniform number a sentence, whatever the split, picks its rater.
+    # One uniform number per sentence picks its rater, whatever the split.
     uniform = torch.rand(len(kept), dtype=torch.float64, generator=torch.Generator().manual_seed(seeds.votes)).tolist()
     voted = torch.tensor([int(opinions[int(u * len(opinions))] > 0) for u, (_, _, opinions) in zip(uniform, kept, strict=True)])
     clean = torch.tensor([label for _, label, _ in kept])
