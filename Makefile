@@ -38,7 +38,7 @@ install: $(VENV)/.installed ## virtual environment with the package (editable), 
 venv: install ## the same
 
 demo: install ## train on wrong labels with cross entropy and with L_DMI; ends with a table and a picture
-	$(PY) -m bench.demo $(ARGS)
+	$(PY) -m bench.experiments.demo $(ARGS)
 
 test: install ## the test suite
 	$(PY) -m pytest $(ARGS)

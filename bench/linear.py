@@ -28,16 +28,16 @@ import ldmi_fast
 from bench.kernels.cases import Shape, parse_shapes
 from bench.kernels.interleave import interleave
 from bench.kernels.results import RESULTS_DIR, environment, write_atomic
-from bench.markdown import markdown_table
 from bench.memory import MIB, PR_SET_THP_DISABLE, status_bytes, warm_up_lapack
+from bench.reporting import markdown_table
 
 LINEAR_JSON = RESULTS_DIR / "linear-cpu.json"
 SHAPES = (Shape(8192, 100), Shape(65536, 100), Shape(8192, 1000), Shape(65536, 1000), Shape(8192, 10000), Shape(65536, 10000))
 WIDTH = 256
 SECONDS = 30.0
 ONCE = 2000
-"""Above so many classes the inverse alone takes so long that one call has to do."""
-WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+"""Above this number of classes the inverse takes so long that it is timed with one call."""
+METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "fused": lambda hidden, weight, bias, target: ldmi_fast.linear_dmi_loss(hidden, weight, target, bias),
     "materialised": lambda hidden, weight, bias, target: ldmi_fast.dmi_loss(F.linear(hidden, weight, bias), target),
 }
@@ -45,7 +45,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One shape: seconds and peak extra bytes of both ways; ratio: median of fused / materialised within rounds."""
+    """One shape: seconds and peak extra bytes of both methods; ratio: median of fused / materialised within rounds."""
 
     rows: int
     classes: int
@@ -64,16 +64,16 @@ def make(shape: Shape, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden.requires_grad_(), weight.requires_grad_(), torch.zeros(shape.classes, requires_grad=True), target
 
 
-def step(way: str, data: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+def step(method: str, data: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Forward and backward."""
-    return torch.autograd.grad(WAYS[way](*data), data[:3])
+    return torch.autograd.grad(METHODS[method](*data), data[:3])
 
 
-def measure_here(way: str, shape: Shape, width: int) -> tuple[int, float]:
+def measure_here(method: str, shape: Shape, width: int) -> tuple[int, float]:
     """Peak extra bytes and seconds of one call in this process, which should be a fresh one."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    step(way, make(Shape(300, 60), width))
+    step(method, make(Shape(300, 60), width))
     warm_up_lapack(min(shape.classes, 1000))
     data = make(shape, width)
     gc.collect()
@@ -81,17 +81,17 @@ def measure_here(way: str, shape: Shape, width: int) -> tuple[int, float]:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = status_bytes("VmRSS")
     start = time.perf_counter()
-    result = step(way, data)
+    result = step(method, data)
     seconds = time.perf_counter() - start
     peak = status_bytes("VmHWM")
     del result
     return peak - before, seconds
 
 
-def measure_in_subprocess(way: str, shape: Shape, width: int) -> tuple[int, float]:
+def measure_in_subprocess(method: str, shape: Shape, width: int) -> tuple[int, float]:
     """``measure_here`` in a fresh process with large allocations mapped one by one."""
     done = subprocess.run(
-        (sys.executable, "-m", "bench.linear", "--measure", way, str(shape), "--width", str(width)),
+        (sys.executable, "-m", "bench.linear", "--measure", method, str(shape), "--width", str(width)),
         cwd=Path(__file__).resolve().parents[1],
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
         capture_output=True,
@@ -99,21 +99,23 @@ def measure_in_subprocess(way: str, shape: Shape, width: int) -> tuple[int, floa
         check=False,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"measuring {way} at {shape} failed with exit status {done.returncode}:\n{done.stderr}")
+        raise RuntimeError(f"measuring {method} at {shape} failed with exit status {done.returncode}:\n{done.stderr}")
     peak, elapsed = done.stdout.split()[-2:]
     return int(peak), float(elapsed)
 
 
 def measure(shape: Shape, width: int, seconds: float) -> Row:
     """Time and memory at one shape. Where one call takes minutes, its time is that of the memory measurement."""
-    singles = {way: measure_in_subprocess(way, shape, width) for way in WAYS}
-    peaks = {way: peak for way, (peak, _) in singles.items()}
+    singles = {method: measure_in_subprocess(method, shape, width) for method in METHODS}
+    peaks = {method: peak for method, (peak, _) in singles.items()}
     if shape.classes > ONCE:
-        times = {way: elapsed for way, (_, elapsed) in singles.items()}
+        times = {method: elapsed for method, (_, elapsed) in singles.items()}
         return Row(shape.rows, shape.classes, width, times, times["fused"] / times["materialised"], peaks)
     data = make(shape, width)
-    timings = interleave({way: lambda way=way: step(way, data) for way in WAYS}, reference="fused", time_cap=seconds, min_rounds=3)
-    times = {way: timings.seconds(way).p50 for way in WAYS}
+    timings = interleave(
+        {method: lambda method=method: step(method, data) for method in METHODS}, reference="fused", time_cap=seconds, min_rounds=3
+    )
+    times = {method: timings.seconds(method).p50 for method in METHODS}
     return Row(shape.rows, shape.classes, width, times, timings.reference_over("materialised").p50, peaks)
 
 
@@ -126,9 +128,9 @@ def markdown(result: dict[str, Any]) -> str:
         rows.append(
             (
                 f"{row['rows']}x{row['classes']}",
-                *(f"{seconds[way]:.3g}" for way in WAYS),
+                *(f"{seconds[method]:.3g}" for method in METHODS),
                 f"{row['ratio']:.2f}",
-                *(f"{row['peak_bytes'][way] / MIB:.0f}" for way in WAYS),
+                *(f"{row['peak_bytes'][method] / MIB:.0f}" for method in METHODS),
                 f"{gradients / MIB:.0f}",
                 f"{4 * row['rows'] * row['classes'] / MIB:.0f}",
             )
@@ -151,12 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", type=parse_shapes, help="ROWSxCLASSES, comma-separated (default: all)")
     parser.add_argument("--width", type=int, default=WIDTH, help="D (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time a shape at most so long (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help=f"JSON file (default for all shapes: {LINEAR_JSON.name}); the table goes beside it")
+    parser.add_argument("--out", type=Path, help=f"JSON file (default for all shapes: {LINEAR_JSON.name}); the table goes next to it")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "SHAPE"), help="one memory measurement in this process, in bytes")
     options = parser.parse_args(arguments)
     if options.measure is not None:
-        way, shape = options.measure
-        print(*measure_here(way, Shape.parse(shape), options.width))
+        method, shape = options.measure
+        print(*measure_here(method, Shape.parse(shape), options.width))
         return 0
     if not Path("/proc/self/clear_refs").exists():
         parser.error("peak memory is measured through /proc/self/clear_refs, which this system does not have")

@@ -1,15 +1,14 @@
 """``python -m bench.logdet``: log|det| and inverse of one matrix, or of many at once, against what torch offers for both, on this CPU.
 
 The peers, in fp64 and in fp32: slogdet and its backward, whose gradient is the inverse transposed; slogdet and inv; one LU, the
-determinant from its diagonal and the inverse by solving with it (as LAPACK's getri would give it). Interleaved, and beside them the
-floor: the 2 C^3 operations that both take together at the rate of a large matrix product. Ends with a table; writes JSON, markdown
-and a plot. ``bench.gpu`` times the same on a GPU.
+determinant from its diagonal and the inverse by solving with it (as LAPACK's getri would give it). They are timed interleaved and
+compared with the floor: the 2 C^3 operations that both results need, at the rate of a large matrix product. The program prints a table
+and writes JSON, markdown and a plot. ``bench.gpu`` times the same on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor
 
 from bench.kernels.interleave import Quantiles, interleave
-from bench.kernels.results import RESULTS_DIR, busy_warning, environment, write_atomic
-from bench.markdown import markdown_table
+from bench.kernels.results import RESULTS_DIR, busy_warning, dump_lines, environment, write_atomic
+from bench.reporting import markdown_table
 
 LOGDET_JSON = RESULTS_DIR / "logdet-cpu.json"
 SECONDS = 5.0
@@ -87,18 +86,18 @@ def joint_like(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def slogdet_and_gradient(leaf: Tensor) -> Tensor:
-    """The inverse, transposed, as the gradient of log|det|."""
+    """Return the transposed inverse, as the gradient of log|det|."""
     return torch.autograd.grad(torch.linalg.slogdet(leaf).logabsdet.sum(), leaf)[0]
 
 
 def slogdet_and_inverse(S: Tensor) -> Tensor:
-    """The same by two factorisations."""
+    """Return the inverse and compute log|det|, with one factorisation each."""
     torch.linalg.slogdet(S)
     return torch.linalg.inv_ex(S).inverse.mT
 
 
 def lu_and_inverse(S: Tensor) -> Tensor:
-    """The same by one."""
+    """Return the inverse and compute log|det|, with one factorisation for both."""
     lu, pivots, _ = torch.linalg.lu_factor_ex(S)
     lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
     return torch.linalg.lu_solve(lu, pivots, torch.eye(S.shape[-1], dtype=S.dtype, device=S.device).expand_as(S), adjoint=True)
@@ -139,12 +138,12 @@ def measure(size: Size, seconds: float) -> Row:
 
 
 def floor_seconds(size: Size, rate: float) -> float:
-    """2 C^3 operations a matrix at a rate."""
+    """Seconds for 2 C^3 operations per matrix at a rate."""
     return 2 * size.count * size.classes**3 / rate
 
 
 def markdown(rows: Sequence[Row], rate: float, env: dict[str, Any], date: str, picture: str) -> str:
-    """The table, and the plot of that name."""
+    """The table, with a link to the plot named ``picture``."""
     peers = list(rows[0].ours_over)
     cells = [
         (
@@ -158,7 +157,7 @@ def markdown(rows: Sequence[Row], rate: float, env: dict[str, Any], date: str, p
     return (
         "# log|det| and inverse on a CPU\n\n"
         f"Measured on {date[:10]}: {env['cpu']}, {env['threads']} threads, torch {env['torch']}. Medians, interleaved; for each peer "
-        "how many times as long as ours it takes. Ours is fp64 throughout. COUNTxCLASSES: so many matrices in one call. Floor: 2 C^3 "
+        "how many times as long as ours it takes. Ours is fp64 throughout. COUNTxCLASSES: COUNT matrices in one call. Floor: 2 C^3 "
         f"operations at the {rate / 1e9:.0f} GFLOP/s of a product of {PRODUCT} x {PRODUCT} matrices in the same run.\n\n"
         f"{markdown_table(('C', 'ours, us', 'floor, us', *peers), cells)}\n\n![times]({picture})\n"
     )
@@ -168,7 +167,7 @@ def plot(rows: Sequence[Row], rate: float) -> bytes:
     """Time over the floor, of one matrix."""
     from matplotlib.figure import Figure
 
-    from bench.report import png
+    from bench.reporting import png
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -188,8 +187,10 @@ def plot(rows: Sequence[Row], rate: float) -> bytes:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.logdet", description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--sizes", type=Size.parse, nargs="+", help="CLASSES or COUNTxCLASSES (default: all)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time a size at most so long (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help=f"JSON file (default for all sizes: {LOGDET_JSON.name}); table and plot go beside it")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="longest time per size in seconds (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, help=f"JSON file (default for all sizes: {LOGDET_JSON.name}); table and plot go next to it"
+    )
     options = parser.parse_args(arguments)
     if warning := busy_warning():
         print(warning, file=sys.stderr)
@@ -204,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table)
     if out is not None:
         result = {"environment": env, "date": date, "flops": rate, "rows": [asdict(row) for row in rows]}
-        write_atomic(out, json.dumps(result, indent=1) + "\n")
+        write_atomic(out, dump_lines(result, "rows"))
         write_atomic(out.with_suffix(".png"), plot(rows, rate))
         write_atomic(out.with_suffix(".md"), table)
     return 0

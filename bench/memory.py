@@ -4,8 +4,8 @@ Measured as the process's resident high-water mark (VmHWM, reset through /proc/s
 each measurement. torch's profiler and tracemalloc would miss what a C++ kernel takes from malloc; ru_maxrss cannot be
 reset, so making the inputs would hide a smaller peak. Three things make the mark exact to a few pages: every allocation
 above 64 KiB is its own mapping (MALLOC_MMAP_THRESHOLD_), so that no memory freed earlier is reused unseen; freed heap
-is given back before the baseline is read; transparent huge pages are off. The peers' code, thread pools and the LAPACK
-library's own buffers are warmed up on other shapes first, so that scratch which an operation keeps for a shape counts.
+is given back before the baseline is read; transparent huge pages are off. The peers' code, the thread pools and
+LAPACK's own buffers are warmed up on other shapes first, so that scratch memory which an operation keeps for a shape counts.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from rich.table import Table
 
 from bench.kernels.cases import SHAPES, Batch, Shape, make_batch, parse_shapes
 from bench.kernels.peers import PEERS
-from bench.kernels.results import RESULTS_DIR, environment, write_atomic
-from bench.markdown import markdown_table
+from bench.kernels.results import RESULTS_DIR, dump_lines, environment, write_atomic
+from bench.reporting import markdown_table
 
 MEMORY_JSON = RESULTS_DIR / "memory-cpu.json"
-MEASURED = ("ours", "D", "E")
+MEASURED = ("ours", "index_add", "cross_entropy")
 MIB = 2**20
 WARM_UP = (Shape(64, 4), Shape(200, 80))
 """Few and more classes: the factorisation of one panel and of several."""
@@ -88,7 +88,7 @@ def forward_backward(peer: str, batch: Batch) -> tuple[torch.Tensor, ...]:
 
 
 def warm_up_lapack(classes: int) -> None:
-    """Let the LAPACK library make its buffers for matrices of this size, which are not the operation's own."""
+    """Let LAPACK make its buffers for matrices of this size: they are not the operation's own."""
     for dtype in (torch.float32, torch.float64):
         matrix = torch.eye(classes, dtype=dtype).requires_grad_()
         torch.autograd.grad(torch.linalg.slogdet(matrix).logabsdet, matrix)
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table)
     out = options.out if options.out is not None else MEMORY_JSON if options.shapes is None else None
     if out is not None:
-        write_atomic(out, json.dumps(asdict(result), indent=1) + "\n")
+        write_atomic(out, dump_lines(asdict(result), "peaks"))
         console.print(f"written: {out}")
     return 0
 

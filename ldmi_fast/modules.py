@@ -21,7 +21,7 @@ from .tracing import may_look, transformed
 
 SAMPLES_PER_CLASS = 250
 """The number of samples per class in the average that :meth:`DMILoss.recommended` aims at. With fewer the determinant is noise, with
-more the average lags behind the model without a benefit (``bench/many_classes.py`` measures both)."""
+more the average lags behind the model without a benefit (``bench/experiments/many_classes.py`` measures both)."""
 _ROUNDED = (
     "the moving average of this DMILoss was rounded to half or single precision, and a determinant of rounded numbers is noise. It is "
     "fp64 again, but what it had held is rounded: call calibrate() or reset(). A state in half precision does this when it is loaded: "

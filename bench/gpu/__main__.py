@@ -1,7 +1,7 @@
-"""``python -m bench.gpu``: time the loss, its steps and log|det| on a GPU, beside their peers.
+"""``python -m bench.gpu``: time the loss, its steps and log|det| on a GPU, next to their peers.
 
-Runs for about ``--seconds``, the most telling shapes first, and writes the result after each, so that a run that is cut short has
-what it did. ``--rehearse`` runs the same code at tiny shapes on the CPU, to see that it works; its times mean nothing.
+It runs for about ``--seconds``, starts with the most important shapes, and writes the result after each shape, so that an interrupted
+run keeps what it measured. ``--rehearse`` runs the same code at tiny shapes on the CPU, to see that it works; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.kernels.measure import first_line
 from bench.logdet import Size
 
 FIRST_CASES = 5
-"""So many shapes before log|det| alone is timed, the others after it."""
+"""The number of shapes that are timed before log|det| alone; the others come after it."""
 COPY_BYTES = 2**28
 REHEARSAL_COPY_BYTES = 2**20
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     device = torch.device("cpu") if options.rehearse else torch.device("cuda", torch.cuda.current_device())
     if options.rehearse:
-        torch.set_num_threads(1)  # on a busy machine every parallel region waits tens of milliseconds for its turn
+        torch.set_num_threads(1)  # on a busy machine every parallel region waits tens of milliseconds for the scheduler
     started = time.monotonic()
     peers, missing = gpu_peers(device)
     result = Result(

@@ -1,4 +1,4 @@
-"""The shapes that are timed on a GPU, the most telling first: a run that ends early has those."""
+"""The shapes that are timed on a GPU. The most important ones come first, so that a run that ends early has them."""
 
 from __future__ import annotations
 
@@ -97,6 +97,6 @@ def batch_count(case: Case, l2_bytes: int) -> int:
 
 
 def make_batches(case: Case, device: torch.device, l2_bytes: int, seed: int = 0) -> list[Batch]:
-    """Distinct batches of a case on ``device``, as many as ``batch_count`` says."""
+    """``batch_count`` distinct batches of a case on ``device``."""
     generator = torch.Generator(device).manual_seed(seed)
     return [make_batch(case.shape, generator, case.torch_dtype) for _ in range(batch_count(case, l2_bytes))]

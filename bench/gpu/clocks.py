@@ -1,4 +1,4 @@
-"""Three ways to time a call on a device that runs behind the host, apart from one another.
+"""Three methods to time a call on a device that runs asynchronously to the host.
 
 ========== ==========================================================================================================
 ``graph``  a CUDA graph of many calls, replayed: what the kernels take one after another, logits rotating through more than
@@ -7,7 +7,7 @@
 ``wall``   the host's clock over eager calls, one after another: what a training loop sees, the Python of the call included
 ========== ==========================================================================================================
 
-On the CPU, for a rehearsal, the host's clock stands in for all three.
+On the CPU, for a rehearsal, the host's clock replaces all three.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KERNEL_NODE = 0
 
 @dataclass(frozen=True)
 class Captured:
-    """Some calls to replay at once. Holds the call, and with it the memory that the graph reads and writes."""
+    """Several calls that are replayed together. It keeps the call alive, and with it the memory that the graph reads and writes."""
 
     replay: Call
     calls: int

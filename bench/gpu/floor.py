@@ -2,7 +2,7 @@
 
     T = launches * LAUNCH + bytes / bandwidth + T_LU(C)
 
-Bytes are the least that must move: the logits are read once each way and the gradient is written once, labels and the row
+Bytes are the least that must move: the logits are read once forward and once backward, the gradient is written once, labels and row
 sums of exponentials are read or written once, the C x C matrices once each. What stays in the level 2 cache between the passes
 is still counted, so a small problem may come out below its model.
 """

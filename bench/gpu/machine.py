@@ -1,4 +1,7 @@
-"""``python -m bench.gpu.machine``: the machine and the sources as far as they bear on a result, as JSON. No host name."""
+"""``python -m bench.gpu.machine``: the machine and the sources as far as they influence a result, as JSON.
+
+The host name is left out.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = machine()
     print(json.dumps(found, indent=1))
     if options.out is not None:
-        # The serial numbers and the UUID of somebody's card are nobody's business.
+        # The serial numbers and the UUID of the card are private.
         everything = re.sub(r"(?im)^(.*(serial|uuid|guid).*?:\s*).*$", r"\1-", output_of("nvidia-smi", "-q"))
         write_atomic(options.out, json.dumps({**found, "nvidia_smi_q": everything.splitlines()}, indent=1) + "\n")
     return 0

@@ -1,4 +1,4 @@
-"""What is measured at one shape: the whole loss beside its peers, the steps alone, log|det| and inverse alone, memory, launches."""
+"""What is measured at one shape: the loss next to its peers, the steps alone, log|det| and inverse alone, memory, launches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from bench.kernels.measure import COPY, check_loss, first_line, make_call, prepa
 from bench.kernels.peers import Loss, Peer, index_add_slogdet_fp64
 from bench.logdet import Size, joint_like, stock
 
-PEAK_PEERS = ("ours", "D", "E")
+PEAK_PEERS = ("ours", "index_add", "cross_entropy")
 TWICE_CLASSES = 2048
-"""Above, a way to log|det| and inverse by two factorisations is not timed."""
-NOT_CAPTURED = {"A": "its one-hot matrix comes from the CPU", "ours-composite": "it waits for the device"}
+"""Above this number of classes the paths to log|det| and inverse with two factorisations are not timed."""
+NOT_CAPTURED = {"published": "its one-hot matrix comes from the CPU", "ours-composite": "it waits for the device"}
 """A capture that fails keeps what it had allocated."""
 BLOCK_SECONDS: dict[Clock, float] = {"graph": 2e-3, "device": 0.0, "wall": 2e-3}
 """How long a function is repeated within a round. The events of the device's clock surround one call at a time."""
@@ -79,11 +79,11 @@ class Bench:
         return graphs
 
     def loss(self, case: Case) -> None:
-        """The loss beside its peers, forward alone and with its backward, by every clock."""
+        """Time the loss next to its peers, forward alone and with its backward, by every clock."""
         if case.compiled:
             # Fresh: dynamo would otherwise reach its limit of recompilations and run eager code.
             torch.compiler.reset()
-        # What is there now stays: each timing collects garbage first, and need not look at all of torch's objects again.
+        # Existing objects are frozen: each timing collects garbage first, and need not visit all of torch's objects again.
         gc.collect()
         gc.freeze()
         for direction in DIRECTIONS:
@@ -135,7 +135,7 @@ class Bench:
             self.result.rows.append(found)
 
     def steps(self, case: Case) -> None:
-        """joint and logits_grad of each engine alone, beside a copy: the share of the bandwidth that they reach."""
+        """Time joint and logits_grad of each engine alone, next to a copy, for the share of the bandwidth that they reach."""
         batches = make_batches(case, self.clocks.device, self.clocks.l2_bytes)
         for name, module in kernel_engines(self.clocks.device).items():
             for step, calls in step_calls(module, batches).items():
@@ -148,7 +148,7 @@ class Bench:
                 self._add("step", case, step, "graph", timings, {name: "engine", COPY: COPY})
 
     def logdet(self, size: Size) -> None:
-        """log|det| and the inverse of one matrix, or of many in one call, beside torch's ways to both."""
+        """Time log|det| and the inverse of one matrix, or of many in one call, next to torch's paths to both."""
         device = self.clocks.device
         case = Case(size.count * size.classes, size.classes, "float64")
         S, n = joint_like(size, device)
@@ -159,7 +159,7 @@ class Bench:
             calls[peer] = lambda module=module: module.logdet_inverse(S, n, "present")
         where = f"logdet {size}"
         if not calls:
-            self.left_out(where, "ours", "no engine has kernels of its own here")
+            self.left_out(where, "ours", "no engine has its own kernels here")
             return
         for name, call in stock(S).items():
             if name.startswith("inv-") and size.classes > TWICE_CLASSES:
@@ -196,7 +196,7 @@ class Bench:
 
 
 def graph_calls(case: Case, batches: int) -> int:
-    """How many calls to put in a graph: one a batch where the logits are large, enough for its launch not to show where small."""
+    """The number of calls in a graph: one per batch of large logits; for small logits enough to hide the graph's launch."""
     return GRAPH_CALLS if case.logits_bytes <= HOT_BYTES else batches
 
 
@@ -210,7 +210,10 @@ def launch_call(loss: Loss, batch: Batch, direction: Direction) -> Call:
 
 
 def peak_bytes(call: Call) -> int:
-    """Peak bytes that torch's allocator gave out during a call, beyond what it held before; libraries' buffers are made first."""
+    """Peak bytes that torch's allocator gave out during a call, beyond what it held before.
+
+    cuBLAS and cuSOLVER make their buffers first.
+    """
     call()
     gc.collect()
     torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""The losses that are timed side by side on a GPU: those of the CPU's benchmark, our other engines, and others' kernels.
+"""The losses that are timed side by side on a GPU: those of the CPU benchmark, our other engines, and kernels of other projects.
 
 ``ours`` is the engine that would be chosen; ``ours-NAME`` are the other engines that can run. Liger's and quack's cross entropy are
-timed where they are installed, beside the bar and not in it: Liger writes its gradient over the logits.
+timed where they are installed, but are not part of the bar: Liger writes its gradient over the logits.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from bench.kernels.peers import PEERS, Loss, Peer
 from ldmi_fast.engines import choose
 
 ENGINE_FAMILY = "engines"
-BESIDE_FAMILY = "beside"
-"""Families that are no bar: our own other engines, and kernels that do something else with their arguments."""
+OTHER_FAMILY = "other"
+"""Families that are not a bar: our own other engines, and kernels that treat their arguments differently."""
 
 ONE_HOT_ELEMENTS = 2**24
 """Above this the published formula's one-hot matrix, made on the CPU and copied, would take most of the run's time."""
@@ -36,7 +36,7 @@ def engines(device: torch.device) -> list[str]:
 
 
 def kernel_engines(device: torch.device) -> dict[str, ModuleType]:
-    """Those with kernels of their own, by name, with the module that has their rooms."""
+    """The engines with their own kernels, by name, with the module that has their ops."""
     return {name: choose._MODULES[name] for name in engines(device) if name != "composite"}
 
 
@@ -59,7 +59,7 @@ def _quack() -> Loss:
     return lambda logits, target: cross_entropy(logits, target, reduction="mean")
 
 
-BESIDE: dict[str, tuple[Callable[[], Loss], str, bool]] = {
+OTHERS: dict[str, tuple[Callable[[], Loss], str, bool]] = {
     "liger": (_liger, "Liger's cross entropy, which overwrites its logits", True),
     "quack": (_quack, "quack's cross entropy", False),
 }
@@ -74,9 +74,9 @@ def gpu_peers(device: torch.device) -> tuple[dict[str, Peer], dict[str, str]]:
         if name != chosen:
             peer = Peer(f"ours-{name}", ENGINE_FAMILY, _with_engine(name), f"ldmi_fast.dmi_loss, engine {name}")
             peers[peer.name] = peer
-    for name, (load, description, overwrites) in BESIDE.items():
+    for name, (load, description, overwrites) in OTHERS.items():
         try:
-            peers[name] = Peer(name, BESIDE_FAMILY, load(), description, dmi=False, overwrites=overwrites)
+            peers[name] = Peer(name, OTHER_FAMILY, load(), description, dmi=False, overwrites=overwrites)
         except Exception as error:  # not installed, or not for this device
             missing[name] = f"{type(error).__name__}: {error}"
     return peers, missing
@@ -84,6 +84,6 @@ def gpu_peers(device: torch.device) -> tuple[dict[str, Peer], dict[str, str]]:
 
 def why_not_timed(name: str, rows: int, classes: int) -> str:
     """Why a peer is left out at a shape; empty if it is not."""
-    if name == "A" and rows * classes > ONE_HOT_ELEMENTS:
+    if name == "published" and rows * classes > ONE_HOT_ELEMENTS:
         return "its one-hot matrix comes from the CPU and would take most of the run's time"
     return ""

@@ -1,16 +1,15 @@
-"""The result file of the GPU benchmark: one JSON object, a measurement a line."""
+"""The result file of the GPU benchmark: one JSON object, one measurement per line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from bench.gpu.cases import Case
 from bench.kernels.interleave import Quantiles
-from bench.kernels.results import write_atomic
+from bench.kernels.results import dump_lines, write_atomic
 
 What = Literal["loss", "step", "logdet"]
 Clock = Literal["device", "graph", "wall"]
@@ -21,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One function at one shape by one clock. Seconds per call; ``ours_over_peer`` below 1 where ours is the faster one.
+    """One function at one shape by one clock. Times are seconds per call; ``ours_over_peer`` is below 1 where ours is faster.
 
     ``what``: "loss" (``direction``: forward or forward_backward), "step" (direction: the name of the op; rows of engines and of the
     copy) or "logdet" (log|det| and the inverse of a C x C matrix).
@@ -114,18 +113,12 @@ LISTS: dict[str, type] = {"rows": Row, "peaks": Peak, "launches": Launches}
 
 
 def dump(result: Result) -> str:
-    """JSON with one measurement a line: short when committed, and its diff readable."""
-    data = asdict(result)
-    head = {key: value for key, value in data.items() if key not in (*LISTS, "left_out")}
-    parts = [json.dumps({"format": FORMAT, **head}, indent=1)[:-2]]
-    for name in (*LISTS, "left_out"):
-        lines: Sequence[str] = [json.dumps(item) for item in data[name]]
-        parts.append(f' "{name}": [' + ("\n" + ",\n".join(lines) + "\n ]" if lines else "]"))
-    return ",\n".join(parts) + "\n}\n"
+    """JSON with one measurement per line."""
+    return dump_lines({"format": FORMAT, **asdict(result)}, *LISTS, "left_out")
 
 
 def write(result: Result, path: Path) -> None:
-    """Write the file whole or not at all."""
+    """Write the file completely or not at all."""
     write_atomic(path, dump(result))
 
 

@@ -14,7 +14,7 @@
 #   OUT         folder for the results                [bench/results/gpu-<device>]
 #   LIMIT       seconds for everything                [540; 1800 for a rehearsal, whose parts may take three times as long]
 #   REHEARSE    1: the same parts on the CPU, tiny sizes, nothing measured; 0: a GPU or nothing    [1 where torch finds no GPU]
-#   GPU_PARTS   another script that knows the parts   [parts.sh beside this one]
+#   GPU_PARTS   another script that knows the parts   [parts.sh next to this one]
 set -uo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,7 +1,7 @@
 """``python -m bench.gpu.sanitize``: the kernels' test programs on a GPU, plainly and under compute-sanitizer's four tools.
 
-Builds the programs of tests/simt with nvcc for this machine's GPU, or, with ``--rehearse``, for the CPU that runs their threads as
-fibers, where there are no tools to run them under. Each run is one process with a time limit; a table says how each ended.
+It builds the programs of tests/simt with nvcc for this machine's GPU. With ``--rehearse`` it builds them for the CPU, which runs their
+threads as fibers and has no such tools. Each run is one process with a time limit; a table says how each ended.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOOL_ITERATIONS = 4
 REHEARSAL_ITERATIONS = 3
 RUN_SECONDS = 45.0
 JOBS = 8
-"""Programs at a time: under a tool most of the time is the host's."""
+"""The number of programs that run at a time: under a tool most of the time is spent on the host."""
 SHOWN_LINES = 40
 
 
@@ -41,17 +41,17 @@ class Run:
 
     @property
     def good(self) -> bool:
-        """Whether it ended well."""
+        """Whether the run succeeded."""
         return self.outcome == "ok"
 
 
 def cases() -> list[str]:
-    """The programs that there are."""
+    """The programs that exist."""
     return sorted(path.stem for path in FOLDER.glob("*.cu"))
 
 
 def tool_path(name: str) -> str | None:
-    """A program beside this Python, on the PATH, or where CUDA is usually installed."""
+    """Find a program next to this Python, on the PATH, or where CUDA is usually installed."""
     places = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     if "CUDA_HOME" in os.environ:
         places.insert(0, f"{os.environ['CUDA_HOME']}/bin")
@@ -59,7 +59,7 @@ def tool_path(name: str) -> str | None:
 
 
 def architecture() -> str:
-    """What nvcc should compile for: this machine's GPU, with the features of its own where it has such."""
+    """The architecture that nvcc compiles for: this machine's GPU, with its architecture-specific features where it has any."""
     found = subprocess.run(
         ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=True
     ).stdout.split()[0]
@@ -101,7 +101,7 @@ def command_for(program: Path, tool: str, iterations: int, sanitizer: str | None
 
 
 def table(runs: Sequence[Run], tools: Sequence[str]) -> str:
-    """A line a program: how it ended plainly and under each tool."""
+    """One line per program: how it ended plainly and under each tool."""
     names = sorted({run.case for run in runs})
     columns = ("", *tools)
     width = max(map(len, names), default=0)
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pool.submit(execute, name, tool, command_for(options.build / name, tool, iterations, sanitizer), RUN_SECONDS)
             for name, tool, iterations in work
         ]
-        for future in as_completed(waiting):  # said at once: whoever stops this early still knows what passed
+        for future in as_completed(waiting):  # printed at once: a user who stops this early still knows what passed
             run = future.result()
             runs.append(run)
             print(f"{run.case} {run.tool or 'plain'}: {run.outcome} after {run.seconds:.1f} s", flush=True)

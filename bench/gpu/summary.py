@@ -1,6 +1,6 @@
 """``python bench/gpu/summary.py PARTS OUT KIND``: the parts of a run as a table, and as ``OUT/summary.json``. Needs only Python.
 
-``run.sh`` keeps a line a part in the file PARTS: name, outcome, exit status, seconds, limit and the last line of its output,
+``run.sh`` keeps one line per part in the file PARTS: name, outcome, exit status, seconds, limit and the last line of its output,
 separated by tabs.
 """
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     parts = read_parts(parts_file.read_text(encoding="utf-8"))
     good = bool(parts) and all(part["outcome"] == "ok" for part in parts)
     summary = {"rehearsal": kind == "rehearsal", "ok": good, "seconds": sum(p["seconds"] for p in parts), "parts": parts}
-    # Renamed into place, by the standard library alone: this must work where nothing else did.
+    # It is renamed into place by the standard library alone: this must work where nothing else did.
     with tempfile.NamedTemporaryFile("w", dir=out, prefix=".summary", delete=False) as stream:
         json.dump(summary, stream, indent=1)
         stream.write("\n")

@@ -1,7 +1,7 @@
 """``python -m bench.gpu.verified``: which kernel sources a GPU has run, and what has changed since.
 
-``bench/results/gpu-verified.json`` says for each source of an engine the hash it had when the tests and the sanitizers passed on
-a GPU, on which device and when. ``bench/gpu/run.sh`` writes it, after both passed on a real one, and nothing else does.
+``bench/results/gpu-verified.json`` has for each source of an engine the hash that it had when the tests and the sanitizers passed on
+a GPU, the device and the date. Only ``bench/gpu/run.sh`` writes it, after both passed on a real GPU.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load(path: Path = VERIFIED_JSON) -> dict[str, Entry]:
 
 
 def stale(table: dict[str, Entry], root: Path = ROOT) -> dict[str, str]:
-    """Every source that no GPU has verified as it is, and what it is: never verified, or changed since when."""
+    """Every source that no GPU has verified in its present state, with the reason: never verified, or changed since a date."""
     found: dict[str, str] = {}
     for engine in SOURCES:
         for name in sources(engine, root):
@@ -83,7 +83,7 @@ def updated(table: dict[str, Entry], engines: Sequence[str], here: dict[str, Any
 
 
 def dump(table: dict[str, Entry]) -> str:
-    """JSON with a file a line."""
+    """JSON with one file per line."""
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(asdict(entry))}" for name, entry in table.items())
     return "{\n" + lines + "\n}\n" if table else "{}\n"
 

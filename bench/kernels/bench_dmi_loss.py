@@ -1,8 +1,8 @@
 """pytest-benchmark records of interleaved timings.
 
-pytest-benchmark times one function after another, minutes apart, which on a shared machine compares the machine's
-moods. Here the peers of a case are timed round-robin first; each benchmark then replays its peer's timings on a clock
-that the replay itself moves, so that pytest-benchmark's statistics, tables and JSON are those of the interleaved run.
+pytest-benchmark times one function after another, minutes apart: on a shared machine that compares different loads. Here
+the peers of a case are timed round-robin first. Each benchmark then replays its peer's timings on a clock that the
+replay itself moves, so that pytest-benchmark's statistics, tables and JSON are those of the interleaved run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.kernels.results import records_of
 
 
 class ReplayClock:
-    """A clock that stands still but for ``advance``."""
+    """A clock that moves only by ``advance``."""
 
     __name__ = "interleaved"
 

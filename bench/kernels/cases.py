@@ -14,7 +14,7 @@ Direction = Literal["forward", "forward_backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward_backward")
 
 LARGE_ROWS = 16384
-"""From this many rows on a shape stands for throughput: its buffers together are larger than the cache."""
+"""From this many rows on a shape measures throughput: its buffers together are larger than the cache."""
 WORKING_SET_BYTES = 128 * 2**20
 """The buffers that a large shape rotates through hold at least this much, several times a last-level cache."""
 
@@ -38,7 +38,7 @@ class Shape:
 
     @property
     def large(self) -> bool:
-        """Whether the shape stands for throughput (True) or for the overhead of one call (False)."""
+        """Whether the shape measures throughput (True) or the overhead of one call (False)."""
         return self.rows >= LARGE_ROWS
 
     @property
@@ -73,8 +73,8 @@ class Batch:
 def make_batch(shape: Shape, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Batch:
     """Logits of a model that has learnt something, with every class in the batch (where N >= C), on the generator's device.
 
-    The joint is then well conditioned at every class count, so that peers without the library's care for absent
-    classes and conditioning are timed on inputs they can handle. Labels come in random order.
+    The joint is then well conditioned at every class count, so that peers which do not handle absent classes and bad
+    conditioning are timed on inputs that they can handle. Labels come in random order.
     """
     device = generator.device
     target = torch.randperm(shape.rows, generator=generator, device=device) % shape.classes

@@ -1,4 +1,4 @@
-"""Options and hooks of the kernel benchmarks; ``python -m bench.kernels.run`` is the usual way in."""
+"""Options and hooks of the kernel benchmarks; ``python -m bench.kernels.run`` is the usual entry point."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.kernels.peers import PEERS
 from bench.kernels.results import environment
 
 TIME_CAP = 5.0
-"""Seconds of timing for each shape and direction, beside compilation and warm-up."""
+"""Seconds of timing for each shape and direction, besides compilation and warm-up."""
 
 
 def parse_peers(text: str) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # now, while the load average is still that of the others
+    # now, while the load average is still that of the other processes
     config.stash[ENVIRONMENT] = environment()
 
 

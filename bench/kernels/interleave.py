@@ -1,7 +1,7 @@
-"""Round-robin timing: on a shared machine a time means little, but two times taken side by side have a ratio.
+"""Round-robin timing: on a shared machine a time means little, but the ratio of two times taken side by side does.
 
-Every round times each function once, in a random order, so that a slow second of the machine hits all of them alike;
-what is reported are medians over the rounds of the ratio within a round.
+Every round times each function once, in a random order, so that a slow second of the machine affects all of them equally.
+The medians over the rounds of the ratio within a round are reported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_INNER_CALLS = 200
 LONG_CALL_SECONDS = 0.5
 """A call this long is warmed up once, not twice."""
 MAX_SHARE = 4.0
-"""A function that has had more than this multiple of the reference's time sits out once it has ``SLOW_ROUNDS``."""
+"""A function that has had more than this multiple of the reference's time skips rounds once it has ``SLOW_ROUNDS``."""
 SLOW_ROUNDS = 3
 
 
@@ -94,12 +94,12 @@ def interleave(
 ) -> Timings:
     """Time ``functions`` round-robin until ``time_cap`` seconds or ``max_rounds`` rounds have passed.
 
-    Each function is first called twice (a long one once) to warm up. At least ``min_rounds`` rounds are made whatever
-    they take; with ``max_rounds`` the same, exactly so many. ``reference`` takes part in every round; otherwise a
+    Each function is first called twice (a long one once) to warm up. At least ``min_rounds`` rounds are made however long
+    they take; if ``max_rounds`` is the same, exactly that number. ``reference`` takes part in every round; otherwise a
     function that has had ``MAX_SHARE`` times the reference's total time skips rounds. ``clock`` returns seconds;
     ``seconds_of(function, calls)`` makes that many calls and returns the seconds that count, where that is not the clock's
     difference, as on a device that runs behind the host. Short calls are repeated within a round until they last about
-    ``block_seconds``. ``on_round`` is told after each round what fraction of the work is done.
+    ``block_seconds``. ``on_round`` is called after each round with the fraction of the work that is done.
     """
     if reference not in functions:
         raise ValueError(f"reference {reference!r} is not among the functions: {sorted(functions)}")

@@ -15,7 +15,7 @@ from bench.kernels.interleave import Timings, interleave
 from bench.kernels.peers import PEERS, Loss, Peer, index_add_slogdet_fp64
 
 COPY = "copy"
-"""Name of the memory copy timed among the peers of a large shape: what the machine's memory gives at that moment."""
+"""Name of the memory copy timed among the peers of a large shape: it shows the bandwidth of the memory at that moment."""
 COPY_BYTES = 64 * 2**20
 """Size of the copied buffer; the traffic of one copy is twice that, read and written."""
 
@@ -104,8 +104,8 @@ def measure(
 def threads_for(shape: Shape) -> int:
     """Threads to time a shape with: torch's default for a large shape, one for a small one.
 
-    Work as small as that gains next to nothing from a second thread. But on a busy machine every parallel region waits
-    a scheduler's turn, tens of milliseconds, for a thread that was put aside: a peer that opens one, as the smallest
+    Such small work gains almost nothing from a second thread. But on a busy machine every parallel region waits tens of
+    milliseconds until the scheduler runs a suspended thread again: a peer that opens a parallel region, as the smallest
     softmax does, would look a hundred times slower than it is.
     """
     return torch.get_num_threads() if shape.large else 1
@@ -113,7 +113,7 @@ def threads_for(shape: Shape) -> int:
 
 @contextmanager
 def num_threads(threads: int) -> Iterator[None]:
-    """torch with this many threads."""
+    """Run torch with this many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -126,7 +126,7 @@ def prepare_all(
     shape: Shape, direction: Direction, peers: Sequence[str]
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float], dict[str, str]]:
     """The calls to time by name, the loss each gives, and the compiled peers that failed with the reason."""
-    # Each shape compiles afresh; without the reset dynamo would reach its limit of recompilations and run eager code.
+    # Each shape compiles again; without the reset dynamo would reach its limit of recompilations and run eager code.
     torch.compiler.reset()
     batches = make_batches(shape)
     with torch.no_grad():

@@ -1,13 +1,17 @@
 """The losses that are timed side by side, each as ``loss(logits [N, C], target [N]) -> scalar``.
 
-==========  ==========================================================================================================
-``ours``    ``ldmi_fast.dmi_loss``
-``A``       the published formula: one-hot built on the CPU, ``U = onehot^T P / N``, ``-log(|det U| + 0.001)``
-``B``       one-hot product, then ``slogdet``
-``D``       softmax, ``index_add_``, ``slogdet``: eager PyTorch at its best, with variants ``Ds`` and ``D64``
-``Dc``      ``D`` under ``torch.compile``
-``E``       ``F.cross_entropy``; ``Ec`` is the same under ``torch.compile``
-==========  ==========================================================================================================
+==========================  ==========================================================================================
+``ours``                    ``ldmi_fast.dmi_loss``
+``published``               the published formula: one-hot matrix built on the CPU, ``U = onehot^T P / N``,
+                            ``-log(|det U| + 0.001)``
+``onehot_slogdet``          one-hot product, then ``slogdet``
+``index_add``               softmax, ``index_add_``, ``slogdet``: eager PyTorch at its best
+``index_add_scatter``       ``index_add`` with ``scatter_add_`` in its place
+``index_add_fp64``          ``index_add`` with the joint in float64
+``index_add_compiled``      ``index_add`` under ``torch.compile``
+``cross_entropy``           ``F.cross_entropy``
+``cross_entropy_compiled``  ``F.cross_entropy`` under ``torch.compile``
+==========================  ==========================================================================================
 
 A *family* gathers the variants of one idea. A comparison with a family is a comparison with its fastest member, so that
 no goal is met by leaving the better variant out. Other eager variants were tried and were no faster: a joint
@@ -34,7 +38,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute a loss.
+    """One method to compute a loss.
 
     ``family`` names the idea whose fastest member is the bar; ``dmi`` tells whether the value is L_DMI's, so that it
     can be checked against the others; ``compiled`` asks for ``torch.compile``; ``overwrites`` says that it destroys its
@@ -98,7 +102,7 @@ def scatter_add_slogdet(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def index_add_slogdet_fp64(logits: Tensor, target: Tensor) -> Tensor:
-    """As ``index_add_slogdet`` with the joint accumulated and factored in float64, as the library does."""
+    """As ``index_add_slogdet`` with the joint accumulated and factored in float64, as ldmi_fast does."""
     num_rows, num_classes = logits.shape
     probs = _softmax(logits).double()
     joint = probs.new_zeros(num_classes, num_classes).index_add_(0, target, probs)
@@ -116,7 +120,7 @@ def ours(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """In float32 at least, which the factorisation needs: for half precision in the same pass, as good code does."""
+    """Softmax in float32 at least, which the factorisation needs; half precision is converted in the same pass, as good code does."""
     return F.softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -129,13 +133,15 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("ours", "ours", ours, "ldmi_fast.dmi_loss"),
-        Peer("A", "A", published, "published formula", dmi=False),
-        Peer("B", "B", onehot_slogdet, "one-hot product + slogdet"),
-        Peer("D", "D", index_add_slogdet, "softmax + index_add_ + slogdet, fp32"),
-        Peer("Ds", "D", scatter_add_slogdet, "softmax + scatter_add_ + slogdet, fp32"),
-        Peer("D64", "D", index_add_slogdet_fp64, "softmax + index_add_ + slogdet, joint in fp64"),
-        Peer("Dc", "Dc", index_add_slogdet, "D under torch.compile", compiled=True),
-        Peer("E", "E", cross_entropy, "F.cross_entropy, eager", dmi=False),
-        Peer("Ec", "E", cross_entropy, "F.cross_entropy under torch.compile", dmi=False, compiled=True),
+        Peer("published", "published", published, "published formula", dmi=False),
+        Peer("onehot_slogdet", "onehot_slogdet", onehot_slogdet, "one-hot product + slogdet"),
+        Peer("index_add", "index_add", index_add_slogdet, "softmax + index_add_ + slogdet, fp32"),
+        Peer("index_add_scatter", "index_add", scatter_add_slogdet, "softmax + scatter_add_ + slogdet, fp32"),
+        Peer("index_add_fp64", "index_add", index_add_slogdet_fp64, "softmax + index_add_ + slogdet, joint in fp64"),
+        Peer("index_add_compiled", "index_add_compiled", index_add_slogdet, "index_add under torch.compile", compiled=True),
+        Peer("cross_entropy", "cross_entropy", cross_entropy, "F.cross_entropy, eager", dmi=False),
+        Peer(
+            "cross_entropy_compiled", "cross_entropy", cross_entropy, "F.cross_entropy under torch.compile", dmi=False, compiled=True
+        ),
     )
 }

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from bench.kernels.cases import Direction, Shape
 from bench.kernels.interleave import Quantiles
 from bench.kernels.measure import COPY, COPY_BYTES, CaseResult
 from bench.kernels.peers import PEERS
+from ldmi_fast.files import replacing
 
 RESULTS_DIR = Path(__file__).resolve().parents[1] / "results"
 KERNELS_JSON = RESULTS_DIR / "kernels-cpu.json"
@@ -28,7 +28,7 @@ BUSY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Record:
-    """One peer (or the copy) at one shape in one direction. Times in seconds per call."""
+    """One peer (or the copy) at one shape in one direction. Times are seconds per call."""
 
     shape: Shape
     direction: Direction
@@ -128,22 +128,26 @@ def load_result(path: Path) -> RunResult:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write to a temporary file in the same folder and rename it, so that no reader ever sees half a file."""
+    """Write a file, and its folder if need be, so that no reader ever sees half of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-        temporary = Path(stream.name)
-        stream.write(data)
-    try:
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
+def dump_lines(data: dict[str, Any], *lists: str) -> str:
+    """JSON with each item of the named lists on one line: a committed result is short, and its diff is readable."""
+    parts = []
+    for name, value in data.items():
+        if name in lists and value:
+            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n ]"
+        else:
+            text = json.dumps(value, indent=1).replace("\n", "\n ")
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the machine, as far as they bear on speed. No host name."""
+    """Versions and the machine, as far as they influence speed. The host name is left out."""
     build_info = getattr(ldmi_fast, "build_info", None)
     return {
         "ldmi_fast": ldmi_fast.__version__,
@@ -161,12 +165,12 @@ def environment() -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run over the last minute; None where the system does not say."""
+    """The number of processes that wanted to run over the last minute; None where the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def busy_warning() -> str:
-    """A warning if other processes want the CPU, else empty. Ratios bear that better than times do."""
+    """A warning if other processes use the CPU, else empty. Ratios are less sensitive to that than times."""
     load, cores = load_average(), os.cpu_count() or 1
     if load is None or load <= BUSY_SHARE * cores:
         return ""
@@ -185,7 +189,7 @@ def cpu_model() -> str:
 
 
 def committed_text(path: Path) -> tuple[str, str] | None:
-    """The text of ``path`` at git's HEAD, or on disk where that is not to be had, and a word for where it came from."""
+    """The text of ``path`` at git's HEAD, or on disk where git does not have it, and a description of its origin."""
     git = ("git", "-C", str(path.parent))
     shown = subprocess.run((*git, "show", f"HEAD:./{path.name}"), capture_output=True, text=True, check=False)
     if shown.returncode == 0:

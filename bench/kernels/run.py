@@ -1,6 +1,6 @@
 """``python -m bench.kernels.run``: time every peer at every shape and write the result file.
 
-A full run writes ``bench/results/kernels-cpu.json``; a run of some shapes or peers writes only where ``--out`` says.
+A full run writes ``bench/results/kernels-cpu.json``; a run of some shapes or peers writes only to the file that ``--out`` names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kernels.cases import DIRECTIONS
-from bench.kernels.results import KERNELS_JSON, RunResult, busy_warning, load_result, write_atomic
+from bench.kernels.results import KERNELS_JSON, RunResult, busy_warning, dump_lines, load_result, write_atomic
 
 HERE = Path(__file__).resolve().parent
 TABLE_WIDTH = 110
@@ -26,7 +26,7 @@ TABLE_WIDTH = 110
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.run", description=__doc__)
     parser.add_argument("--shapes", help="ROWSxCLASSES, comma-separated: 65536x10,256x14 (default: all)")
-    parser.add_argument("--peers", help="comma-separated: D,E (default: all; ours is always timed)")
+    parser.add_argument("--peers", help="comma-separated: index_add,cross_entropy (default: all; ours is always timed)")
     parser.add_argument("--rounds", type=int, help="exactly this many rounds a shape (default: until a time cap)")
     parser.add_argument("--out", type=Path, help=f"result file (default for a full run: {KERNELS_JSON.name})")
     options = parser.parse_args(arguments)
@@ -38,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run_pytest(options: argparse.Namespace, out: Path) -> int:
     """Run the benchmarks through pytest-benchmark; returns pytest's exit status."""
     arguments = [str(HERE / "bench_dmi_loss.py"), f"--rootdir={HERE.parents[1]}", "-q", "-s", "-p", "no:cacheprovider"]
-    # the project's addopts switch benchmarks off for its test suite
+    # the project's addopts disable benchmarks for its test suite
     arguments += ["-o", "addopts=", "-o", "console_output_style=classic"]
     arguments += ["--benchmark-quiet", f"--benchmark-json={out}"]
     for name in ("shapes", "peers", "rounds"):
@@ -86,18 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for item in result.unavailable:
         console.print(f"{item['peer']} unavailable at {item['shape']} {item['direction']}: {item['reason']}")
     if out is not None:
-        write_atomic(out, dump(data))
+        write_atomic(out, dump_lines(data, "benchmarks"))
         console.print(f"written: {out}")
     return 0
-
-
-def dump(data: dict[str, object]) -> str:
-    """JSON with one benchmark a line: a committed result stays short and its diff readable."""
-    benchmarks = data["benchmarks"]
-    assert isinstance(benchmarks, list)
-    head = json.dumps({**data, "benchmarks": []}, indent=1)
-    lines = ",\n".join(json.dumps(benchmark) for benchmark in benchmarks)
-    return head.replace('"benchmarks": []', f'"benchmarks": [\n{lines}\n ]', 1) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo: noise, data and where it comes from, a training stage, and the whole of it end to end on the digits."""
+"""The demo: noise, data and its sources, a training stage, and a complete run on the digits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ldmi_fast
-from bench.demo import sources
-from bench.demo.__main__ import DIGITS, main, train
-from bench.demo.cost import loss_cost
-from bench.demo.data import DataSet, load, read_digits, read_fashion, read_idx
-from bench.demo.model import digits_mlp, fashion_cnn
-from bench.demo.noise import KINDS, TWO_CLASS, corrupt, noise_matrix
-from bench.demo.report import confusion
-from bench.demo.train import Check, Stage, batches, run_stage
+from bench.experiments.demo import sources
+from bench.experiments.demo.__main__ import DIGITS, main, train
+from bench.experiments.demo.cost import loss_cost
+from bench.experiments.demo.data import DataSet, load, read_digits, read_fashion, read_idx
+from bench.experiments.demo.model import digits_mlp, fashion_cnn
+from bench.experiments.demo.noise import KINDS, TWO_CLASS, corrupt, noise_matrix
+from bench.experiments.demo.report import confusion
+from bench.experiments.demo.train import Check, Stage, batches, run_stage
 
 # ---------------------------------------------------------------------------------------------------------------- noise
 
@@ -367,7 +367,7 @@ def test_confusion() -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run on the digits, with what it printed beside the results."""
+    """The folder of a finished run on the digits, with what it printed next to the results."""
     folder = tmp_path_factory.mktemp("demo")
     arguments = ["--data", "digits", "--epochs-ce", "12", "--epochs-dmi", "50", "--out", str(folder / "out")]
     with pytest.MonkeyPatch.context() as patch, (folder / "printed").open("w") as stream:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import failures
+from bench.experiments import failures
 from bench.kernels.measure import num_threads
 
 

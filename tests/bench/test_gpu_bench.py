@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as bench_main
-from bench.gpu import cases, floor, machine, measure, report, results, sanitize, summary, verified
+from bench.gpu import cases, floor, goals, machine, measure, report, results, sanitize, summary, verified
 from bench.gpu.cases import Case
 from bench.gpu.clocks import Clocks
 from bench.gpu.results import CLOCKS, Launches, Peak, Result, Row
 from bench.kernels.interleave import interleave
 from bench.kernels.peers import PEERS
 from bench.logdet import Size, joint_like
+from bench.reporting import Outcome
 
 from .synthetic import around
 
@@ -107,11 +108,11 @@ def test_batches_outgrow_the_cache_or_stay_in_it() -> None:
 
 @pytest.mark.parametrize("name", [peer.name for peer in PEERS.values() if peer.dmi and not peer.compiled])
 def test_peers_take_half_precision(name: str) -> None:
-    """They factor in float32 at least: nobody would factor a matrix in half precision."""
+    """Peers factor in float32 at least: a matrix in half precision cannot be factored usefully."""
     (batch,) = cases.make_batches(Case(256, 14, "bfloat16"), torch.device("cpu"), 0)
     loss = PEERS[name].loss(batch.logits, batch.target)
     (grad,) = torch.autograd.grad(loss, batch.logits)
-    exact = PEERS["D64"].loss(batch.detached.double(), batch.target)
+    exact = PEERS["index_add_fp64"].loss(batch.detached.double(), batch.target)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
     assert grad.dtype == torch.bfloat16
     assert grad.isfinite().all()
@@ -122,8 +123,8 @@ def test_every_goal_has_its_shape() -> None:
     assert {(256, 14, "float32"), (65536, 10, "float32"), (65536, 14, "float32"), (65536, 100, "float32")} <= timed
     assert {case.classes for case in cases.CASES if case.rows == 65536} >= {26, 200, 500, 1000}
     assert {case.dtype for case in cases.CASES} == set(cases.DTYPES)
-    assert any(case.logits_bytes >= report.LARGE_BYTES for case in cases.CASES)
-    assert set(report.LOGDET_GOALS) <= {size.classes for size in cases.LOGDET_SIZES if size.count == 1}
+    assert any(case.logits_bytes >= goals.LARGE_BYTES for case in cases.CASES)
+    assert set(goals.LOGDET_GOALS) <= {size.classes for size in cases.LOGDET_SIZES if size.count == 1}
     assert len(set(cases.CASES)) == len(cases.CASES)
 
 
@@ -168,7 +169,7 @@ def test_matrices_for_logdet_are_well_conditioned() -> None:
 
 
 def loss_rows(case: Case, ratios: dict[str, float], seconds: float) -> list[Row]:
-    family = {"Ds": "D", "Ec": "E", "liger": "beside"}
+    family = {"index_add_scatter": "index_add", "cross_entropy_compiled": "cross_entropy", "liger": "other"}
     return [
         Row(
             "loss", case.rows, case.classes, case.dtype, direction, clock, peer, family.get(peer, peer),
@@ -182,8 +183,12 @@ def loss_rows(case: Case, ratios: dict[str, float], seconds: float) -> list[Row]
 
 def synthetic() -> Result:
     result = Result(MACHINE, "2026-01-31T12:00:00+00:00", rehearsal=False, copy_bytes=COPY_BYTES)
-    result.rows += loss_rows(SMALL, {"B": 0.08, "D": 0.05, "E": 0.9, "Ec": 1.1}, 8e-6)
-    result.rows += loss_rows(LARGE, {"D": 0.1, "Ds": 0.25, "E": 0.5, "Ec": 0.8, "liger": 2.0}, 60e-6)
+    result.rows += loss_rows(
+        SMALL, {"onehot_slogdet": 0.08, "index_add": 0.05, "cross_entropy": 0.9, "cross_entropy_compiled": 1.1}, 8e-6
+    )
+    result.rows += loss_rows(
+        LARGE, {"index_add": 0.1, "index_add_scatter": 0.25, "cross_entropy": 0.5, "cross_entropy_compiled": 0.8, "liger": 2.0}, 60e-6
+    )
     for case, share in ((LARGE, 0.5), (HUGE, 0.95)):
         for step in ("joint", "logits_grad"):
             spent = floor.minimal_bytes(case.rows, case.classes, 4, step) / (share * BANDWIDTH)
@@ -198,12 +203,12 @@ def synthetic() -> Result:
         Launches(256, 14, "float32", "ours", "forward", 1, 0),
         Launches(256, 14, "float32", "ours", "forward_backward", 2, 0),
     ]
-    result.peaks += [Peak(65536, 100, "float32", "ours", 28_000_000), Peak(65536, 100, "float32", "D", 80_000_000)]
-    result.left_out.append({"where": str(HUGE), "what": "A", "reason": "too long"})
+    result.peaks += [Peak(65536, 100, "float32", "ours", 28_000_000), Peak(65536, 100, "float32", "index_add", 80_000_000)]
+    result.left_out.append({"where": str(HUGE), "what": "published", "reason": "too long"})
     return result
 
 
-def outcome(found: list[report.Outcome], where: str, goal: str, clock: str) -> report.Outcome:
+def outcome(found: list[Outcome], where: str, goal: str, clock: str) -> Outcome:
     return next(o for o in found if (o.where, o.goal, o.clock) == (where, goal, clock))
 
 
@@ -232,19 +237,19 @@ def test_bandwidth_is_that_of_the_copy() -> None:
 
 
 def test_goals() -> None:
-    found = report.outcomes(synthetic())
+    found = goals.outcomes(synthetic())
     assert outcome(found, "256x14:fp32", "one launch forward, one backward", "-").met is True
     assert outcome(found, "256x14:fp32 fwd+bwd", "<= 10 us", "graph").met is True
     # the compiled one is the faster cross entropy here, and that is the bar
-    of_e = outcome(found, "256x14:fp32 fwd+bwd", "<= 1x E", "wall")
-    assert of_e.met is False
-    assert "of Ec" in of_e.measured
-    assert outcome(found, "256x14:fp32 fwd+bwd", ">= 10x B", "wall").met is True
-    # Ds is the better of the family D: four times, not ten; what is beside the bar is no bar
-    over_d = outcome(found, "65536x100:fp32 fwd+bwd", ">= 5x D", "graph")
-    assert over_d.met is False
-    assert over_d.measured.startswith("4x")
-    assert outcome(found, "65536x100:fp32 fwd+bwd", "<= 1x E", "graph").met is True
+    of_cross_entropy = outcome(found, "256x14:fp32 fwd+bwd", "<= 1x cross_entropy", "wall")
+    assert of_cross_entropy.met is False
+    assert "of cross_entropy_compiled" in of_cross_entropy.measured
+    assert outcome(found, "256x14:fp32 fwd+bwd", ">= 10x onehot_slogdet", "wall").met is True
+    # index_add_scatter is the better of the family index_add: four times, not ten; a peer outside of the bar's families is no bar
+    over_index_add = outcome(found, "65536x100:fp32 fwd+bwd", ">= 5x index_add", "graph")
+    assert over_index_add.met is False
+    assert over_index_add.measured.startswith("4x")
+    assert outcome(found, "65536x100:fp32 fwd+bwd", "<= 1x cross_entropy", "graph").met is True
     assert outcome(found, "1048576x100:fp32 joint", ">= 90% of copy bandwidth", "graph").met is True
     model = outcome(found, "65536x100:fp32 joint + logits_grad", "<= 1.2x the model", "graph")
     assert model.met is False
@@ -252,7 +257,7 @@ def test_goals() -> None:
     assert outcome(found, "C = 4096", ">= 3x slogdet + backward", "device").met is None
     assert outcome(found, "C = 1000", "never slower than torch", "device").met is True
     assert outcome(found, "65536x100:fp32", "peak memory", "-").met is True
-    assert sum(o.goal == "never slower than D" for o in found) == 12
+    assert sum(o.goal == "never slower than index_add" for o in found) == 12
 
 
 def test_report_says_what_was_measured_and_what_was_not() -> None:
@@ -261,7 +266,7 @@ def test_report_says_what_was_measured_and_what_was_not() -> None:
     assert "copy bandwidth in the run 2000 GB/s" in text
     assert "| 1048576x100:fp32 | joint | cuda |" in text
     assert "95% | memory |" in text
-    assert "- 1048576x100:fp32: A: too long" in text
+    assert "- 1048576x100:fp32: published: too long" in text
     assert "![plot](plot.png)" in text
     assert "rehearsal" not in text.lower()
     rehearsal = synthetic()
@@ -302,7 +307,7 @@ def test_the_benchmark_itself_rehearsed(tmp_path: Path, capsys: pytest.CaptureFi
     assert not [item for item in result.left_out if item["reason"].startswith("FAILED")], result.left_out
     assert result.rehearsal
     for clock in CLOCKS:
-        for peer in ("ours", "A", "B", "D", "E"):
+        for peer in ("ours", "published", "onehot_slogdet", "index_add", "cross_entropy"):
             assert result.find(case, "forward_backward", clock, peer) is not None, (clock, peer)
     if result.machine["engine"] != "composite":
         assert result.bandwidth() is not None
@@ -486,7 +491,7 @@ def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
 @needs_bash
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU, which could verify")
 def test_nothing_is_verified_without_a_gpu(tmp_path: Path) -> None:
-    """Tests and sanitizers that passed count only where a GPU ran them, whatever the script was told."""
+    """Tests and sanitizers that passed count only where a GPU ran them, whatever the arguments of the script."""
     done, found = run(tmp_path, "tests", "sanitize", REHEARSE="0")
     assert done.returncode == 0
     assert found["rehearsal"] is False

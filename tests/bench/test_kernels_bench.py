@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def test_peers_compute_the_loss(peer: Peer, shape: Shape) -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_published_formula(normalize: bool) -> None:
-    # few classes: the determinant is within float32's range and not lost beside the constant
+    # few classes: the determinant is within float32's range and not negligible next to the constant
     (batch,) = make_batches(Shape(120, 3))
     plain, expected_gradient = reference(batch)
     log_det = -plain if normalize else -plain + 3 * np.log(120)
@@ -143,8 +144,8 @@ def test_uncompilable_peer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no C++ compiler found\nand more")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    case = measure.measure(Shape(64, 3), "forward", ("ours", "Dc"), time_cap=0.0, min_rounds=1, max_rounds=1)
-    assert case.unavailable == {"Dc": "torch.compile failed: RuntimeError: no C++ compiler found"}
+    case = measure.measure(Shape(64, 3), "forward", ("ours", "index_add_compiled"), time_cap=0.0, min_rounds=1, max_rounds=1)
+    assert case.unavailable == {"index_add_compiled": "torch.compile failed: RuntimeError: no C++ compiler found"}
     assert set(case.timings.rounds) == {"ours"}
 
 
@@ -155,11 +156,11 @@ def test_small_shapes_run_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None
         seen.append(torch.get_num_threads())
         return index_add_slogdet(logits, target)
 
-    monkeypatch.setitem(PEERS, "D", Peer("D", "D", watched, "watched"))
+    monkeypatch.setitem(PEERS, "index_add", Peer("index_add", "index_add", watched, "watched"))
     monkeypatch.setattr(cases, "WORKING_SET_BYTES", 1)  # one batch is enough here
     with measure.num_threads(2):
         for shape, threads in ((Shape(64, 3), 1), (Shape(LARGE_ROWS, 3), 2)):
-            case = measure.measure(shape, "forward", ("ours", "D"), time_cap=0.0, min_rounds=1, max_rounds=1)
+            case = measure.measure(shape, "forward", ("ours", "index_add"), time_cap=0.0, min_rounds=1, max_rounds=1)
             assert case.threads == threads
             assert set(seen) == {threads}
             seen.clear()
@@ -170,20 +171,20 @@ def test_wrong_peer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(logits: Tensor, target: Tensor) -> Tensor:
         return index_add_slogdet(logits, target) + 1
 
-    monkeypatch.setitem(PEERS, "D", Peer("D", "D", wrong, "wrong"))
-    with pytest.raises(RuntimeError, match="peer 'D' gives the loss"):
-        measure.measure(Shape(64, 3), "forward", ("ours", "D"), time_cap=0.0, min_rounds=1, max_rounds=1)
+    monkeypatch.setitem(PEERS, "index_add", Peer("index_add", "index_add", wrong, "wrong"))
+    with pytest.raises(RuntimeError, match="peer 'index_add' gives the loss"):
+        measure.measure(Shape(64, 3), "forward", ("ours", "index_add"), time_cap=0.0, min_rounds=1, max_rounds=1)
 
 
 def test_run_writes_pytest_benchmark_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
-    options = ["--shapes", "64x3", "--peers", "D,E", "--rounds", "4", "--out", str(out)]
+    options = ["--shapes", "64x3", "--peers", "index_add,cross_entropy", "--rounds", "4", "--out", str(out)]
     assert run.main(options) == 0
     assert "64x3" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     result = load_result(out)
     assert {(r.direction, r.peer) for r in result.records} == {
-        (direction, peer) for direction in ("forward", "forward_backward") for peer in ("ours", "D", "E")
+        (direction, peer) for direction in ("forward", "forward_backward") for peer in ("ours", "index_add", "cross_entropy")
     }
     assert result.environment["torch"] == torch.__version__
     assert result.environment["threads"] == torch.get_num_threads()
@@ -199,7 +200,7 @@ def test_run_writes_pytest_benchmark_records(tmp_path: Path, capsys: pytest.Capt
 def test_partial_run_leaves_the_committed_result_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     committed = tmp_path / "kernels.json"
     monkeypatch.setattr(run, "KERNELS_JSON", committed)
-    assert run.main(["--shapes", "64x3", "--peers", "E", "--rounds", "1"]) == 0
+    assert run.main(["--shapes", "64x3", "--peers", "cross_entropy", "--rounds", "1"]) == 0
     assert not committed.exists()
 
 
@@ -211,11 +212,11 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path: Path, monkeypatch:
     path = tmp_path / "result.json"
     write_atomic(path, "old")
 
-    def full(self: Path, target: Path) -> None:
+    def full(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="disk full"):
             write_atomic(path, "new")
     assert path.read_text() == "old"
@@ -226,14 +227,14 @@ SHAPE = Shape(256, 14)
 
 
 def gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *measured: float, committed: float = 0.5) -> int:
-    """The gate's exit status when D was ``committed`` and is measured as each of ``measured`` in turn; E as before."""
+    """The gate's exit status when index_add was ``committed`` and is measured as each of ``measured`` in turn, the rest as before."""
     baseline = tmp_path / "kernels.json"
-    names = {"ours": 1.0, "D": committed, "E": 0.9}
+    names = {"ours": 1.0, "index_add": committed, "cross_entropy": 0.9}
     baseline.write_text(result_text([record(SHAPE, "forward_backward", name, value) for name, value in names.items()]))
     values = iter(measured)
 
     def fake(*args: object) -> list[object]:
-        return [record(SHAPE, "forward_backward", "D", next(values)), record(SHAPE, "forward_backward", "E", 0.9)]
+        return [record(SHAPE, "forward_backward", "index_add", next(values)), record(SHAPE, "forward_backward", "cross_entropy", 0.9)]
 
     monkeypatch.setattr(check, "measure_records", fake)
     status = check.main(["--baseline", str(baseline)])
@@ -266,7 +267,7 @@ def test_gate_without_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_gate_with_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "kernels.json"
-    path.write_text(result_text([record(Shape(7, 3), "forward_backward", "D", 0.5)]))
+    path.write_text(result_text([record(Shape(7, 3), "forward_backward", "index_add", 0.5)]))
     assert check.main(["--baseline", str(path)]) == 2
     assert "nothing compared" in capsys.readouterr().out
 

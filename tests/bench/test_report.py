@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from bench import memory, report
+from bench import memory
+from bench.kernels import report
 from bench.kernels.cases import Shape
 from bench.kernels.results import RunResult, parse_result
+from bench.reporting import Outcome
 
 from .synthetic import ENVIRONMENT, record, result_text
 
 SMALL, LARGE, LARGER = Shape(256, 14), Shape(65536, 10), Shape(65536, 100)
-UNAVAILABLE = {"shape": "65536x10", "direction": "forward", "peer": "Dc", "reason": "no compiler"}
+UNAVAILABLE = {"shape": "65536x10", "direction": "forward", "peer": "index_add_compiled", "reason": "no compiler"}
 
 
 def synthetic(scatter_add: float = 0.24) -> RunResult:
@@ -25,11 +27,11 @@ def synthetic(scatter_add: float = 0.24) -> RunResult:
         for direction in ("forward", "forward_backward")
         for peer, ratio in {
             "ours": 1.0,
-            "A": 0.1,
-            "D": 0.2,
-            "Ds": scatter_add,
-            "E": 0.4,
-            "Ec": 0.6,
+            "published": 0.1,
+            "index_add": 0.2,
+            "index_add_scatter": scatter_add,
+            "cross_entropy": 0.4,
+            "cross_entropy_compiled": 0.6,
             "copy": 0.5,
         }.items()
         if shape.large or peer != "copy"
@@ -37,42 +39,40 @@ def synthetic(scatter_add: float = 0.24) -> RunResult:
     return parse_result(result_text(records, [UNAVAILABLE]), "synthetic")
 
 
-def outcome(result: RunResult, shape: Shape, goal: str) -> report.Outcome:
-    return next(o for o in report.outcomes(result) if (o.shape, o.direction, o.goal) == (shape, "forward_backward", goal))
+def outcome(result: RunResult, shape: Shape, goal: str) -> Outcome:
+    return next(o for o in report.outcomes(result) if (o.where, o.goal) == (f"{shape} fwd+bwd", goal))
 
 
 def test_bar_is_the_fastest_member_of_the_family() -> None:
     result = synthetic()
-    of_e = outcome(result, LARGE, "<= 0.5x E")
-    assert of_e.measured is not None
+    of_cross_entropy = outcome(result, LARGE, "<= 0.5x cross_entropy")
     # eager alone would meet the goal, compiled does not
-    assert of_e.measured.peer == "Ec"
-    assert of_e.met is False
-    over_d = outcome(result, LARGE, ">= 4x D")
-    assert over_d.measured is not None
-    assert over_d.measured.peer == "Ds"
-    assert over_d.met is True
+    assert of_cross_entropy.measured.endswith(" of cross_entropy_compiled")
+    assert of_cross_entropy.met is False
+    over_index_add = outcome(result, LARGE, ">= 4x index_add")
+    assert over_index_add.measured.endswith(" of index_add_scatter")
+    assert over_index_add.met is True
     # 1 / 0.26 is less than 4, and the index_add_ variant's 0.2 does not help
-    assert outcome(synthetic(scatter_add=0.26), LARGE, ">= 4x D").met is False
+    assert outcome(synthetic(scatter_add=0.26), LARGE, ">= 4x index_add").met is False
 
 
 def test_goal_without_a_measurement_is_neither_met_nor_missed() -> None:
-    assert outcome(synthetic(), Shape(65536, 1000), "<= 0.7x E").met is None
+    assert outcome(synthetic(), Shape(65536, 1000), "<= 0.7x cross_entropy").met is None
 
 
-def test_every_shape_and_direction_is_held_against_d() -> None:
-    found = [o for o in report.outcomes(synthetic()) if o.goal == "never slower than D"]
+def test_every_shape_and_direction_is_compared_with_index_add() -> None:
+    found = [o for o in report.outcomes(synthetic()) if o.goal == "never slower than index_add"]
     assert len(found) == 6
     assert all(o.met for o in found)
 
 
 def test_markdown_says_goal_measured_and_verdict() -> None:
     text = report.report_markdown(synthetic(), None, ["plot.png"])
-    assert "| 65536x10 | fwd+bwd | <= 0.5x E | 0.60x (0.57-0.63) | Ec | **no** |" in text
-    assert "| 65536x10 | fwd+bwd | >= 4x D | 4.2x (4.0-4.4) | Ds | yes |" in text
-    assert "| 65536x1000 | fwd+bwd | <= 0.7x E | not measured | - | - |" in text
+    assert "| 65536x10 fwd+bwd | <= 0.5x cross_entropy | 0.60x (0.57-0.63) of cross_entropy_compiled | **no** |" in text
+    assert "| 65536x10 fwd+bwd | >= 4x index_add | 4.2x (4.0-4.4) of index_add_scatter | yes |" in text
+    assert "| 65536x1000 fwd+bwd | <= 0.7x cross_entropy | not measured | - |" in text
     assert "Measured on 2026-01-31: Made-up CPU (AVX2), 2 threads, load average at the start 0.2" in text
-    assert "- Dc at 65536x10 fwd: no compiler" in text
+    assert "- index_add_compiled at 65536x10 fwd: no compiler" in text
     assert "![plot](plot.png)" in text
     assert "Peak memory" not in text
 
@@ -92,7 +92,7 @@ def test_bandwidth_of_ours_and_of_the_copy() -> None:
 
 
 def peaks(ours: int) -> memory.MemoryResult:
-    found = [memory.Peak(65536, 10, "ours", ours), memory.Peak(65536, 10, "D", 8 * 2**20)]
+    found = [memory.Peak(65536, 10, "ours", ours), memory.Peak(65536, 10, "index_add", 8 * 2**20)]
     return memory.MemoryResult(ENVIRONMENT, "2026-01-31T12:00:00+00:00", found)
 
 
@@ -133,5 +133,5 @@ def test_missing_result_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_peak_memory_of_cross_entropy_is_three_buffers() -> None:
     # log-probabilities, their gradient and that of the logits: this pins the measurement itself down to 2%
     shape = Shape(65536, 32)
-    measured = memory.measure_in_subprocess("E", shape)
+    measured = memory.measure_in_subprocess("cross_entropy", shape)
     assert measured == pytest.approx(3 * shape.logits_bytes, rel=0.02, abs=2**19)

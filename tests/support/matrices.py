@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bench.paper.noise import CIFAR10N_COUNTS
+from bench.experiments.paper.noise import CIFAR10N_COUNTS
 from tests.support.compare import EPSILON
 
 Matrix = npt.NDArray[np.float64]

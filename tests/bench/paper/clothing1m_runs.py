@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from bench.paper.clothing1m import checkpoint
-from bench.paper.clothing1m.log import read_log
-from bench.paper.clothing1m.options import Options, to_arguments
+from bench.experiments.paper.clothing1m import checkpoint
+from bench.experiments.paper.clothing1m.log import read_log
+from bench.experiments.paper.clothing1m.options import Options, to_arguments
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE = 120
@@ -58,8 +58,8 @@ class Run:
             if processes > 1:
                 mine |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
                 mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            command = [sys.executable, "-m", "bench.paper.clothing1m", "train", *to_arguments(options)]
-            # files, not pipes: a pipe that nobody reads would fill
+            command = [sys.executable, "-m", "bench.experiments.paper.clothing1m", "train", *to_arguments(options)]
+            # files, not pipes: a pipe that no process reads would fill
             log = Path(options.out).parent / f"{Path(options.out).name}-rank{rank}.txt"
             with log.open("w") as stream:
                 process = subprocess.Popen(command, cwd=ROOT, env=mine, stdout=stream, stderr=stream, start_new_session=True)

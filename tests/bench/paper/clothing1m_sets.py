@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bench.paper.clothing1m.options import Options
-from bench.paper.clothing1m.sets import Sets
+from bench.experiments.paper.clothing1m.options import Options
+from bench.experiments.paper.clothing1m.sets import Sets
 
 SIDE = 16
 NOISE = 0.35

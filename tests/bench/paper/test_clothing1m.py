@@ -1,4 +1,4 @@
-"""The Clothing1M program without processes of its own: options, order, checkpoints, log, losses; and whole runs in this process."""
+"""The Clothing1M program without child processes: options, order, checkpoints, log, losses; and complete runs in this process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 pytest.importorskip("lightning", reason="lightning is not installed: pip install .[integrations]")
 
+from bench.experiments.paper.clothing1m import checkpoint
+from bench.experiments.paper.clothing1m.__main__ import main, parse_arguments
+from bench.experiments.paper.clothing1m.checkpoint import BadCheckpoint
+from bench.experiments.paper.clothing1m.log import Log, read_log
+from bench.experiments.paper.clothing1m.model import build, load_weights
+from bench.experiments.paper.clothing1m.options import Options, check, from_namespace, to_arguments
+from bench.experiments.paper.clothing1m.sampler import Batches, Order, Seeded
+from bench.experiments.paper.clothing1m.sets import open_sets
+from bench.experiments.paper.clothing1m.train import Trainer, make_criterion, train
 from bench.kernels.peers import published
-from bench.paper.clothing1m import checkpoint
-from bench.paper.clothing1m.__main__ import main, parse_arguments
-from bench.paper.clothing1m.checkpoint import BadCheckpoint
-from bench.paper.clothing1m.log import Log, read_log
-from bench.paper.clothing1m.model import build, load_weights
-from bench.paper.clothing1m.options import Options, check, from_namespace, to_arguments
-from bench.paper.clothing1m.sampler import Batches, Order, Seeded
-from bench.paper.clothing1m.sets import open_sets
-from bench.paper.clothing1m.train import Trainer, make_criterion, train
 from tests.bench.paper.clothing1m_runs import SMALL, last_state, same_end, steps
 from tests.bench.paper.clothing1m_sets import make
 
@@ -175,7 +175,7 @@ def test_a_bad_checkpoint_is_refused_and_the_one_before_is_used(tmp_path: Path, 
     assert (path, state["step"]) == (old, 10)
     assert str(new) in told[0]
     assert f"going on from {old.name} instead" in told[0]
-    with pytest.raises(BadCheckpoint, match=f"newest good one beside it: {old}"):
+    with pytest.raises(BadCheckpoint, match=f"newest good one next to it: {old}"):
         checkpoint.read_or_name_another(new)
     old.write_bytes(b"nothing")
     with pytest.raises(BadCheckpoint, match=r"no checkpoint in .* is good"):
@@ -197,7 +197,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:
     _, new = write_two(tmp_path)
-    (tmp_path / f"{checkpoint._TEMPORARY}x.pt").write_bytes(b"half")
+    (tmp_path / f"{checkpoint.name_of(5)}.0123456789abcdef.tmp").write_bytes(b"half")
     (tmp_path / "best-ce.pt").write_bytes(b"best")
     checkpoint.tidy(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best-ce.pt", new.name]
@@ -211,7 +211,7 @@ def test_a_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     log.write("train", 2, loss=1.0)
     log.close()
     with path.open("a") as stream:
-        stream.write('{"event": "tr')  # killed within a line, by a system that does not write lines whole
+        stream.write('{"event": "tr')  # killed within a line, by a system that does not write complete lines
     assert [line["step"] for line in read_log(path)] == [1, 2]
     log = Log(path, size)
     log.write("resume", 1)

@@ -18,9 +18,9 @@ import torch
 
 pytest.importorskip("lightning", reason="lightning is not installed: pip install .[integrations]")
 
-from bench.paper.clothing1m import checkpoint
-from bench.paper.clothing1m.log import read_log
-from bench.paper.clothing1m.options import to_arguments
+from bench.experiments.paper.clothing1m import checkpoint
+from bench.experiments.paper.clothing1m.log import read_log
+from bench.experiments.paper.clothing1m.options import to_arguments
 from tests.bench.paper.clothing1m_runs import PATIENCE, ROOT, SMALL, Run, finish, same_end, steps
 
 pytestmark = pytest.mark.skipif(
@@ -33,7 +33,7 @@ def test_torchrun_with_two_processes_learns(tmp_path: Path) -> None:
     options = replace(SMALL, out=str(tmp_path), model="tiny-bn", precision="bf16", workers=1)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
-        [*launcher, "-m", "bench.paper.clothing1m", "train", *to_arguments(options)],
+        [*launcher, "-m", "bench.experiments.paper.clothing1m", "train", *to_arguments(options)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -53,7 +53,7 @@ def test_torchrun_with_two_processes_learns(tmp_path: Path) -> None:
 def test_a_folder_in_the_published_layout(tmp_path: Path, layout: str) -> None:
     """Two processes on JPEG files, some of them cut short, and on lists with bad lines; the images are kept once resized."""
     pytest.importorskip("torchvision", reason="torchvision is not installed: pip install .[paper]")
-    from bench.paper.data.clothing1m import write_synthetic
+    from bench.experiments.paper.data.clothing1m import write_synthetic
 
     lists = write_synthetic(tmp_path / "data", layout, 280, 0, broken_lines=2, broken_images=3)
     options = replace(

@@ -11,8 +11,16 @@ pytest.importorskip("torchvision", reason="Clothing1M's transforms are torchvisi
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bench.paper.data import MissingData, clothing1m
-from bench.paper.data.clothing1m import CLASSES, IGNORE, Images, eval_transform, read_lists, train_transform, write_synthetic
+from bench.experiments.paper.data import MissingData, clothing1m
+from bench.experiments.paper.data.clothing1m import (
+    CLASSES,
+    IGNORE,
+    Images,
+    eval_transform,
+    read_lists,
+    train_transform,
+    write_synthetic,
+)
 
 
 def write(folder: Path, **files: str) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.demo.sources import FILES
-from bench.paper.data import DATA_VARIABLE, NAMES, DataSet, MissingData, load
-from bench.paper.data import sources as where
-from bench.paper.data.text import (
+from bench.experiments.demo.sources import FILES
+from bench.experiments.paper.data import DATA_VARIABLE, NAMES, DataSet, MissingData, load
+from bench.experiments.paper.data import sources as where
+from bench.experiments.paper.data.text import (
     GROUND_TRUTH,
     LENGTH,
     PAD,
@@ -30,7 +30,7 @@ from bench.paper.data.text import (
     parse_votes,
     tokenize,
 )
-from bench.paper.noise import pair
+from bench.experiments.paper.noise import pair
 from tests.bench.test_demo import write_fashion
 
 WORDS = ["dull", "bright", "slow", "funny", "sad", "warm", "cold", "sharp", "flat", "moving", "tired", "lovely"]

@@ -17,12 +17,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench.paper.__main__ import app
-from bench.paper.grid import cells, missing
-from bench.paper.report import interval, losses, markdown, rows_of, summary, write_report
-from bench.paper.results import alone, append, key, read, repair
-from bench.paper.sets import EXPERIMENTS, transition
-from bench.paper.train import Cell, Options, accuracy, accuracy_by_threshold, balanced_accuracy, first_stage, load_data, run
+from bench.experiments.paper.__main__ import app
+from bench.experiments.paper.grid import cells, missing
+from bench.experiments.paper.report import interval, losses, markdown, rows_of, summary, write_report
+from bench.experiments.paper.results import alone, append, key, read, repair
+from bench.experiments.paper.sets import EXPERIMENTS, transition
+from bench.experiments.paper.train import (
+    Cell,
+    Options,
+    accuracy,
+    accuracy_by_threshold,
+    balanced_accuracy,
+    first_stage,
+    load_data,
+    run,
+)
 
 RECIPE = replace(EXPERIMENTS["digits"].short, epochs_first=1, epochs=2)
 OPTIONS = Options(RECIPE, limit=300)
@@ -103,7 +112,7 @@ def test_a_line_cut_short_is_taken_away_and_made_again(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for cut in (1, 20, 100):
         path.write_bytes(whole[:-cut])
-        # without its line break alone, the last run is whole
+        # without only its line break, the last run is complete
         assert len(read(path)) == (2 if cut == 1 else 1)
         repair(path)
         append(path, line("gce", 91.0))
@@ -181,7 +190,7 @@ def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "noise", "r"), [("mr-human", "human", None), ("letter", "pair", 0.2), ("fashion", "3", 0.2)])
 def test_one_run_has_the_data_sets_noise(name: str, noise: str, r: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("bench.paper.__main__._run", lambda cells, *_: asked.extend(cells))
+    monkeypatch.setattr("bench.experiments.paper.__main__._run", lambda cells, *_: asked.extend(cells))
     result = CliRunner().invoke(app, ["run", "--set", name, *([] if r is None else ["--r", str(r)])])
     assert result.exit_code == 0, result.output
     assert [(cell.set, cell.noise, cell.r, cell.method) for cell in asked] == [(name, noise, r, "dmi")]
@@ -190,7 +199,7 @@ def test_one_run_has_the_data_sets_noise(name: str, noise: str, r: float | None,
 @pytest.mark.slow
 def test_killed_at_any_moment_no_run_is_lost_or_doubled(tmp_path: Path) -> None:
     out = tmp_path / "runs.jsonl"
-    command = [sys.executable, "-m", "bench.paper", "grid", *GRID, *SMALL, "--jobs", "2", "--out", str(out)]
+    command = [sys.executable, "-m", "bench.experiments.paper", "grid", *GRID, *SMALL, "--jobs", "2", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     chance = random.Random(0)
     before: list[str] = []

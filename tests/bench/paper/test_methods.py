@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.paper.methods import (
+from bench.experiments.paper.methods import (
     COMPARED,
     METHODS,
     Exact,
@@ -117,7 +117,7 @@ def test_recommended_is_calibrated_on_the_training_set(batch: tuple[nn.Module, T
     method = Recommended()
     method.start(model, setting(x, y))
     whole = Exact().loss(model(x), y, torch.arange(N)).item()
-    one = model(x[:1]).expand(6, C)  # six times the same sample: no determinant of its own
+    one = model(x[:1]).expand(6, C)  # six times the same sample: its own determinant is 0
     assert method.loss(one, y[:6], torch.arange(6)).item() == pytest.approx(whole, abs=0.3)
     assert Exact().loss(one, y[:6], torch.arange(6)).item() == math.inf
 

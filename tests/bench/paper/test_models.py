@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench.paper.data import DataSet, Split
-from bench.paper.data.dataset import Kind
-from bench.paper.models import WordCNN, build
+from bench.experiments.paper.data import DataSet, Split
+from bench.experiments.paper.data.dataset import Kind
+from bench.experiments.paper.models import WordCNN, build
 
 
 def data_set(kind: Kind, x: torch.Tensor, num_classes: int, vocabulary_size: int = 0) -> DataSet:

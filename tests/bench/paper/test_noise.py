@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.paper import noise
+from bench.experiments.paper import noise
 
 MATRICES = {
     "binary 1": lambda r: noise.binary(1, r),

@@ -1,1 +1,0 @@
-"""The demo, ``python -m bench.demo``: a classifier trained on labels that lie, with cross entropy and with L_DMI."""

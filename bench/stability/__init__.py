@@ -1,1 +1,0 @@
-"""What to do when determinants of single batches are noisy: ``python -m bench.stability`` compares ways on real data."""
