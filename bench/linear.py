@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,8 @@ def measure(shape: Shape, width: int, seconds: float) -> Row:
         times = {method: elapsed for method, (_, elapsed) in singles.items()}
         return Row(shape.rows, shape.classes, width, times, times["fused"] / times["materialised"], peaks)
     data = make(shape, width)
-    timings = interleave(
-        {method: lambda method=method: step(method, data) for method in METHODS}, reference="fused", time_cap=seconds, min_rounds=3
-    )
+    calls = {method: partial(step, method, data) for method in METHODS}
+    timings = interleave(calls, reference="fused", time_cap=seconds, min_rounds=3)
     times = {method: timings.seconds(method).p50 for method in METHODS}
     return Row(shape.rows, shape.classes, width, times, timings.reference_over("materialised").p50, peaks)
 

@@ -51,12 +51,12 @@ def work(options: argparse.Namespace, bench: Bench) -> list[tuple[str, Callable[
     cases = cases if options.cases is None else tuple(options.cases)
     sizes = REHEARSAL_LOGDET_SIZES if options.rehearse else LOGDET_SIZES
     sizes = sizes if options.logdet is None else tuple(options.logdet)
-    of_cases = [
+    of_cases: list[tuple[str, Callable[[], None]]] = [
         (f"{case} {what.__name__}", partial(what, case))
         for case in cases
         for what in (bench.loss, bench.steps, bench.peak, bench.launches)
     ]
-    of_sizes = [(f"logdet {size}", partial(bench.logdet, size)) for size in sizes]
+    of_sizes: list[tuple[str, Callable[[], None]]] = [(f"logdet {size}", partial(bench.logdet, size)) for size in sizes]
     early = FIRST_CASES * 4
     return of_cases[:early] + of_sizes[:FIRST_CASES] + of_cases[early:] + of_sizes[FIRST_CASES:]
 

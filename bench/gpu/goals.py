@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.gpu.cases import Case
-from bench.gpu.floor import floor, minimal_bytes
+from bench.gpu.floor import Part, floor, minimal_bytes
 from bench.gpu.results import CLOCKS, Clock, Peak, Result, Row
 from bench.kernels.cases import DIRECTIONS
 from bench.reporting import LABELS, Outcome, at_most, speedup_text, times_faster
@@ -16,7 +16,7 @@ LOGDET_GOALS = {100: 10.0, 1000: 5.0, 4096: 3.0, 10000: 2.0}
 LOGDET_FAMILIES = ("slogdet", "inv", "lu")
 SAME = 0.03
 """The relative difference that two paths with the same work may show, such as torch's LU and ours by way of it."""
-STEPS = ("joint", "logits_grad")
+STEPS: tuple[Part, ...] = ("joint", "logits_grad")
 
 
 def microseconds(row: Row) -> str:
@@ -74,16 +74,15 @@ def step_outcomes(result: Result) -> list[Outcome]:
     return found
 
 
-def step_floor(case: Case, step: str, bandwidth: float) -> float:
+def step_floor(case: Case, step: Part, bandwidth: float) -> float:
     """The model's seconds of one step."""
-    assert step in ("joint", "logits_grad")
     return floor(case.rows, case.classes, case.torch_dtype.itemsize, step).seconds(bandwidth)
 
 
 def step_bandwidth(row: Row) -> float:
     """Bytes per second that a step moved, counting the logits and the gradient alone."""
-    assert row.direction in ("joint", "logits_grad")
-    return minimal_bytes(row.rows, row.classes, row.case.torch_dtype.itemsize, row.direction) / row.seconds.p50
+    (step,) = (name for name in STEPS if name == row.direction)
+    return minimal_bytes(row.rows, row.classes, row.case.torch_dtype.itemsize, step) / row.seconds.p50
 
 
 def logdet_outcomes(result: Result) -> list[Outcome]:

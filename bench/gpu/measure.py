@@ -6,6 +6,7 @@ import gc
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ class Bench:
         calls: dict[str, Call] = {}
         for name, module in modules.items():
             peer = "ours" if not calls else f"ours-{name}"
-            calls[peer] = lambda module=module: module.logdet_inverse(S, n, "present")
+            calls[peer] = partial(module.logdet_inverse, S, n, "present")
         where = f"logdet {size}"
         if not calls:
             self.left_out(where, "ours", "no engine has its own kernels here")

@@ -7,7 +7,6 @@ timed where they are installed, but are not part of the bar: Liger writes its gr
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 import ldmi_fast
 from bench.kernels.peers import PEERS, Loss, Peer
 from ldmi_fast.engines import choose
+from ldmi_fast.engines.contract import Engine
 
 ENGINE_FAMILY = "engines"
 OTHER_FAMILY = "other"
@@ -35,8 +35,8 @@ def engines(device: torch.device) -> list[str]:
     return [name for name, reason in choose.available(device).items() if not reason]
 
 
-def kernel_engines(device: torch.device) -> dict[str, ModuleType]:
-    """The engines with their own kernels, by name, with the module that has their ops."""
+def kernel_engines(device: torch.device) -> dict[str, Engine]:
+    """The engines with their own kernels, by name, with what has their ops."""
     return {name: choose._MODULES[name] for name in engines(device) if name != "composite"}
 
 

@@ -22,7 +22,7 @@ STEPS = 20
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.profile", description=__doc__)
     parser.add_argument("--cases", type=Case.parse, nargs="*", help="ROWSxCLASSES[:fp32|bf16|fp16|fp64]")
-    parser.add_argument("--loop", type=int, metavar="STEPS", help="only run so many forwards and backwards of each")
+    parser.add_argument("--loop", type=int, metavar="STEPS", help="only run this number of forwards and backwards of each")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU")
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():

@@ -128,13 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.rehearse:
         build(options.build, {"CMAKE_CXX_FLAGS": "-O1"}, names)
-        tools, sanitizer, plain = (), None, REHEARSAL_ITERATIONS
+        sanitizer, plain = None, REHEARSAL_ITERATIONS
     else:
         build(options.build, {"LDMI_SIMT_NVCC": "ON", "LDMI_SIMT_ARCHITECTURES": architecture()}, names)
         sanitizer = tool_path("compute-sanitizer")
-        tools, plain = (TOOLS if sanitizer else ()), PLAIN_ITERATIONS
+        plain = PLAIN_ITERATIONS
         if sanitizer is None:
             print("compute-sanitizer is MISSING: the programs run plainly only, and nothing counts as sanitized")
+    tools = TOOLS if sanitizer else ()
     work = [(name, "", plain) for name in names] + [(name, tool, TOOL_ITERATIONS) for tool in tools for name in names]
     runs: list[Run] = []
     with ThreadPoolExecutor(min(JOBS, os.cpu_count() or 1)) as pool:

@@ -130,9 +130,9 @@ def train(
 
         names = iter(tasks)
         warm_up = stage(next(names), model, F.cross_entropy, recipe.epochs_ce, recipe.lr_ce, recipe.batch_ce, seed)
-        beside = copy.deepcopy(model)
+        branch = copy.deepcopy(model)
         rest = (recipe.epochs_dmi, recipe.lr_dmi)
-        continued = stage(next(names), beside, F.cross_entropy, *rest, recipe.batch_ce, seed + 1)
+        continued = stage(next(names), branch, F.cross_entropy, *rest, recipe.batch_ce, seed + 1)
         dmi = stage(next(names), model, ldmi_fast.DMILoss(), *rest, recipe.batch_dmi, seed + 1)
     return warm_up, continued, dmi
 

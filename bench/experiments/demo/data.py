@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.experiments.demo.noise import corrupt
-from bench.experiments.demo.sources import FILES, SourceUnavailable, locate, require_files, sources
+from bench.experiments.demo.sources import FILES, SourceUnavailable, existing, require_files, sources
 
 BAG = 8  # Fashion-MNIST's class number
 IDX_UINT8 = b"\x00\x00\x08"
@@ -84,7 +84,7 @@ def read_fashion(folder: Path, source: str = "", skipped: tuple[str, ...] = ()) 
     Raises:
         ValueError: a file that is not what it should be.
     """
-    images, labels, test_images, test_labels = (read_idx(locate(folder, name)) for name in FILES)
+    images, labels, test_images, test_labels = (read_idx(existing(folder, name)) for name in FILES)
     for x, y in ((images, labels), (test_images, test_labels)):
         if x.ndim != 3 or x.shape[1:] != (28, 28) or y.shape != x.shape[:1] or not len(y):
             raise ValueError(f"{folder}: expected (N, 28, 28) images and (N,) labels, got {tuple(x.shape)}, {tuple(y.shape)}")

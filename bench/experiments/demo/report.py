@@ -57,7 +57,7 @@ class Result:
 
 
 def table(result: Result) -> Table:
-    """Clean test accuracies, one row a stage."""
+    """Clean test accuracies, one row per stage."""
     out = Table(
         title=f"{result.data.name}: accuracy on {len(result.data.test):,} clean test labels, "
         f"after training on {result.wrong_labels:.0f}% wrong ones",
@@ -151,7 +151,7 @@ def _heatmap(axes: Axes, matrix: Tensor, classes: tuple[str, ...], title: str, a
 def _curves(axes: Axes, result: Result) -> None:
     switch = result.warm_up.epochs
     start = result.warm_up.checks[-1].test_accuracy
-    lines = (
+    lines: tuple[tuple[Stage, int, list[tuple[float, float]], str, str], ...] = (
         (result.warm_up, 0, [], CE_COLOUR, ""),
         (result.continued, switch, [(switch, start)], CE_COLOUR, "cross entropy, continued"),
         (result.dmi, switch, [(switch, start)], DMI_COLOUR, "L_DMI"),
@@ -191,7 +191,7 @@ def _curves(axes: Axes, result: Result) -> None:
 def picture(result: Result) -> bytes:
     """A PNG: the accuracies along the training, the noise, and what each loss made of the classes."""
     figure = Figure(figsize=(12.5, 6.2), facecolor="white")
-    left, right = figure.subfigures(1, 2, width_ratios=(3.3, 1))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(3.3, 1))[0]
     axes = left.add_axes((0.09, 0.11, 0.69, 0.68))
     _curves(axes, result)
     left.text(0.09, 0.93, f"{result.data.name}", fontsize=16, weight="bold", color=INK)

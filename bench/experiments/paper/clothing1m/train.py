@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,7 @@ def processes() -> int:
 def make_fabric(options: Options) -> Fabric:
     """The engine, launched: this process belongs to its group, if there are several."""
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    precision = "bf16-mixed" if options.precision == "bf16" else "32-true"
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if options.precision == "bf16" else "32-true"
     if processes() == 1:
         fabric = Fabric(accelerator=device, devices=1, precision=precision)
     else:
@@ -135,7 +135,8 @@ class Trainer:
             self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
         if options.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
-        self.place, self.best, self.started = Place(), [None, None], False
+        self.place, self.started = Place(), False
+        self.best: list[dict[str, float] | None] = [None, None]
         self._wrap(0)
         self._settle_buckets()
         self.meter = torch.zeros(4, dtype=torch.float64, device=self.device)
@@ -201,7 +202,7 @@ class Trainer:
         optimizer = torch.optim.SGD(self.net.parameters(), lr=rate, momentum=options.sgd_momentum, weight_decay=options.weight_decay)
         if not hasattr(self, "model"):
             self.model = self.fabric.setup_module(self.net)
-        self.optimizer = self.fabric.setup_optimizers(optimizer)
+        self.optimizer: Any = self.fabric.setup_optimizers(optimizer)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.drop_at], gamma=later / rate)
         self.criterion = make_criterion(options, min(stage, len(STAGES) - 1), self.group).to(self.device)
 
@@ -416,7 +417,7 @@ class Trainer:
         Raises:
             RuntimeError: on every rank, a loss was NaN.
         """
-        meter = self.fabric.all_reduce(self.meter.clone(), reduce_op="sum") if self.size > 1 else self.meter.clone()
+        meter: Any = self.fabric.all_reduce(self.meter.clone(), reduce_op="sum") if self.size > 1 else self.meter.clone()
         self.meter.zero_()
         total, finite, infinite, nan = meter.tolist()
         if finite + infinite + nan == 0:
@@ -509,9 +510,10 @@ class Trainer:
         self.fabric.barrier()  # rank 0 has written what is read now
         result: dict[str, Any] = {"test_last": self.measure(self.sets.test)[0], "best": {}}
         for stage, name in enumerate(STAGES):
-            if self.best[stage] is not None:
+            best = self.best[stage]
+            if best is not None:
                 self.net.load_state_dict(checkpoint.read(self.best_path(stage))["model"])
-                result["best"][name] = {**self.best[stage], "test": self.measure(self.sets.test)[0]}
+                result["best"][name] = {**best, "test": self.measure(self.sets.test)[0]}
         result |= {"options": asdict(self.options), "processes": self.size, "steps": self.steps_done}
         result["versions"] = {"torch": str(torch.__version__), "ldmi_fast": ldmi_fast.__version__}
         if self.rank == 0:

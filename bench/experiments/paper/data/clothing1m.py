@@ -127,7 +127,10 @@ def read_lists(folder: Path | str) -> Lists:
     places = [place for place in (folder, folder / "annotations") if place.is_dir()]
     if not places:
         raise MissingData(f"Clothing1M: there is no folder {folder}")
-    needed = {"annotations": set(ANNOTATIONS.values()), "keys": {name for pair in KEYS.values() for name in pair}}
+    needed: dict[Layout, set[str]] = {
+        "annotations": set(ANNOTATIONS.values()),
+        "keys": {name for pair in KEYS.values() for name in pair},
+    }
     for layout, names in needed.items():
         for place in places:
             if all((place / name).is_file() for name in names):
@@ -140,7 +143,7 @@ def read_lists(folder: Path | str) -> Lists:
         ", ".join(sorted(name for name in names if not any((place / name).is_file() for place in places))) for names in needed.values()
     )
     raise MissingData(
-        f"Clothing1M: {folder} lacks {missing}; expected the lists of one layout there or in annotations/, beside images/"
+        f"Clothing1M: {folder} lacks {missing}; expected the lists of one layout there or in annotations/, next to images/"
     )
 
 
@@ -253,17 +256,18 @@ class Images(Dataset[tuple[Tensor, int, int]]):
         return torch.zeros(self._shape)
 
     def _cached(self, index: int) -> Path:
+        assert self.cache is not None
         return self.cache / f"{self.paths[index]}.jpg"
 
     def _open(self, index: int) -> Image.Image:
         if self.cache is not None and self._cached(index).is_file():
             try:
-                with Image.open(self._cached(index)) as image:
-                    return image.convert("RGB")
+                with Image.open(self._cached(index)) as cached:
+                    return cached.convert("RGB")
             except (OSError, SyntaxError, ValueError):
                 pass  # made again from the original
-        with Image.open(self.folder / self.paths[index]) as image:
-            image = image.convert("RGB")
+        with Image.open(self.folder / self.paths[index]) as original:
+            image = original.convert("RGB")
         if self.cache is not None:
             image = image.resize((self.cache_pixels, self.cache_pixels), Image.Resampling.BILINEAR)
             # What is read later is what is returned now: the first epoch sees the pixels of the others.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.experiments.demo.data import BAG, MEAN, STD, read_idx
-from bench.experiments.demo.sources import FILES, SourceUnavailable, locate, require_files
+from bench.experiments.demo.sources import FILES, SourceUnavailable, existing, require_files
 from bench.experiments.demo.sources import sources as fashion_sources
 from bench.experiments.paper.data.dataset import DataSet, Seeds, Split, Transition, first, noisy_split, permutation, resolve, three_way
 from bench.experiments.paper.data.sources import MissingData, from_environment, require_folder
@@ -30,7 +30,7 @@ PETS_PIXELS = 150
 
 
 def _fashion_arrays(folder: Path) -> tuple[Tensor, ...]:
-    images, labels, test_images, test_labels = (read_idx(locate(folder, name)) for name in FILES)
+    images, labels, test_images, test_labels = (read_idx(existing(folder, name)) for name in FILES)
     for x, y in ((images, labels), (test_images, test_labels)):
         if x.ndim != 3 or x.shape[1:] != (28, 28) or y.shape != x.shape[:1] or not len(y):
             raise ValueError(f"{folder}: expected (N, 28, 28) images and (N,) labels, got {tuple(x.shape)}, {tuple(y.shape)}")

