@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def data(classes: int = 3, n: int = 96) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
-    found = [parameter.grad.clone() for parameter in model.parameters()]
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
     return found
 
@@ -95,7 +96,7 @@ def test_momentum_may_rise() -> None:
         seen.append(method.criterion.momentum)
     assert seen[0] == pytest.approx(0.8)
     assert seen[-1] == pytest.approx(0.99)
-    assert seen == sorted(seen)
+    assert seen == sorted(cast("list[float]", seen))
 
 
 def test_ten_classes_are_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -167,11 +167,13 @@ def test_a_bad_checkpoint_is_refused_and_the_one_before_is_used(tmp_path: Path, 
     if kind == "other":
         torch.save({"weights": 1}, new)
     else:
-        new.write_bytes({"half": content[: len(content) // 2], "empty": b"", "flipped": content}[kind])
+        new.write_bytes(bytes({"half": content[: len(content) // 2], "empty": b"", "flipped": content}[kind]))
     with pytest.raises(BadCheckpoint, match={"flipped": "checksum", "other": "format"}.get(kind, "not a whole checkpoint")):
         checkpoint.read(new)
     told: list[str] = []
-    path, state = checkpoint.newest(tmp_path, told.append)
+    found = checkpoint.newest(tmp_path, told.append)
+    assert found is not None
+    path, state = found
     assert (path, state["step"]) == (old, 10)
     assert str(new) in told[0]
     assert f"going on from {old.name} instead" in told[0]
@@ -245,7 +247,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
     ten = build(replace(SMALL, classes=10))
     torch.save(ten.state_dict(), tmp_path / "weights.pt")
     model = build(replace(SMALL, weights=str(tmp_path / "weights.pt")))
-    assert torch.equal(model[0].weight, ten[0].weight)
+    assert torch.equal(cast("Any", model)[0].weight, cast("Any", ten)[0].weight)
     assert load_weights(model, tmp_path / "weights.pt") == ["9.bias", "9.weight"]
     with pytest.raises(ValueError, match="of another network"):
         load_weights(build(replace(SMALL, model="resnet18")), tmp_path / "weights.pt")
@@ -324,10 +326,14 @@ def test_a_run_that_ended_does_nothing_more(tmp_path: Path) -> None:
 
 
 def test_bf16_has_the_loss_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen: list[tuple[torch.dtype, bool]] = []
     criterion = make_criterion(SMALL, 1, None)
-    monkeypatch.setattr(type(criterion), "forward", lambda self, logits, labels: seen.append(
-        (logits.dtype, torch.is_autocast_enabled("cpu"))) or logits.square().mean())  # fmt: skip
+
+    def forward(self: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append((logits.dtype, torch.is_autocast_enabled("cpu")))
+        return logits.square().mean()
+
+    monkeypatch.setattr(type(criterion), "forward", forward)
     train(replace(SMALL, out=str(tmp_path), precision="bf16", epochs_ce=0, epochs_dmi=1), make)
     assert set(seen) == {(torch.float32, False)}
 

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_torchrun_with_two_processes_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["annotations", "keys"])
-def test_a_folder_in_the_published_layout(tmp_path: Path, layout: str) -> None:
+def test_a_folder_in_the_published_layout(tmp_path: Path, layout: Literal["annotations", "keys"]) -> None:
     """Two processes on JPEG files, some of them cut short, and on lists with bad lines; the images are kept once resized."""
     pytest.importorskip("torchvision", reason="torchvision is not installed: pip install .[paper]")
     from bench.experiments.paper.data.clothing1m import write_synthetic

@@ -118,7 +118,7 @@ def test_synthetic_set(tmp_path: Path, layout: clothing1m.Layout) -> None:
 
 def test_synthetic_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown layout 'csv': expected annotations or keys"):
-        write_synthetic(tmp_path, "csv", 20, 0)
+        write_synthetic(tmp_path, "csv", 20, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected at least 14 images"):
         write_synthetic(tmp_path, "keys", 13, 0)
 

@@ -9,6 +9,7 @@ import random
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_cifar10_runs_no_code_from_a_file(tmp_path: Path) -> None:
     cifar(tmp_path, "python")
 
     class Evil:
-        def __reduce__(self) -> object:
+        def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "evil",))
 
     (tmp_path / "data_batch_2").write_bytes(pickle.dumps({b"data": Evil(), b"labels": []}))

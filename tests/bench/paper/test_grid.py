@@ -180,7 +180,7 @@ def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     again = out.read_text().splitlines()
     assert again[:5] == lines[:5]
     timeless = [{name: value for name, value in json.loads(text).items() if name != "seconds"} for text in (*lines, *again)]
-    by_key = {}
+    by_key: dict[str, Any] = {}
     for found in timeless:
         text = json.dumps(found, sort_keys=True)
         assert by_key.setdefault(key(found), text) == text, "made again, a run comes out the same"

@@ -44,13 +44,13 @@ def probs(model: nn.Module, x: Tensor) -> list[list[float]]:
     return model(x).double().softmax(1).tolist()
 
 
-def test_cross_entropy(batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_cross_entropy(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
     model, x, y = batch
     expected = -sum(math.log(p[label]) for p, label in zip(probs(model, x), y.tolist(), strict=True)) / N
     assert Method().loss(model(x), y, torch.arange(N)).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_forward_correction(batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_forward_correction(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
     model, x, y = batch
     T = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.6, 0.4], [0.3, 0.0, 0.7]], dtype=torch.float64)
     method = Forward(oracle=True)
@@ -62,7 +62,7 @@ def test_forward_correction(batch: tuple[nn.Module, Tensor, Tensor]) -> None:
     assert method.loss(model(x), y, torch.arange(N)).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_forward_correction_with_the_truth_needs_one(batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_forward_correction_with_the_truth_needs_one(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
     model, x, y = batch
     with pytest.raises(ValueError, match="fw-true needs the transition matrix"):
         Forward(oracle=True).start(model, setting(x, y))
@@ -106,13 +106,13 @@ def test_published_form(batch: tuple[nn.Module, Tensor, Tensor], normalize: bool
     assert Published(normalize).loss(model(x), y, torch.arange(N)).item() == pytest.approx(-math.log(det + 0.001), rel=1e-5)
 
 
-def test_exact_is_the_loss_of_the_batch(batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_exact_is_the_loss_of_the_batch(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
     model, x, y = batch
     expected = oracle.dmi(model(x).detach().double().numpy(), y.numpy()).loss
     assert Exact().loss(model(x), y, torch.arange(N)).item() == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_recommended_is_calibrated_on_the_training_set(batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_recommended_is_calibrated_on_the_training_set(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
     model, x, y = batch
     method = Recommended()
     method.start(model, setting(x, y))
@@ -129,7 +129,7 @@ def counted(z: Tensor, noisy: Tensor) -> Tensor:
     return counts
 
 
-def test_latent_labels_keep_their_counts(batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_latent_labels_keep_their_counts(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
     model, x, y = batch
     method = LatentNoise()
     method.start(model, setting(x, y))
@@ -140,7 +140,7 @@ def test_latent_labels_keep_their_counts(batch: tuple[nn.Module, Tensor, Tensor]
     assert (method.z != before).any()
 
 
-def test_latent_labels_are_drawn_from_their_posterior(batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_latent_labels_are_drawn_from_their_posterior(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
     """4000 draws of one sample: within 5 standard deviations of p_z (counts without it + 1) / (their row sum + 3)."""
     model, x, y = batch
     method = LatentNoise()
@@ -159,7 +159,7 @@ def test_latent_labels_are_drawn_from_their_posterior(batch: tuple[nn.Module, Te
         assert abs(draws[z].item() - 4000 * share) <= 5 * math.sqrt(4000 * share * (1 - share)) + 1
 
 
-def test_latent_loss_is_cross_entropy_of_the_draw(batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_latent_loss_is_cross_entropy_of_the_draw(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
     model, x, y = batch
     method = LatentNoise()
     method.start(model, setting(x, y))
@@ -169,7 +169,7 @@ def test_latent_loss_is_cross_entropy_of_the_draw(batch: tuple[nn.Module, Tensor
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_latent_validation_loss_has_no_side_effect(batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_latent_validation_loss_has_no_side_effect(batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
     model, x, y = batch
     method = LatentNoise()
     method.start(model, setting(x, y))
@@ -195,7 +195,7 @@ def test_latent_draw_survives_impossible_rows() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_gradients_and_picks_epochs_without_changing(name: str, batch: tuple[nn.Module, Tensor, Tensor]) -> None:
+def test_every_method_has_gradients_and_picks_epochs_without_changing(name: str, batch: tuple[nn.Linear, Tensor, Tensor]) -> None:
     model, x, y = batch
     method = METHODS[name]()
     method.start(model, setting(x, y, torch.eye(C, dtype=torch.float64)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import nn
@@ -48,7 +50,7 @@ def test_pets_get_vgg16() -> None:
 
 def test_cifar_stem_keeps_the_resolution() -> None:
     pytest.importorskip("torchvision", reason="ResNet is torchvision's")
-    model = build(data_set("image", torch.randn(2, 3, 32, 32), 10))
+    model = cast("Any", build(data_set("image", torch.randn(2, 3, 32, 32), 10)))
     assert model.maxpool(model.conv1(torch.randn(1, 3, 32, 32))).shape == (1, 64, 32, 32)
 
 
@@ -59,6 +61,7 @@ def test_word_cnn_does_not_train_padding_and_sees_word_order() -> None:
     words[:, 12:] = 0
     model(words).square().sum().backward()
     assert model.embedding.weight[0].abs().max() == 0
+    assert model.embedding.weight.grad is not None
     assert model.embedding.weight.grad[0].abs().max() == 0
     assert model.embedding.weight.grad[words[0, :12]].abs().sum() > 0
     longer = nn.functional.pad(words, (0, 7))
