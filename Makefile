@@ -11,6 +11,9 @@ PY := $(VENV)/bin/python
 # What the installed package is made from: a change in any of these installs it again.
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
 SHELL_FILES := .ci/run $(shell find bench -name '*.sh')
+# The C++ that needs neither torch nor CUDA, as one instruction set compiles it.
+TIDY_FILES := $(wildcard csrc/plan/*.cpp csrc/cpu/*.cpp csrc/simt/host/*.cpp)
+TIDY_FLAGS := -std=c++20 -DLDMI_ISA=baseline -DLDMI_VECTOR_BYTES=16
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Threads that sleep while they wait instead of spinning: on a machine that does other work too, PyTorch's
@@ -61,6 +64,7 @@ lint: install ## linters, types, layers, spelling; changing nothing
 	$(VENV)/bin/codespell .
 	$(VENV)/bin/shellcheck $(SHELL_FILES)
 	$(if $(CXX_FILES),$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES))
+	$(VENV)/bin/clang-tidy --quiet $(TIDY_FILES) -- $(TIDY_FLAGS)
 
 format: install ## ruff and clang-format, rewriting the files
 	$(PY) -m ruff check --fix .

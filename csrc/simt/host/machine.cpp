@@ -53,7 +53,7 @@ void Machine::start(uint64_t new_seed) {
   const auto& kind = kinds[random.below(4)];
   device = {1 + static_cast<int>(random.below(6)), kind.block, kind.sm, int64_t{1} << 20, kind.capability};
   occupancy = 1 + static_cast<int>(random.below(3));
-  if (const char* sms = std::getenv("LDMI_SIMT_SMS")) device.sms = std::atoi(sms);
+  if (const char* sms = std::getenv("LDMI_SIMT_SMS")) device.sms = static_cast<int>(std::strtol(sms, nullptr, 0));
 }
 
 void set_seed(uint64_t seed) { machine().start(seed); }
