@@ -35,17 +35,6 @@ int launch_blocks(const Matrices& matrices, const plan::CudaLogdetInverse& plan,
   return simt::launch(factor::logdet_inverse_blocks<kMost>, grid, stream, matrices, static_cast<int>(plan.stride));
 }
 
-GridSpace grid_space(int C, int sms, bool inverse, Workspace& work) {
-  GridSpace space;
-  space.norms = work.take<double>(C);
-  space.pivots = work.take<double>(C);
-  space.row = work.take<int32_t>(C);
-  space.odd = work.take<uint32_t>(sms);
-  space.singular = work.take<uint32_t>(1);
-  space.matrix = inverse ? nullptr : work.take<double>(int64_t{C} * C);
-  return space;
-}
-
 // kSlots: the most rows of a panel that a thread of a panel block has
 template <int kSlots, int kBlocks>
 int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, void* workspace, const DeviceLimits& limits,
@@ -66,17 +55,13 @@ int launch_grid(const Matrices& matrices, const plan::CudaLogdetInverse& plan, v
     if (resident == 0) grid.blocks = 0;
   }
   Workspace work(workspace);
-  const GridSpace space = grid_space(matrices.C, limits.sms, matrices.V != nullptr, work);
+  const GridSpace space = plan::take_grid_space(work, matrices.C, limits.sms, matrices.V != nullptr);
   return simt::launch(kernel, grid, stream, matrices, space, static_cast<int>(plan.panel));
 }
 
 LuSpace lu_space(int64_t count, int64_t C, void* workspace) {
   Workspace work(workspace);
-  LuSpace space;
-  space.norms = work.take<double>(count * C);
-  space.answer = work.take<uint32_t>(count);
-  space.order = work.take<int32_t>(count * C);
-  return space;
+  return plan::take_lu_space(work, count, C);
 }
 
 int64_t at_most(int64_t blocks, const DeviceLimits& limits) {

@@ -14,12 +14,14 @@ namespace {
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::max(low, std::min(value, high)); }
 int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
-int64_t piece(int64_t bytes) { return round_up(bytes, kWorkspaceAlignment); }  // of a workspace
 
-int64_t sort_bytes(const CudaSort& sort, int64_t rows, int64_t labels) {
-  Workspace size;
-  take_order(size, sort, rows, labels);
-  return size.bytes();
+// Counts the shift and the inverse of each row, in the precision of the softmax.
+void take_row_softmax_of(Workspace& size, int64_t rows, int64_t compute_bytes) {
+  if (compute_bytes == 8) {
+    take_row_softmax<double>(size, rows);
+  } else {
+    take_row_softmax<float>(size, rows);
+  }
 }
 
 }  // namespace
@@ -36,6 +38,7 @@ CudaSort cuda_sort(int64_t rows, int64_t labels, const DeviceLimits& limits) {
 
 CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t value_bytes, const DeviceLimits& limits) {
   CudaJoint out{};
+  Workspace size;
   const int64_t compute_bytes = value_bytes == 8 ? 8 : 4;
   // the number of partial sums S that fit into 3.5 MiB plus 5 % of the gradient plus 8 bytes per row
   const int64_t budget = (int64_t{7} << 19) + rows * classes * value_bytes / 20 + 8 * rows;
@@ -46,8 +49,9 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
     // splits of the rows: enough to fill the device, with at least 256 rows each
     const int64_t tiles = up(classes, 64) * up(labels, 64);
     out.segments = clamp(std::min(up(2 * limits.sms, tiles), rows / 256), 1, std::min<int64_t>(1024, sums));
-    out.workspace_bytes = 2 * piece(rows * compute_bytes) + piece(out.blocks * 8) + piece(out.blocks * 4) +
-                          piece(out.segments * (labels * classes + labels) * 8);
+    take_row_softmax_of(size, rows, compute_bytes);
+    take_partial(size, out.segments, out.blocks, labels * classes + labels);
+    out.workspace_bytes = size.bytes();
     return out;
   }
   if (std::max(labels, classes) <= kOnehotClasses) {
@@ -55,7 +59,8 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
     out.width = tile_width(labels, classes);
     const int64_t most = limits.sms * (out.width == 16 ? 4 : 3);
     out.blocks = clamp(up(rows, tile_rows(out.width, value_bytes)), 1, std::min(most, sums));
-    out.workspace_bytes = piece(out.blocks * (labels * classes + labels) * 8) + piece(out.blocks * 8) + piece(out.blocks * 4);
+    take_partial(size, out.blocks, out.blocks, labels * classes + labels);
+    out.workspace_bytes = size.bytes();
     return out;
   }
   out.order = CudaOrder::kByLabel;
@@ -66,10 +71,13 @@ CudaJoint cuda_joint(int64_t rows, int64_t classes, int64_t labels, bool soft, i
   const int64_t resident = warps ? walk_blocks(classes) : classes <= kBlockClasses / 4 ? 3 : 2;
   out.segments = clamp(rows / 8, 1, limits.sms * resident * groups);
   out.blocks = up(out.segments, groups);
-  out.workspace_bytes = sort_bytes(out.sort, rows, labels) + 3 * piece(out.segments * 8) + piece(out.segments * classes * 8);
+  take_order(size, out.sort, rows, labels);
+  take_boundary_sums(size, out.segments, classes);
   if (classes > kBlockClasses) {
-    out.workspace_bytes += 2 * piece(rows * compute_bytes) + piece(out.blocks * 8) + piece(out.blocks * 4);
+    take_row_softmax_of(size, rows, compute_bytes);
+    take_row_parts(size, out.blocks);
   }
+  out.workspace_bytes = size.bytes();
   return out;
 }
 
@@ -77,8 +85,14 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
                                 const DeviceLimits& limits) {
   CudaLogitsGrad out{};
   const int64_t compute_bytes = value_bytes == 8 ? 8 : 4;
-  const int64_t table = labels * up(classes * compute_bytes, 16) * 16;
-  out.workspace_bytes = piece(table) + piece(labels * 8);
+  const int64_t table = labels * table_pitch(classes, compute_bytes) * compute_bytes;
+  Workspace size;
+  if (compute_bytes == 8) {
+    take_grad_table<double>(size, labels, classes);
+  } else {
+    take_grad_table<float>(size, labels, classes);
+  }
+  out.workspace_bytes = size.bytes();
   if (soft) {
     out.order = CudaOrder::kSoft;
     out.blocks = clamp(up(rows, 32), 1, 2 * limits.sms);
@@ -101,7 +115,8 @@ CudaLogitsGrad cuda_logits_grad(int64_t rows, int64_t classes, int64_t labels, b
   out.blocks = clamp(up(rows, 2 * groups), 1, limits.sms * resident);
   if (out.order == CudaOrder::kByLabel) {
     out.sort = cuda_sort(rows, labels, limits);
-    out.workspace_bytes += sort_bytes(out.sort, rows, labels);
+    take_order(size, out.sort, rows, labels);
+    out.workspace_bytes = size.bytes();
   }
   return out;
 }
@@ -128,20 +143,14 @@ int64_t factor_classes(const DeviceLimits& limits) {
   return classes;
 }
 
-// Counts the pieces of GridShared (csrc/cuda); tests/simt/logdet_inverse.cu compares the sizes.
 int64_t grid_smem(int64_t classes, int64_t panel, int64_t blocks) {
-  constexpr int64_t kStrip = 8, kTransposeTile = 32;  // columns of a strip; rows and columns of a tile of V
-  constexpr int64_t kCandidates = 256 / kLanes + 1;   // for a pivot: one per warp, and the diagonal
-  const int64_t stride = (slice_rows(classes, blocks) + 3) / 8 * 8 + 4;
+  const int C = static_cast<int>(classes), columns = static_cast<int>(panel);
   SharedSize size;
-  for (const int64_t candidates : {kCandidates, blocks > 1 ? blocks + 1 : int64_t{0}}) {
-    size.take<double>(2 * candidates * kStrip);  // rows of the strip
-    size.take<uint32_t>(2 * candidates);         // their keys
-    size.take<int32_t>(2 * candidates);          // their indices
+  if (blocks == 1) {
+    take_grid_shared<1>(size, C, columns);
+  } else {
+    take_grid_shared<static_cast<int>(kClusterBlocks)>(size, C, columns);
   }
-  size.take<int32_t>(panel);                                                               // pivot rows
-  size.take<double>(panel * (panel + 4));                                                  // the panel's columns of those rows
-  size.take<double>(std::max(panel * stride, 2 * kTransposeTile * (kTransposeTile + 1)));  // the panel, or two tiles of V
   return size.bytes();
 }
 
@@ -162,6 +171,7 @@ static int64_t grid_panel_blocks(int64_t classes, const DeviceLimits& limits) {
 
 CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const DeviceLimits& limits, bool inverse) {
   CudaLogdetInverse out{};
+  Workspace size;
   if (classes <= 32) {
     out.factor = CudaFactor::kWarp;
   } else if (out.stride = factor_stride(classes, limits.smem_block); out.stride > 0) {
@@ -171,13 +181,12 @@ CudaLogdetInverse cuda_logdet_inverse(int64_t count, int64_t classes, const Devi
     out.factor = CudaFactor::kGrid;
     out.panel = grid_panel(classes, limits.smem_block, out.panel_blocks);
     out.smem_bytes = grid_smem(classes, out.panel, out.panel_blocks);
-    // norms, pivots, their rows, one count per block, a flag, and the matrix
-    out.workspace_bytes =
-        2 * piece(classes * 8) + piece(classes * 4) + piece(limits.sms * 4) + piece(4) + (inverse ? 0 : piece(classes * classes * 8));
+    take_grid_space(size, classes, limits.sms, inverse);
+    out.workspace_bytes = size.bytes();
   } else {
     out.factor = CudaFactor::kLu;
-    // norms, what to select, and the order of the rows
-    out.workspace_bytes = piece(count * classes * 8) + piece(count * 4) + piece(count * classes * 4);
+    take_lu_space(size, count, classes);
+    out.workspace_bytes = size.bytes();
   }
   return out;
 }

@@ -10,6 +10,88 @@
 
 namespace ldmi::plan {
 
+// ------------------------------------------------------------------------------------------------------------------- joint
+
+// The partial sums of S and n of several blocks, and of the cross entropy, and whether a label or weight was out of range.
+struct Partial {
+  double* sums;   // [parts, entries]: S [K, C], then n [K]
+  int64_t parts;  // of S and n
+  double* ce;     // [ce_parts]
+  uint32_t* bad;  // [ce_parts]
+  int64_t ce_parts;
+};
+inline Partial take_partial(Workspace& work, int64_t parts, int64_t ce_parts, int64_t entries) {
+  Partial out{};
+  out.sums = work.take<double>(parts * entries);
+  out.parts = parts;
+  out.ce = work.take<double>(ce_parts);
+  out.bad = work.take<uint32_t>(ce_parts);
+  out.ce_parts = ce_parts;
+  return out;
+}
+
+// The sums of the first label of a run of rows, if that label began in an earlier run: the label, its row of S and its weight.
+struct BoundarySums {
+  int64_t* label;  // [segments], kUnused when there is none
+  double* sums;    // [segments, C]
+  double* weight;  // [segments]
+  double* ce;      // [segments]
+};
+inline BoundarySums take_boundary_sums(Workspace& work, int64_t segments, int64_t C) {
+  BoundarySums out{};
+  out.label = work.take<int64_t>(segments);
+  out.sums = work.take<double>(segments * C);
+  out.weight = work.take<double>(segments);
+  out.ce = work.take<double>(segments);
+  return out;
+}
+
+// The shift (maximum) and the inverse of the sum of each row, for rows whose softmax takes a pass of its own.
+template <class F>
+struct RowSoftmax {
+  F* shift;    // [N]
+  F* inverse;  // [N]
+};
+template <class F>
+RowSoftmax<F> take_row_softmax(Workspace& work, int64_t rows) {
+  RowSoftmax<F> out{};
+  out.shift = work.take<F>(rows);
+  out.inverse = work.take<F>(rows);
+  return out;
+}
+
+// What the blocks of that pass leave: their cross entropy, and whether a label or weight was out of range.
+struct RowParts {
+  double* ce;     // [blocks]
+  uint32_t* bad;  // [blocks]
+};
+inline RowParts take_row_parts(Workspace& work, int64_t blocks) {
+  RowParts out{};
+  out.ce = work.take<double>(blocks);
+  out.bad = work.take<uint32_t>(blocks);
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------------------- logits_grad
+
+// What the gradient needs of V, in the workspace: rows of `pitch` values V[k] / magnitude[k].
+template <class F>
+struct GradTable {
+  F* values;
+  double* magnitude;
+  int64_t pitch;  // a multiple of 16 bytes
+};
+
+LDMI_EVERYWHERE constexpr int64_t table_pitch(int64_t classes, int64_t size) { return (classes * size + 15) / 16 * 16 / size; }
+template <class F>
+GradTable<F> take_grad_table(Workspace& work, int64_t labels, int64_t classes) {
+  GradTable<F> table{};
+  table.pitch = table_pitch(classes, sizeof(F));
+  table.values = work.take<F>(labels * table.pitch);
+  table.magnitude = work.take<double>(labels);
+  return table;
+}
+
 // ---------------------------------------------------------------------------------------------------------- logdet_inverse
 
 inline constexpr int kFactorWarp = 32;  // up to this number of classes one warp factors a matrix
@@ -36,6 +118,89 @@ LDMI_EVERYWHERE FactorSpace take_factor_space(Carve& carve, int C, int stride) {
   space.pivot_row = carve.template take<uint8_t>(block * 256);
   space.tickets = carve.template take<int>(block * 2);
   space.stride = stride;
+  return space;
+}
+
+inline constexpr int kGridThreads = 256;                       // at most; each thread has rows of a strip
+inline constexpr int kGridStrip = 8;                           // columns of a strip
+inline constexpr int kGridCandidates = kGridThreads / 32 + 1;  // for the pivot: one per warp, and the diagonal
+inline constexpr int kTransposeTile = 32;                      // rows and columns of V that a block transposes at a time
+
+// Global memory besides M, for one matrix at a time
+struct GridSpace {
+  double* matrix;      // [C, C]: M if no V is asked for
+  double* norms;       // [C]: of the rows of R; NaN if something there is not finite
+  double* pivots;      // [C]
+  int32_t* row;        // [C]: p
+  uint32_t* odd;       // [blocks]: inversions of p and negative pivots that the block counted
+  uint32_t* singular;  // [1]: the number of the panel, from 1 on, that has no pivot; 0: none yet
+};
+
+// The most rows of a panel that one panel block has: a multiple of 8 if there are several blocks. The same as the function of
+// two arguments, in the arithmetic of the kernels.
+template <int kBlocks>
+LDMI_EVERYWHERE constexpr int slice_rows(int C) {
+  return kBlocks == 1 ? C : ((C + kBlocks - 1) / kBlocks + 7) / 8 * 8;
+}
+
+// Shared memory
+struct GridShared {
+  double* candidates;          // [2, kGridCandidates, 8]: the entries of the strip in each candidate row
+  unsigned* keys;              // [2, kGridCandidates]: its magnitude; 0: none, or it has been a pivot row
+  int* rows;                   // [2, kGridCandidates]
+  int* row;                    // [panel]: p_J
+  double* X;                   // [panel, pitch]: M[p_J, c], one column c after the other; no bank conflicts between fragments
+  double* panel;               // [panel, stride]: the block's rows of the panel, column by column; or two tiles of V
+  double* cluster_candidates;  // [2, kBlocks + 1, 8]: of a cluster, `candidates` of each block, and the diagonal
+  unsigned* cluster_keys;      // [2, kBlocks + 1]: their keys
+  int* cluster_rows;           // [2, kBlocks + 1]: their rows
+  int pitch;
+  int stride;  // neighbouring columns are offset by 4 banks, see factor_stride
+};
+
+template <int kBlocks, class Carve>
+LDMI_EVERYWHERE GridShared take_grid_shared(Carve& carve, int C, int panel) {
+  constexpr int kTransposing = 2 * kTransposeTile * (kTransposeTile + 1);
+  GridShared shared{};
+  shared.stride = (slice_rows<kBlocks>(C) + 3) / 8 * 8 + 4;
+  shared.pitch = panel + 4;
+  // first, at constant offsets, what the elimination of a strip uses, when registers are scarce
+  shared.candidates = carve.template take<double>(2 * kGridCandidates * kGridStrip);
+  shared.keys = carve.template take<unsigned>(2 * kGridCandidates);
+  shared.rows = carve.template take<int>(2 * kGridCandidates);
+  if constexpr (kBlocks > 1) {
+    shared.cluster_candidates = carve.template take<double>(2 * (kBlocks + 1) * kGridStrip);
+    shared.cluster_keys = carve.template take<unsigned>(2 * (kBlocks + 1));
+    shared.cluster_rows = carve.template take<int>(2 * (kBlocks + 1));
+  }
+  shared.row = carve.template take<int>(panel);
+  shared.X = carve.template take<double>(panel * shared.pitch);
+  shared.panel = carve.template take<double>(panel * shared.stride > kTransposing ? panel * shared.stride : kTransposing);
+  return shared;
+}
+
+inline GridSpace take_grid_space(Workspace& work, int64_t classes, int64_t sms, bool inverse) {
+  GridSpace space{};
+  space.norms = work.take<double>(classes);
+  space.pivots = work.take<double>(classes);
+  space.row = work.take<int32_t>(classes);
+  space.odd = work.take<uint32_t>(sms);
+  space.singular = work.take<uint32_t>(1);
+  space.matrix = inverse ? nullptr : work.take<double>(classes * classes);
+  return space;
+}
+
+// The workspace of `count` matrices
+struct LuSpace {
+  double* norms;     // [count, C]: a RowNote of each row of R
+  uint32_t* answer;  // [count]: what finish selects
+  int32_t* order;    // [count, C]: the position of each row of R^T after all exchanges
+};
+inline LuSpace take_lu_space(Workspace& work, int64_t count, int64_t classes) {
+  LuSpace space{};
+  space.norms = work.take<double>(count * classes);
+  space.answer = work.take<uint32_t>(count);
+  space.order = work.take<int32_t>(count * classes);
   return space;
 }
 

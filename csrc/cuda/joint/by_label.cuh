@@ -9,13 +9,8 @@
 
 namespace ldmi::cuda {
 
-// The sums of the first label of a run of rows, if that label began in an earlier run: the label, its row of S and its weight.
-struct BoundarySums {
-  int64_t* label;  // [segments], kUnused when there is none
-  double* sums;    // [segments, C]
-  double* weight;  // [segments]
-  double* ce;      // [segments]
-};
+using plan::BoundarySums;
+using plan::take_boundary_sums;
 
 // A group of kGroup threads (a warp or a block) visits a run of rows in the order of labels, kColumns columns per thread, in accesses
 // of kAccess values. It stores the row of S and n of each label that begins in the run; sort.start says which labels have no rows.
@@ -227,15 +222,6 @@ LDMI_KERNEL void LDMI_BOUNDS(kBlock, 1)
     joint_add_boundary_sums(int64_t labels, int64_t C, LabelOrder sort, int64_t segments, BoundarySums boundary, const double* ce_part,
                             int64_t ce_parts, double* S, double* n, double* ce) {
   add_boundary_sums(labels, C, sort, segments, boundary, ce_part, ce_parts, S, n, ce);
-}
-
-inline BoundarySums take_boundary_sums(Workspace& work, int64_t segments, int64_t C) {
-  BoundarySums out{};
-  out.label = work.take<int64_t>(segments);
-  out.sums = work.take<double>(segments * C);
-  out.weight = work.take<double>(segments);
-  out.ce = work.take<double>(segments);
-  return out;
 }
 
 }  // namespace ldmi::cuda

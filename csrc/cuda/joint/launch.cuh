@@ -81,16 +81,15 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
   int error = launch_sort(batch, sort, plan.sort, stream);
   if (error != 0) return error;
   const bool given = C > plan::kBlockClasses;
-  F *shift = nullptr, *inverse = nullptr;
+  plan::RowSoftmax<F> row{};
   double* ce_part = boundary.ce;
   int64_t ce_parts = plan.segments;
   if (given) {
     ce_parts = plan.blocks;
-    shift = work.take<F>(rows);
-    inverse = work.take<F>(rows);
-    ce_part = work.take<double>(ce_parts);
-    uint32_t* const bad_part = work.take<uint32_t>(ce_parts);
-    error = launch_row_logsumexp<E>(batch, lse, shift, inverse, ce_part, bad_part, ce_parts, stream);
+    row = plan::take_row_softmax<F>(work, rows);
+    const plan::RowParts parts = plan::take_row_parts(work, ce_parts);
+    ce_part = parts.ce;
+    error = launch_row_logsumexp<E>(batch, lse, row.shift, row.inverse, parts.ce, parts.bad, ce_parts, stream);
     if (error != 0) return error;
   }
   error = with_access<E>(batch.logits, [&](auto access) {
@@ -103,7 +102,7 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
       Carve carve;
       carve.take<F>(2 * kernel_rows * (group / kWarp));
       grid.smem = carve.bytes();
-      return launch(kernel, grid, stream, batch, sort, plan.segments, shift, inverse, lse, S, n, boundary);
+      return launch(kernel, grid, stream, batch, sort, plan.segments, row.shift, row.inverse, lse, S, n, boundary);
     };
     // With accesses of one value the addresses take registers: fewer rows in flight, and fewer columns per thread.
     constexpr int kRows = kAccess == 1 ? kWide : 2 * kWide;
@@ -135,17 +134,18 @@ int launch_joint_soft(const Batch& batch, double* S, double* n, Compute<E>* lse,
   using F = Compute<E>;
   const int64_t rows = batch.logits.rows, C = batch.logits.columns, K = batch.num_labels, splits = plan.segments;
   Workspace work(workspace);
-  F* const shift = work.take<F>(rows);
-  F* const inverse = work.take<F>(rows);
+  const plan::RowSoftmax<F> row = plan::take_row_softmax<F>(work, rows);
   const Partial partial = take_partial(work, splits, plan.blocks, K * C + K);
-  if (const int error = launch_row_logsumexp<E>(batch, lse, shift, inverse, partial.ce, partial.bad, plan.blocks, stream); error != 0)
+  if (const int error = launch_row_logsumexp<E>(batch, lse, row.shift, row.inverse, partial.ce, partial.bad, plan.blocks, stream);
+      error != 0)
     return error;
   Grid grid;
   const int64_t jobs = (C + kSoftTile - 1) / kSoftTile * ((K + kSoftTile - 1) / kSoftTile) * splits;
   grid.blocks = jobs < 2 * limits.sms ? jobs : 2 * limits.sms;
   grid.threads = kThreads;
   grid.smem = soft_smem<F>();
-  if (const int error = launch(joint_soft<E>, grid, stream, batch, shift, inverse, splits, partial.sums); error != 0) return error;
+  if (const int error = launch(joint_soft<E>, grid, stream, batch, row.shift, row.inverse, splits, partial.sums); error != 0)
+    return error;
   return launch_reduce_partials(partial, K * C, K, S, n, ce, limits, stream);
 }
 

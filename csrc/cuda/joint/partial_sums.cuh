@@ -5,14 +5,8 @@
 
 namespace ldmi::cuda {
 
-// The partial sums of S and n of several blocks, and of the cross entropy, and whether a label or weight was out of range.
-struct Partial {
-  double* sums;   // [parts, entries]: S [K, C], then n [K]
-  int64_t parts;  // of S and n
-  double* ce;     // [ce_parts]
-  uint32_t* bad;  // [ce_parts]
-  int64_t ce_parts;
-};
+using plan::Partial;
+using plan::take_partial;
 
 // S, n and ce from the parts; NaN everywhere when a part is bad. A warp takes 1, 2, 4 ... neighbouring entries, few enough to keep all
 // warps of the grid busy, and spreads the parts over its other lanes. Each lane has kReduceAhead loads in flight. The order of the sum
@@ -73,16 +67,6 @@ inline int launch_reduce_partials(const Partial& partial, int64_t S_entries, int
   carve.take<double>(kThreads / kWarp);
   grid.smem = carve.bytes();
   return launch(joint_reduce_partials<kThreads>, grid, stream, partial, S_entries, n_entries, S, n, ce);
-}
-
-inline Partial take_partial(Workspace& work, int64_t parts, int64_t ce_parts, int64_t entries) {
-  Partial out{};
-  out.sums = work.take<double>(parts * entries);
-  out.parts = parts;
-  out.ce = work.take<double>(ce_parts);
-  out.bad = work.take<uint32_t>(ce_parts);
-  out.ce_parts = ce_parts;
-  return out;
 }
 
 }  // namespace ldmi::cuda

@@ -15,12 +15,7 @@
 
 namespace ldmi::cuda {
 
-// The workspace of `count` matrices
-struct LuSpace {
-  double* norms;     // [count, C]: a RowNote of each row of R
-  uint32_t* answer;  // [count]: what finish selects
-  int32_t* order;    // [count, C]: the position of each row of R^T after all exchanges
-};
+using plan::LuSpace;
 
 namespace factor {
 

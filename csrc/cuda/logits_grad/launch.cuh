@@ -81,10 +81,7 @@ int launch_logits_grad(const Batch& batch, const void* lse, const double* V, con
   const F* const row_lse = static_cast<const F*>(lse);
   E* const out = static_cast<E*>(grad);
   Workspace work(workspace);
-  Table<F> table{};
-  table.pitch = table_pitch(C, sizeof(F));
-  table.values = work.take<F>(K * table.pitch);
-  table.magnitude = work.take<double>(K);
+  const Table<F> table = plan::take_grad_table<F>(work, K, C);
   Grid grid;
   const int64_t wanted = (K + kThreads / kWarp - 1) / (kThreads / kWarp);
   grid.blocks = wanted < 4 * limits.sms ? wanted : 4 * limits.sms;

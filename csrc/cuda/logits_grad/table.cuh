@@ -7,15 +7,9 @@
 
 namespace ldmi::cuda {
 
-// What the gradient needs of V, in the workspace: rows of `pitch` values V[k] / magnitude[k].
+using plan::table_pitch;
 template <class F>
-struct Table {
-  F* values;
-  double* magnitude;
-  int64_t pitch;  // a multiple of 16 bytes
-};
-
-LDMI_HOST_DEVICE int64_t table_pitch(int64_t classes, int64_t size) { return (classes * size + 15) / 16 * 16 / size; }
+using Table = plan::GradTable<F>;
 
 // One warp per row of V: its largest magnitude (1 for zeros; NaN goes through the quotients), and the quotients.
 template <class F>
