@@ -118,7 +118,7 @@ def _for_weight(sample_weight: Tensor, shape: torch.Size) -> str:
         return "; pass sample_weight.squeeze(1)"
     if len(shape) > 2 and given == (shape[0],):
         rest = ", ".join(["-1", *["1"] * (len(shape) - 2)])
-        return f"; for one weight a row pass sample_weight.view({rest}).expand({', '.join(map(str, (shape[0], *shape[2:])))})"
+        return f"; for one weight per row pass sample_weight.view({rest}).expand({', '.join(map(str, (shape[0], *shape[2:])))})"
     return ""
 
 
@@ -185,7 +185,7 @@ def check_tensors(logits: Any, target: Any, sample_weight: Any, options: Options
         expected = (shape[0], *shape[2:])
         if tuple(sample_weight.shape) != tuple(expected):
             raise ValueError(
-                f"sample_weight must have one weight a sample, shape {tuple(expected)}, got {tuple(sample_weight.shape)}"
+                f"sample_weight must have one weight per sample, shape {tuple(expected)}, got {tuple(sample_weight.shape)}"
                 f"{_for_weight(sample_weight, shape)}"
             )
         if sample_weight.device != logits.device:
@@ -194,7 +194,7 @@ def check_tensors(logits: Any, target: Any, sample_weight: Any, options: Options
 
 
 def flatten(logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(N, C, d1, ...) and its companions as (N * d1 * ..., C): one row a sample."""
+    """(N, C, d1, ...) and its companions as (N * d1 * ..., C): one row per sample."""
     if logits.dim() == 2:
         return logits, target, sample_weight
     classes = logits.shape[1]

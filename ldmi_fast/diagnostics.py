@@ -465,8 +465,8 @@ def _advice_on_input(report: JointReport, options: Options, seen: _Seen) -> list
         )
     elif seen.improper:
         advice.append(
-            f"{seen.improper} of {seen.used} rows of the soft targets do not sum to 1: the loss is for one label a sample, with soft "
-            "targets as its distribution over the classes. Divide target by target.sum(1, keepdim=True); where a sample may have "
+            f"{seen.improper} of {seen.used} rows of the soft targets do not sum to 1: the loss is for one label per sample, with "
+            "soft targets as its distribution over the classes. Divide target by target.sum(1, keepdim=True); where a sample may have "
             "several labels at once, give each label a loss of two classes"
         )
     return advice

@@ -275,7 +275,7 @@ def linear_dmi_loss(
         target = target.reshape(-1, classes) if soft else target.reshape(-1)
     if isinstance(sample_weight, Tensor):
         if sample_weight.shape != shape:
-            raise ValueError(f"sample_weight must have one weight a sample, shape {tuple(shape)}, got {tuple(sample_weight.shape)}")
+            raise ValueError(f"sample_weight must have one weight per sample, shape {tuple(shape)}, got {tuple(sample_weight.shape)}")
         sample_weight = widen(sample_weight.reshape(-1))
     hidden = hidden.reshape(-1, hidden.shape[-1])
     # nothing is stored for it: one number, seen from everywhere

@@ -231,7 +231,7 @@ def good() -> dict[str, Any]:
         ({"target": torch.arange(5) % 3}, ValueError, r"target must have shape \(6,\) for hidden of shape \(6, 4\), got \(5,\)"),
         ({"target": torch.rand(6, 4)}, ValueError, r"target must have shape \(6, 3\)"),
         ({"target": torch.full((6,), 3)}, IndexError, "target 3 of sample 0 is out of range"),
-        ({"sample_weight": torch.ones(5)}, ValueError, r"one weight a sample, shape \(6,\), got \(5,\)"),
+        ({"sample_weight": torch.ones(5)}, ValueError, r"one weight per sample, shape \(6,\), got \(5,\)"),
         ({"sample_weight": -torch.ones(6)}, ValueError, "sample_weight must be finite and >= 0"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1 row, got 0"),
         ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int"),

@@ -185,7 +185,7 @@ CASES: tuple[Callable[[], Failure], ...] = (
 SYNC_NOTE = (
     "Not a number of this table, for it takes a GPU: the published code builds the one-hot matrix on the CPU, so on a "
     "GPU every step waits for the labels to come to the host and for the one-hot matrix to go back, two "
-    "synchronisations a step."
+    "synchronisations per step."
 )
 
 

@@ -136,7 +136,7 @@ def compare(setting: Setting, seed: int, say: Callable[[str], None]) -> dict[str
 
     def calibrated(criterion: DMILoss) -> DMILoss:
         generator = torch.Generator().manual_seed(seed)
-        criterion.calibrate([draw(1000, generator)[:2] for _ in range(max(20, setting.classes // 4))], warm)  # 250 samples a class
+        criterion.calibrate([draw(1000, generator)[:2] for _ in range(max(20, setting.classes // 4))], warm)  # 250 samples per class
         return criterion
 
     recommended = DMILoss.recommended(setting.classes, setting.batch)
@@ -185,7 +185,7 @@ def markdown(result: dict[str, Any], plot: str) -> str:
         "at the end, every seed",
         "mean",
         "share of the clean run, worst seed",
-        "samples a class in the average",
+        "samples per class in the average",
         "seconds",
     )
     for setting, runs in by_setting(result):

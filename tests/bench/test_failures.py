@@ -53,7 +53,7 @@ def test_markdown_has_a_row_a_case(table: dict[str, failures.Failure]) -> None:
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == len(table) + 2
     assert "loss -inf, gradient NaN" in text
-    assert "two synchronisations a step" in text.replace("\n", " ")
+    assert "two synchronisations per step" in text.replace("\n", " ")
 
 
 def test_table_is_written_to_a_file(

@@ -87,7 +87,7 @@ def run_stage(
     Args:
         loss: (logits, labels) -> scalar.
         seed: of the order of batches and of dropout: two stages with the same seed and batch size see the same batches.
-        checks_per_epoch: how often to look, at most once a batch.
+        checks_per_epoch: how often to look, at most once per batch.
         on_batch: is called after every batch with the stage and the fraction that is done.
 
     Raises:

@@ -223,7 +223,7 @@ def _stats_kernel(
     ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Max and sum of exponentials of the rows that count, block by block; one program a row."""
+    """Max and sum of exponentials of the rows that count, block by block; one program per row."""
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     row = tl.program_id(0).to(tl.int64)
     if tl.load(keys + row).to(tl.int64) < num_labels:

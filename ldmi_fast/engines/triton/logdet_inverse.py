@@ -212,7 +212,8 @@ def _small_kernel(
 
 
 def _warps(block: int) -> int:
-    """As many that no compiler puts a value on the stack: 32 x 32 doubles are 16 registers a thread in 4 warps, 64 x 64 in 16."""
+    """Enough warps that no compiler puts a value on the stack: 32 x 32 doubles are 16 registers per thread in 4 warps, 64 x 64 in
+    16."""
     return 16 if block > 32 else 4 if block > 16 else 2
 
 

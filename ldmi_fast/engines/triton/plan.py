@@ -93,7 +93,7 @@ def joint(rows: int, classes: int, labels: int, soft: bool, value_bytes: int, bl
     """The plan of ``joint`` for N x C logits and K labels; ``block_rows``: the rows of a tile."""
     if labels <= TILE_CLASSES and classes <= TILE_CLASSES:
         entry_bytes = 8 * (labels * classes + labels + 1)
-        # at least two tiles a program, so that its sums are paid for
+        # at least two tiles per program, so that its sums are paid for
         programs = max(1, min(ceil_div(rows, 2 * block_rows), PROGRAMS, PARTIAL_BYTES // entry_bytes))
         # whole tiles a program
         per_program = ceil_div(max(rows, 1), programs * block_rows) * block_rows
@@ -127,7 +127,7 @@ class LogitsGrad:
     """How ``logits_grad`` runs.
 
     Attributes:
-        regime: ``"rows"``: a kernel over tiles of whole rows; ``"long"``: one program a row, block by block; ``"soft"``: a library's
+        regime: ``"rows"``: a kernel over tiles of whole rows; ``"long"``: one program per row, block by block; ``"soft"``: a library's
             matrix product, a block of rows at a time.
         table: V enters as a table in the precision of the logits, made by a kernel before.
         ordered: rows are visited in the order of their labels.

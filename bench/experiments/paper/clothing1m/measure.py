@@ -210,7 +210,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             "",
             markdown_table(("loss", "the loss", "the step", "the loss's share"), rows),
             "",
-            f"The network trains on {result['network_images_per_s']:.1f} images a second; the loader makes "
+            f"The network trains on {result['network_images_per_s']:.1f} images per second; the loader makes "
             f"{result['loader_images_per_s']:.1f} with {result['loader_workers']} worker(s) ({result['loader_data']}). So the "
             f"{result['bound']} bounds the run; the network wants {result['workers_needed']} worker(s) at this speed.",
         )

@@ -49,7 +49,7 @@ class Options:
 
     method: str = _option("dmi", "the second stage's loss", choices=METHODS)
     momentum: str = _option("auto", "of the moving average of dmi: auto (recommended for classes and batch), none, or 0 <= m < 1")
-    calibrate: int = _option(-1, "samples that the average starts from; -1: 250 a class; 0: the first batch")
+    calibrate: int = _option(-1, "samples that the average starts from; -1: 250 per class; 0: the first batch")
     batch_size: int = _option(256, "of all processes together")
     epochs_ce: int = _option(10, "of the first stage")
     epochs_dmi: int = _option(10, "of the second stage")
