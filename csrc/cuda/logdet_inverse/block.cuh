@@ -74,21 +74,13 @@ LDMI_DEVICE void update_tile_column(const FactorSpace& space, int C, int k, int 
       LDMI_UNROLL
       for (int h = 0; h < kHalves; ++h) b[t][h] = space.columns[g[h] + (own < C ? own : C - 1)];
       tile[t] = {};
-      if (c < C && i < C) {
-        const Pack<double> two = shared_load16(column + i);
-        tile[t].value[0] = two[0];
-        tile[t].value[1] = two[1];
-      }
-    }
-    LDMI_UNROLL
-    for (int h = 0; h < kHalves; ++h) {
-      LDMI_UNROLL
-      for (int t = 0; t < kTiles; ++t) tile[t] = mma(x[h], b[t][h], tile[t]);
+      if (c < C && i < C) tile[t] = shared_load_tile(column + i);
     }
     LDMI_UNROLL
     for (int t = 0; t < kTiles; ++t) {
+      tile_update(tile[t], x, b[t]);
       const int i = 8 * (first + t * by) + 2 * q;
-      if (c < C && i < C) shared_store16(column + i, Pack<double>{{tile[t].value[0], tile[t].value[1]}});
+      if (c < C && i < C) shared_store_tile(column + i, tile[t]);
     }
   }
   sync_warp();

@@ -198,6 +198,24 @@ LDMI_DEVICE bool eliminate_diagonal(double (&a)[kSlots][kColumns], int source, i
   return all(good);
 }
 
+// The product of tiles, which applies a panel to other columns: tile += X G, 8 x 8 += (8 x 4 kQuads) (4 kQuads x 8), on the fp64
+// tensor cores. A lane has two neighbouring entries of a column of M in a tile.
+template <int kQuads>
+LDMI_DEVICE void tile_update(M8N8K4::C& tile, const double (&x)[kQuads], const double (&g)[kQuads]) {
+  LDMI_UNROLL
+  for (int h = 0; h < kQuads; ++h) tile = mma(x[h], g[h], tile);
+}
+LDMI_DEVICE M8N8K4::C shared_load_tile(const double* at) {
+  const Pack<double> two = shared_load16(at);
+  M8N8K4::C tile;
+  tile.value[0] = two[0];
+  tile.value[1] = two[1];
+  return tile;
+}
+LDMI_DEVICE void shared_store_tile(double* at, const M8N8K4::C& tile) {
+  shared_store16(at, Pack<double>{{tile.value[0], tile.value[1]}});
+}
+
 // What is known of a matrix before the elimination, and the result if no elimination is needed
 struct Screening {
   bool finite;  // S and n

@@ -1,7 +1,7 @@
 // The elimination by a grid: what the elimination of some columns does to others, as products of 8 x 8 tiles on the fp64 tensor cores.
 //
-// update_panel works on the panel in shared memory, update_columns on the rest of the matrix. They are two functions, and the block's
-// update_tile_column a third one, because the loads and stores between the products decide how many registers and which accesses each
+// update_panel works on the panel in shared memory, update_columns on the rest of the matrix in global memory. Both call tile_update,
+// as the block's update_tile_column does. The loops around it differ: how many loads are in flight decides how many registers each
 // takes.
 #pragma once
 
@@ -73,14 +73,9 @@ LDMI_DEVICE void update_panel(const GridProblem<kThreads, kBlocks>& problem, con
           if (!taken[s]) continue;  // the same for the whole warp
           double* const at = shared.panel + ((s0 + s) * kGridStrip + m) * shared.stride + i;
           M8N8K4::C tile{};
-          if (i < rows) {
-            const Pack<double> two = shared_load16(at);
-            tile.value[0] = two[0];
-            tile.value[1] = two[1];
-          }
-          LDMI_UNROLL
-          for (int h = 0; h < kQuads; ++h) tile = mma(x[s][h], g[u][h], tile);
-          if (i < rows) shared_store16(at, Pack<double>{{tile.value[0], tile.value[1]}});
+          if (i < rows) tile = shared_load_tile(at);
+          tile_update(tile, x[s], g[u]);
+          if (i < rows) shared_store_tile(at, tile);
         }
       }
     }
@@ -148,8 +143,7 @@ LDMI_DEVICE void update_columns(const GridProblem<kThreads, kBlocks>& problem, c
       for (int s = 0; s < kTileColumns; ++s) {
         const int c = c0 + kGridStrip * s + m;
         M8N8K4::C& sum = tile[u][s];
-        LDMI_UNROLL
-        for (int h = 0; h < kQuads; ++h) sum = mma(x[s][h], g[u][h], sum);
+        tile_update(sum, x[s], g[u]);
         if (c >= end || i >= C) continue;
         if (pairs) {
           store16(problem.at(i, c), Pack<double>{{sum.value[0], sum.value[1]}});
