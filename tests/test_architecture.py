@@ -126,3 +126,17 @@ def test_the_threshold_for_singular_is_in_one_place_in_python() -> None:
 def test_type_checkers_see_the_options_that_there_are() -> None:
     declared = {item.name: hint for item in fields(Options) if item.init for hint in [get_type_hints(Options)[item.name]]}
     assert get_type_hints(OptionKeywords) == declared
+
+
+def test_the_page_for_newcomers_names_files_and_functions_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    folders = [ROOT, PACKAGE, PACKAGE / "engines", ROOT / "csrc", ROOT / "csrc" / "plan", ROOT / "csrc" / "torch", ROOT / "docs"]
+    named = set(re.findall(r"`([\w./-]+\.(?:py|h|cpp|cuh|cu|toml))`", page))
+    assert len(named) > 30
+    assert not {name for name in named if not any((folder / name).is_file() for folder in folders)}
+    # such as: `ldmi_fast/evaluate.py` (`path_of`)
+    functions = re.findall(r"`([\w./-]+\.py)` \(((?:`\w+`(?:, )?)+)\)", page)
+    assert len(functions) >= 3
+    for file, names in functions:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        assert not [name for name in re.findall(r"`(\w+)`", names) if not re.search(rf"^(def|class)? ?{name}\b", code, re.MULTILINE)]
