@@ -20,7 +20,7 @@ LABEL_BYTES = 8
 LSE_BYTES = 4
 
 ONE_BLOCK_CLASSES = 170
-"""Up to this many classes one multiprocessor's shared memory holds the matrix, and the forward is one launch."""
+"""Up to this many classes the matrix fits into one multiprocessor's shared memory, and the forward is one launch."""
 SORTED_FORWARD_LAUNCHES = 3
 """Above: labels in order, the joint, the factorisation."""
 

@@ -64,7 +64,7 @@ def steps_markdown(result: Result) -> str:
     return markdown_table(("shape", "step", "engine", "time (p20-p80)", "model, us", "GB/s", "of copy", "from"), rows)
 
 
-def whole_markdown(result: Result) -> str:
+def complete_markdown(result: Result) -> str:
     """The complete operation next to the complete model, factorisation included."""
     bandwidth = result.bandwidth()
     rows = []
@@ -155,7 +155,7 @@ def report_markdown(result: Result, plots: Sequence[str]) -> str:
         parts += [f"## How many times as long the peers take, clock `{clock}`", times_markdown(result, clock)]
     parts.append("\n".join(f"- {peer.name}: {peer.description}" for peer in PEERS.values() if peer.name != "ours"))
     parts += ["## The steps, and the bandwidth that they reach", steps_markdown(result)]
-    parts += ["## The complete operation next to its model", whole_markdown(result)]
+    parts += ["## The complete operation next to its model", complete_markdown(result)]
     parts += ["## log|det| and inverse alone, and how many times as long torch's paths to them take", logdet_markdown(result)]
     if result.peaks:
         parts += ["## Peak memory beyond the inputs, MB", memory_markdown(result)]

@@ -1,4 +1,4 @@
-"""A small result of the kernel benchmark, made up, for the tests of what reads results."""
+"""A small made-up result of the kernel benchmark, for the tests of the code that reads results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def around(value: float, spread: float = 0.05, count: int = 50) -> Quantiles:
 
 
 def record(shape: Shape, direction: Direction, peer: str, ratio: float, spread: float = 0.05) -> Record:
-    """One peer of which ours takes ``ratio``, in a case where ours takes a nanosecond a logit."""
+    """One peer of which ours takes ``ratio``, in a case where ours takes a nanosecond per logit."""
     ours = shape.rows * shape.classes * 1e-9
     return Record(shape, direction, peer, 2, around(ours / ratio, spread), around(ratio, spread), None)
 

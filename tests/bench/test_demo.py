@@ -79,7 +79,7 @@ def test_corruption_follows_the_matrix(kind: str) -> None:
     noisy = corrupt(labels, matrix, torch.Generator().manual_seed(1))
     found = torch.stack([torch.bincount(noisy[labels == i], minlength=len(matrix)) for i in range(len(matrix))]).double()
     found /= found.sum(1, keepdim=True)
-    # five standard deviations of a frequency; where T is 0 or 1 there is nothing to vary
+    # five standard deviations of a frequency; where T is 0 or 1 nothing varies
     tolerance = 5 * (matrix * (1 - matrix) * len(matrix) / n).sqrt()
     assert ((found - matrix).abs() <= tolerance + 1e-12).all(), found
 
@@ -194,7 +194,7 @@ def test_images_and_labels_that_do_not_fit(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with no data, no torchvision and no commands but those a test puts into the folder returned."""
+    """A machine with no data, no torchvision and only those commands that a test puts into the returned folder."""
     commands = tmp_path / "bin"
     commands.mkdir()
     monkeypatch.setenv("PATH", str(commands))

@@ -1,4 +1,4 @@
-"""The failure table: what it claims of the published formula happens, and does not happen to ours."""
+"""The failure table: what it says of the published formula happens, and does not happen to ours."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_clocks_count_calls() -> None:
 
 
 def test_interleaving_by_another_clock_than_the_hosts() -> None:
-    """``seconds_of`` is believed, not the time that passes."""
+    """``seconds_of`` counts, not the time that passes."""
     seconds = {"ours": 1e-6, "peer": 4e-6}
     functions = {name: (lambda name=name: name) for name in seconds}
     asked: list[int] = []
@@ -459,7 +459,7 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
     assert found["parts"][0]["last_line"] == "=== 3 passed ==="
     assert found["parts"][1]["last_line"] == "it broke"
     assert (tmp_path / "out" / "made.txt").exists()
-    # the summary is the last thing that is said
+    # the summary is printed last
     tail = done.stdout.splitlines()[-6:]
     assert tail[1].split()[:2] == ["good", "ok"]
     assert "no GPU ran any of this" in tail[4]
@@ -484,7 +484,7 @@ def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     assert found["parts"][0]["outcome"] == "timed out"
     assert found["parts"][0]["seconds"] < 30
     assert found["parts"][0]["last_line"] == "waiting"
-    # nothing is started without time to do anything
+    # nothing is started when no time is left
     assert [p["outcome"] for p in found["parts"][1:]] == ["no time", "no time"]
 
 

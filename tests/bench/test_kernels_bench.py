@@ -87,7 +87,7 @@ def test_shape_that_is_none(text: str) -> None:
 
 
 class FakeTime:
-    """A clock and functions that take made-up times, times that drift as a shared machine's do."""
+    """A clock and functions that take made-up times, which drift as on a shared machine."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -113,8 +113,8 @@ def test_interleaving_keeps_ratios_while_the_machine_slows_down() -> None:
     seconds = timings.seconds("peer")
     assert ratio.count == 100
     assert ratio.p50 == pytest.approx(0.5, rel=0.03)
-    assert seconds.p80 > 1.5 * seconds.p20  # while the times themselves are all over the place
-    # both orders occur, so that neither always runs in the other's wake
+    assert seconds.p80 > 1.5 * seconds.p20  # while the times themselves vary widely
+    # both orders occur, so that neither always runs after the other
     firsts = set(time.calls[4::2])
     assert firsts == {"ours", "peer"}
 

@@ -85,7 +85,7 @@ def test_bandwidth_of_ours_and_of_the_copy() -> None:
     assert forward is not None
     assert backward is not None
     assert copied is not None
-    # ours takes a nanosecond a logit of four bytes: read once forward, read twice and written once with the backward
+    # ours takes a nanosecond per logit of four bytes: read once forward, read twice and written once with the backward
     assert report.bandwidth(result, forward) == pytest.approx(4e9)
     assert report.bandwidth(result, backward) == pytest.approx(12e9)
     assert report.bandwidth(result, copied) == pytest.approx(2 * 2**26 / copied.seconds.p50)

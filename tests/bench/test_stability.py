@@ -127,7 +127,7 @@ def test_the_grid_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFix
     assert [(line["method"], line["failed"]) for line in first] == [("exact", ""), ("momentum-0.9", "")]
     assert first[0]["warm_up"] == first[1]["warm_up"]
     assert len(first[0]["checks"]) == 2
-    # a machine that goes down in the middle of a line
+    # a machine that crashes in the middle of a line
     whole = out.read_text()
     out.write_text(whole[: len(whole) - 20])
     assert [line["method"] for line in read_lines(out)] == ["exact"]
@@ -161,7 +161,7 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
 
 def test_what_cannot_work_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "runs.jsonl")]) == 1
-    assert "Fashion-MNIST cannot be had" in capsys.readouterr().err
+    assert "Fashion-MNIST is not available" in capsys.readouterr().err
     assert main(["--report", "--out", str(tmp_path / "runs.jsonl")]) == 1
     assert "no runs in" in capsys.readouterr().err
 

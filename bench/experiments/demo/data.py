@@ -1,4 +1,4 @@
-"""The demo's data: Fashion-MNIST as bag against the rest, or digits where that cannot be had."""
+"""The demo's data: Fashion-MNIST as bag against the rest, or digits where it is not available."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def load(where: str | None, say: Callable[[str], None]) -> DataSet:
         say: is called with what is tried and why it is not used.
 
     Raises:
-        ValueError: the folder given does not hold the files, or they are damaged.
-        RuntimeError: nothing can be had.
+        ValueError: the given folder does not have the files, or they are damaged.
+        RuntimeError: no data set is available.
     """
     if where == "digits":
         return read_digits()

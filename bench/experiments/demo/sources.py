@@ -1,4 +1,4 @@
-"""Where Fashion-MNIST can be had: its four files on this machine, or a download that never hangs."""
+"""Where Fashion-MNIST is found: its four files on this machine, or a download that never hangs."""
 
 from __future__ import annotations
 

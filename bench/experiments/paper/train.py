@@ -63,7 +63,7 @@ def balanced_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def accuracy_by_threshold(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """What two classes' order of the samples is worth, whatever threshold the method put between them; nothing for more classes.
+    """How well the order of the samples separates two classes, whatever threshold the method put between them; empty for more classes.
 
     ``best_threshold``: the highest accuracy that a threshold on z_1 - z_0 can have; ``balanced_threshold``: the accuracy, over the
     samples, with the threshold that is best balanced over the classes. In percent; both look at the clean labels.

@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         folder = find_data(options.data)
     except SourceUnavailable as error:
-        print(f"error: Fashion-MNIST cannot be had: {error}", file=sys.stderr)
+        print(f"error: Fashion-MNIST is not available: {error}", file=sys.stderr)
         return 1
     options.out.parent.mkdir(parents=True, exist_ok=True)
     done = {key(line) for line in read_lines(options.out)}

@@ -1,4 +1,4 @@
-"""Runs of the Clothing1M program in processes of their own."""
+"""Runs of the Clothing1M program in separate processes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Run:
 
     def __init__(self, options: Options, processes: int = 1, **environment: str) -> None:
         base = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-        base["PYTHONFAULTHANDLER"] = "1"  # whoever hangs says where: see wait
+        base["PYTHONFAULTHANDLER"] = "1"  # a process that hangs prints where: see wait
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
@@ -79,7 +79,7 @@ class Run:
             raise AssertionError(f"still running after {patience} s:\n{self.text}") from None
 
     def kill(self) -> bool:
-        """SIGKILL to all; whether all were still running."""
+        """Send SIGKILL to all; returns whether all were still running."""
         alive = all(process.poll() is None for process, _ in self.processes)
         for process, _ in self.processes:
             if process.poll() is None:
@@ -89,17 +89,17 @@ class Run:
 
     @property
     def alive(self) -> bool:
-        """Whether any still runs."""
+        """Whether any process still runs."""
         return any(process.poll() is None for process, _ in self.processes)
 
     @property
     def text(self) -> str:
-        """What they have printed."""
+        """What the processes have printed."""
         return "\n".join(log.read_text() for _, log in self.processes)
 
 
 def finish(options: Options, processes: int = 1, **environment: str) -> str:
-    """Run to the end; what was printed."""
+    """Run to the end and return what was printed."""
     run = Run(options, processes, **environment)
     statuses = run.wait()
     assert not any(statuses), run.text

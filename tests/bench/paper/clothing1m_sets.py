@@ -1,4 +1,4 @@
-"""Small sets in memory for the tests of the Clothing1M program, named by ``--sets``; and trouble on demand, from the environment."""
+"""Small sets in memory for the tests of the Clothing1M program, named by ``--sets``; and faults on demand, from the environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOISE = 0.35
 
 
 class Blobs(Dataset[tuple[Tensor, int]]):
-    """Images [3, 16, 16] of one colour per class under noise, moved about at random if ``moves``."""
+    """Images [3, 16, 16] of one colour per class under noise, shifted at random if ``moves``."""
 
     def __init__(self, count: int, classes: int, seed: int, *, noisy: bool, moves: bool) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -168,7 +168,7 @@ def test_a_bad_checkpoint_is_refused_and_the_one_before_is_used(tmp_path: Path, 
         torch.save({"weights": 1}, new)
     else:
         new.write_bytes(bytes({"half": content[: len(content) // 2], "empty": b"", "flipped": content}[kind]))
-    with pytest.raises(BadCheckpoint, match={"flipped": "checksum", "other": "format"}.get(kind, "not a whole checkpoint")):
+    with pytest.raises(BadCheckpoint, match={"flipped": "checksum", "other": "format"}.get(kind, "not a complete checkpoint")):
         checkpoint.read(new)
     told: list[str] = []
     found = checkpoint.newest(tmp_path, told.append)
@@ -259,7 +259,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
 
 
 class Stopped(Exception):
-    """A run was made to end."""
+    """The exception that ends a run."""
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, options: Options) -> None:

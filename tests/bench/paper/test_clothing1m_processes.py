@@ -52,7 +52,7 @@ def test_torchrun_with_two_processes_learns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["annotations", "keys"])
 def test_a_folder_in_the_published_layout(tmp_path: Path, layout: Literal["annotations", "keys"]) -> None:
-    """Two processes on JPEG files, some of them cut short, and on lists with bad lines; the images are kept once resized."""
+    """Two processes read JPEG files, some of them cut short, and lists with bad lines; the images are cached once resized."""
     pytest.importorskip("torchvision", reason="torchvision is not installed: pip install .[paper]")
     from bench.experiments.paper.data.clothing1m import write_synthetic
 
@@ -83,7 +83,7 @@ def test_a_folder_in_the_published_layout(tmp_path: Path, layout: Literal["annot
 
 
 def test_one_two_and_four_processes_have_the_same_losses(tmp_path: Path) -> None:
-    """To rounding. The network's norm is of single images: batch norm has the statistics of a rank's part of the batch."""
+    """The losses agree to rounding. The norm is of single images: batch norm has the statistics of a rank's part of the batch."""
     outs = {size: tmp_path / str(size) for size in (1, 2, 4)}
     for size, out in outs.items():
         finish(replace(SMALL, out=str(out), epochs_ce=2, epochs_dmi=2, drop_at=1), size)
@@ -98,7 +98,7 @@ def test_one_two_and_four_processes_have_the_same_losses(tmp_path: Path) -> None
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: Path) -> None:
-    """kill -9 to both processes at random moments after the first step, also while a checkpoint is written: one comes every other
+    """Both processes get kill -9 at random moments after the first step, also while a checkpoint is written: one comes every other
     step. Weights, optimizer, average and generators are equal to the bit; so is the log, which has no step twice."""
     slow = {"TEST_SECONDS_AN_IMAGE": "0.0005"}
     options = replace(SMALL, model="tiny-bn", dropout=0.3, save_every=2)
@@ -113,7 +113,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: 
         end = time.monotonic() + PATIENCE
         while run.alive and len(read_log(killed / "log.jsonl")) <= min(before, 1) and time.monotonic() < end:
             time.sleep(0.02)
-        if before:  # its log has lines before it starts: wait for the one that says so
+        if before:  # its log has lines before it starts: wait for the line of the start
             while run.alive and not any(line["event"] == "resume" for line in read_log(killed / "log.jsonl")[-8:]):
                 time.sleep(0.01)
         time.sleep(moments.uniform(0, 1.5 / max(1, KILLS / 2)))
@@ -135,7 +135,7 @@ def test_four_processes_go_on_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_raises_does_not_leave_the_other_waiting(tmp_path: Path, rank: int) -> None:
-    """Nobody ends the other one here, as torchrun would: its own time limit does."""
+    """Here nothing ends the other process, as torchrun would: its own time limit does."""
     run = Run(replace(SMALL, out=str(tmp_path / "out"), timeout=4.0), 2, TEST_RAISE_ON_RANK=str(rank))
     start = time.monotonic()
     statuses = run.wait(60)

@@ -177,7 +177,7 @@ def test_transforms_normalise(tmp_path: Path) -> None:
 
 
 def test_indices_and_names_as_in_a_list(tmp_path: Path) -> None:
-    """A name of several bytes a letter; -1 is the last image; an index outside is an error, not an image that cannot be read."""
+    """A name of several bytes per letter; -1 is the last image; an index outside is an error, not an image that cannot be read."""
     names = ["a.jpg", "größer, 衣.jpg", "b.jpg"]
     for shade, name in enumerate(names):
         Image.new("RGB", (24, 24), (80 * shade,) * 3).save(tmp_path / name)

@@ -1,4 +1,4 @@
-"""The sets' loaders, on small files of the published formats that the tests write."""
+"""The loaders of the sets, on small files in the published formats that the tests write."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_votes_archive_is_checked() -> None:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         archive.addfile(tarfile.TarInfo(GROUND_TRUTH), io.BytesIO(b""))
-    with pytest.raises(ValueError, match=f"holds no {RATINGS.replace('.', '[.]')}"):
+    with pytest.raises(ValueError, match=f"has no {RATINGS.replace('.', '[.]')}"):
         parse_votes(packed.getvalue())
 
 

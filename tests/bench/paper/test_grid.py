@@ -1,4 +1,4 @@
-"""The grid of runs: which ones, their file, going on after being killed, and the report."""
+"""The grid of runs: which runs it has, their file, how it continues after being killed, and the report."""
 
 from __future__ import annotations
 

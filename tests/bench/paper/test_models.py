@@ -1,4 +1,4 @@
-"""The paper's networks: shapes, which set gets which, and what they must be blind to."""
+"""The paper's networks: shapes, which set gets which, and what must not change their result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_build(kind: Kind, x: torch.Tensor, classes: int, vocabulary: int, param
 
 def test_pets_get_vgg16() -> None:
     torchvision = pytest.importorskip("torchvision", reason="VGG is torchvision's")
-    with torch.device("meta"):  # 134 million weights, which no one needs here
+    with torch.device("meta"):  # 134 million weights, which this test does not need
         model = build(data_set("image", torch.empty(2, 3, 150, 150), 2))
         assert isinstance(model, torchvision.models.VGG)
         assert model(torch.empty(2, 3, 150, 150)).shape == (2, 2)

@@ -134,7 +134,7 @@ def test_corruption_is_seeded_and_touches_nothing() -> None:
     assert not torch.equal(first, other)
     assert torch.equal(clean, before)
     assert torch.equal(torch.get_rng_state(), state)
-    # Written down: the same on every machine and in every run.
+    # These numbers are written down: they are the same on every machine and in every run.
     assert noise.corrupt(torch.zeros(12, dtype=torch.int32), noise.binary(1, 1.0), 0).tolist() == EXPECTED_SEED_0
 
 

