@@ -18,6 +18,7 @@
 // on the schedule. Each step is a device function, which reads the results of the step before by load(), and a kernel that calls it.
 #pragma once
 
+#include "../tuning.cuh"
 #include "by_label.cuh"
 #include "onehot_fp64.cuh"
 #include "onehot_tf32.cuh"
@@ -70,6 +71,24 @@ int launch_row_logsumexp(const Batch& batch, Compute<E>* lse, Compute<E>* shift,
   return launch(joint_row_logsumexp<E, kThreads>, grid, stream, batch, lse, shift, inverse, ce_part, bad_part);
 }
 
+// Rows of one label are summed by a group of threads that holds a row of S in registers, in fp64. Longer rows are read twice.
+template <class E, int kAccess>
+struct ByLabelTuning {
+  static constexpr bool kDouble = sizeof(E) == 8;
+  static constexpr int kWide = kDouble ? 1 : 2;  // rows in flight: doubles take twice the registers
+  // With accesses of one value the addresses take registers too, so there are fewer rows in flight.
+  static constexpr int kRows = kAccess == 1 ? kWide : 2 * kWide;
+  static constexpr RowTuning entries[] = {
+      // classes, threads per row, columns per thread, rows in flight
+      {kAccess <= 4 ? plan::kLanes * 4 : 0, kWarp, 4, kRows},  // an access of 8 values needs 8 columns
+      {plan::kLanes * 8, kWarp, 8, kRows},
+      {!kDouble && kAccess > 1 ? plan::kLanes * 16 : 0, kWarp, 16, 2},  // else too few registers for 16 columns
+      // 32 columns per lane would leave registers for too few warps: at 65536 x 1000 that took 314 us, this takes 230 (H100)
+      {plan::kBlockClasses / 4, 128, 8, 2 * kWide},
+      {plan::kBlockClasses, kThreads, 16, kWide},  // the whole block: 256 threads with 16 columns
+  };
+};
+
 template <class E>
 int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* lse, double* ce, void* workspace,
                           const plan::CudaJoint& plan, const DeviceLimits& limits, Stream stream) {
@@ -94,7 +113,7 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
   }
   error = with_access<E>(batch.logits, [&](auto access) {
     constexpr int kAccess = decltype(access)::value;
-    constexpr int kWide = sizeof(E) == 8 ? 1 : 2;
+    using Tuning = ByLabelTuning<E, kAccess>;
     const auto start = [&](auto kernel, int group, int kernel_rows) {
       Grid grid;
       grid.threads = group == kWarp ? static_cast<int>(plan::walk_threads(C)) : group;
@@ -104,19 +123,13 @@ int launch_joint_by_label(const Batch& batch, double* S, double* n, Compute<E>* 
       grid.smem = carve.bytes();
       return launch(kernel, grid, stream, batch, sort, plan.segments, row.shift, row.inverse, lse, S, n, boundary);
     };
-    // With accesses of one value the addresses take registers: fewer rows in flight, and fewer columns per thread.
-    constexpr int kRows = kAccess == 1 ? kWide : 2 * kWide;
-    if constexpr (kAccess <= 4) {
-      if (C <= plan::kLanes * 4) return start(joint_by_label<E, kAccess, kWarp, 4, kRows, false>, kWarp, kRows);
-    }
-    if (C <= plan::kLanes * 8) return start(joint_by_label<E, kAccess, kWarp, 8, kRows, false>, kWarp, kRows);
-    if constexpr (sizeof(E) < 8 && kAccess > 1) {
-      if (C <= plan::kLanes * 16) return start(joint_by_label<E, kAccess, kWarp, 16, 2, false>, kWarp, 2);
-    }
-    // 32 columns per lane leave registers for too few warps: at 65536 x 1000 that took 314 us, this takes 230 (H100).
-    if (C <= plan::kBlockClasses / 4) return start(joint_by_label<E, kAccess, 128, 8, 2 * kWide, false>, 128, 2 * kWide);
-    if (!given) return start(joint_by_label<E, kAccess, kThreads, 16, kWide, false>, kThreads, kWide);
-    return start(joint_by_label<E, kAccess, kThreads, 16, kWide, true>, kThreads, kWide);
+    int status = 0;
+    const bool in_registers = with_tuning<Tuning>(C, [&](auto entry) {
+      constexpr RowTuning t = Tuning::entries[entry];
+      status = start(joint_by_label<E, kAccess, t.group, t.columns, t.rows, false>, t.group, t.rows);
+    });
+    if (in_registers) return status;
+    return start(joint_by_label<E, kAccess, kThreads, 16, Tuning::kWide, true>, kThreads, Tuning::kWide);
   });
   if (error != 0) return error;
   Grid grid;

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "../sort.cuh"
+#include "../tuning.cuh"
 #include "by_row.cuh"
 #include "soft.cuh"
 #include "tile.cuh"
@@ -32,6 +33,22 @@ int launch_grad_tile(const Batch& batch, const Compute<E>* lse, const Table<Comp
   return launch(grad_tile<E, kWidth>, grid, stream, batch, lse, table, scale, ce_scale, grad);
 }
 
+// A row of logits and a row of V are in the registers of a group of threads. Longer rows are read twice.
+template <class E, int kAccess>
+struct ByRowTuning {
+  static constexpr bool kDouble = sizeof(E) == 8;
+  static constexpr bool kNarrow = kDouble || kAccess == 1;  // doubles, or addresses of each value: fewer registers for columns
+  static constexpr RowTuning entries[] = {
+      // classes, threads per row, columns per thread, rows in flight
+      {kAccess <= 4 ? plan::kLanes * 4 : 0, kWarp, 4, kDouble ? 1 : 4},             // an access of 8 values needs 8 columns
+      {!kDouble || kAccess > 1 ? plan::kLanes * 8 : 0, kWarp, 8, kDouble ? 1 : 2},  // accesses of one double: too few registers
+      {!kNarrow ? plan::kLanes * 16 : 0, kWarp, 16, 1},
+      {!kNarrow ? plan::kLanes * 32 : 0, kWarp, 32, 1},
+      {kNarrow ? plan::kBlockClasses / 4 : 0, 128, 8, 1},
+      {plan::kBlockClasses, kThreads, 16, 1},
+  };
+};
+
 template <class E>
 int launch_grad_by_row(const Batch& batch, const Compute<E>* lse, const Table<Compute<E>>& table, const double* scale,
                        const double* ce_scale, const int64_t* order, E* grad, const plan::CudaLogitsGrad& plan, Stream stream) {
@@ -40,7 +57,7 @@ int launch_grad_by_row(const Batch& batch, const Compute<E>* lse, const Table<Co
   if (reinterpret_cast<uintptr_t>(grad) % 16 != 0) both.data = grad;
   return with_access<E>(both, [&](auto access) {
     constexpr int kAccess = decltype(access)::value;
-    constexpr int kWide = sizeof(E) == 8 ? 1 : 2;
+    using Tuning = ByRowTuning<E, kAccess>;
     const auto start = [&](auto kernel, int group, int kernel_rows) {
       Grid grid;
       grid.blocks = group == 128 ? 2 * plan.blocks : plan.blocks;
@@ -51,21 +68,12 @@ int launch_grad_by_row(const Batch& batch, const Compute<E>* lse, const Table<Co
       return launch(kernel, grid, stream, batch, lse, table, scale, ce_scale, order, grad);
     };
     const int64_t C = batch.logits.columns;
-    if constexpr (kAccess <= 4) {
-      constexpr int kRows = sizeof(E) == 8 ? 1 : 4;
-      if (C <= plan::kLanes * 4) return start(grad_by_row<E, kAccess, kWarp, 4, kRows, false>, kWarp, kRows);
-    }
-    // accesses of one double take too many registers for a warp
-    if constexpr (sizeof(E) < 8 || kAccess > 1) {
-      if (C <= plan::kLanes * 8) return start(grad_by_row<E, kAccess, kWarp, 8, kWide, false>, kWarp, kWide);
-    }
-    if constexpr (sizeof(E) < 8 && kAccess > 1) {
-      if (C <= plan::kLanes * 16) return start(grad_by_row<E, kAccess, kWarp, 16, 1, false>, kWarp, 1);
-      if (C <= plan::kLanes * 32) return start(grad_by_row<E, kAccess, kWarp, 32, 1, false>, kWarp, 1);
-    } else {
-      if (C <= plan::kBlockClasses / 4) return start(grad_by_row<E, kAccess, 128, 8, 1, false>, 128, 1);
-    }
-    if (C <= plan::kBlockClasses) return start(grad_by_row<E, kAccess, kThreads, 16, 1, false>, kThreads, 1);
+    int status = 0;
+    const bool in_registers = with_tuning<Tuning>(C, [&](auto entry) {
+      constexpr RowTuning t = Tuning::entries[entry];
+      status = start(grad_by_row<E, kAccess, t.group, t.columns, t.rows, false>, t.group, t.rows);
+    });
+    if (in_registers) return status;
     return start(grad_by_row<E, kAccess, kThreads, 16, 1, true>, kThreads, 1);
   });
 }
