@@ -12,11 +12,15 @@ from typing import IO
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO[bytes]]:
     """A binary file to write that takes the place of ``path`` at the end, or leaves it as it was if something is raised.
 
     A new file has the permissions that ``open`` would give it; one that is replaced keeps its own. Through a symbolic link the file
     that it leads to is replaced, not the link.
+
+    Args:
+        path: of the file.
+        sync: whether to wait until the content is on the disk, so that it is complete even after a power failure.
 
     Raises:
         OSError: the path is no regular file, or cannot be written.
@@ -32,7 +36,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         if target.exists():
             os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
         os.replace(temporary, target)

@@ -127,10 +127,10 @@ def load_result(path: Path) -> RunResult:
     return parse_result(path.read_text(encoding="utf-8"), str(path))
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file, and its folder if need be, so that no reader ever sees half of the file."""
+def write_atomic(path: Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Write a file, and its folder if need be, so that no reader ever sees half of the file. ``sync``: as for ``replacing``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as stream:
+    with replacing(path, sync=sync) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 

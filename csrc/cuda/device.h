@@ -18,7 +18,7 @@ class DeviceGuard {
 
 // The limits of a device, asked once; all zero if there is no such device. LDMI_FAST_CUDA_STAGED=1 in the
 // environment takes cooperative grids away, to compare a forward in one launch with one step by step, and the grid's elimination with
-// a library's LU.
+// torch's LU.
 const plan::DeviceLimits& limits_of(int device);
 
 // The runtime's text for the error code of a launch. The runtime forgets the error: else whoever launches next would find it and take

@@ -194,8 +194,8 @@ LDMI_HOST_DEVICE bool is_flat(const Matrix& m) {
          reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
 }
 
-// Rows first .. first + count of a flat matrix on their way into `tile` (packed rows), which holds whole pieces of 16 bytes and whose
-// rows at multiples of `first` begin on one. commit_copies and wait_copies are the caller's.
+// Rows first .. first + count of a flat matrix, copied asynchronously into `tile` (packed rows), which holds whole pieces of 16 bytes
+// and whose rows at multiples of `first` begin on one. commit_copies and wait_copies are the caller's.
 template <class E>
 LDMI_DEVICE void copy_flat(const Matrix& m, int64_t first, int count, E* tile) {
   const int bytes = count * static_cast<int>(m.columns * static_cast<int64_t>(sizeof(E)));

@@ -324,8 +324,8 @@ Plan cuda(int64_t rows, int64_t classes, int64_t labels, bool soft, int64_t valu
   out.regime = std::string(whole ? "forward in one launch, " : "staged, ") + std::to_string(joint.blocks) + " + " +
                std::to_string(grad.blocks) + " blocks on " + std::to_string(limits.sms) + " multiprocessors";
   // the LU path: the factors and then V are in the memory of S, and the solutions need another matrix
-  const int64_t library = elimination.factor == CudaFactor::kLu ? classes * classes * 8 : 0;
-  out.workspace_bytes = std::max({joint.workspace_bytes, library + elimination.workspace_bytes, grad.workspace_bytes,
+  const int64_t lu_bytes = elimination.factor == CudaFactor::kLu ? classes * classes * 8 : 0;
+  out.workspace_bytes = std::max({joint.workspace_bytes, lu_bytes + elimination.workspace_bytes, grad.workspace_bytes,
                                   cuda_loss_forward(rows, classes, soft, value_bytes, soft, limits).workspace_bytes});
   out.reason =
       joint.order == CudaOrder::kTile ? "at most " + std::to_string(kOnehotClasses) + " classes: each block sums a tile of S on chip"

@@ -156,7 +156,7 @@ enum class CudaLoss {
   kCooperative,      // joint, logdet_inverse and the scalars by a cooperative grid: one launch
   kFusedTail,        // joint, and one launch of one block for the factorisation and the scalars
   kSeparateKernels,  // joint, logdet_inverse, combine: more classes than one block factors, or weights of soft targets to be summed
-  kLu,               // joint, the library's LU, combine: the caller's
+  kLu,               // joint, torch's LU, combine: the caller's
 };
 
 struct CudaLossForward {

@@ -46,7 +46,7 @@ inline BoundarySums take_boundary_sums(Workspace& work, int64_t segments, int64_
   return out;
 }
 
-// The shift (maximum) and the inverse of the sum of each row, for rows whose softmax takes a pass of its own.
+// The shift (maximum) and the inverse of the sum of each row, for rows whose softmax takes a separate pass.
 template <class F>
 struct RowSoftmax {
   F* shift;    // [N]

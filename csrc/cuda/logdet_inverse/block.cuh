@@ -7,9 +7,8 @@
 // inverse, the columns before the panel are not updated: this is an LU factorisation, whose determinant has the same bits.
 //
 // Pivoting. Rows are never exchanged; pivot_row[k] records p_k, the row of the pivot of step k.
-// 1. Optimistic pass over a panel: the pivot of step k is the diagonal entry, without a search. Its row can be broadcast at once, and
-// a
-//    step waits for one reciprocal only. With a class signal this pass nearly always succeeds.
+// 1. Optimistic pass over a panel: the pivot of step k is the diagonal entry, without a search. Its row can be broadcast at once,
+//    and a step waits for one reciprocal only. With a class signal this pass nearly always succeeds.
 // 2. If a multiplier exceeds 2 in any step of the panel, the panel is done again with partial pivoting: the pivot is the largest entry
 //    of column k among the rows that have not been a pivot row.
 // With G the result of the elimination in the memory of R, R^{-1}[k, p_l] = G[p_k, l].
@@ -28,8 +27,8 @@
 //
 // M is the transpose of R. With panels this matters: M[p_J, c] is multiplied by the explicit inverse of a block, whose condition
 // number may be that of the whole matrix. Where the rows of R are nearly equal, as those of a classifier that has hardly learned, M
-// M^{-1} - I grows with that condition number (1e5 C eps of the norms, measured), and M^{-1} M - I does not. The guarantee is for S
-// V^T - I = (M^{-1} M - I)^T, up to the scales. The warp works column by column; there both residuals stay below C eps / 5, and M is
+// M^{-1} - I grows with that condition number (1e5 C 2^-52 of the norms, measured), and M^{-1} M - I does not. The guarantee is for S
+// V^T - I = (M^{-1} M - I)^T, up to the scales. The warp works column by column; there both residuals stay below C 2^-52 / 5, and M is
 // R.
 #pragma once
 

@@ -10,8 +10,7 @@
 // in 8 x 8 tiles on the fp64 tensor cores. Between two barriers of the grid two things happen at the same time:
 //
 //     panel blocks     apply panel k - 1 to panel k, and eliminate panel k
-//     update blocks    apply panel k - 1 to the columns outside both, a few columns per block at a time; each block copies M[p_J, c]
-//     first
+//     update blocks    apply panel k - 1 to the columns outside both, a few columns per block at a time, after a copy of M[p_J, c]
 //
 // So the chain of eliminations waits only for one barrier per panel. The panel blocks eliminate a panel in strips of 8 columns. Each
 // thread holds a few whole rows of the strip in registers, so a column costs one barrier of the block. Then the strip's G is applied
@@ -22,7 +21,7 @@
 //
 // M is the transpose of R = diag(1/n) S, for the reason in block.cuh: the rows p_J are multiplied by the explicit inverse of a block
 // of M, and S V^T - I = (M^{-1} M - I)^T, up to the scales, does not grow with the condition number of that block. (It stayed below C
-// eps / 5 of the norms where M M^{-1} - I went up to 1e9 C eps.)
+// 2^-52 / 5 of the norms where M M^{-1} - I went up to 1e9 C 2^-52.)
 //
 // Pivoting. Rows are never exchanged: M^{-1}[k, p_l] = G[p_k, l], and V[k, p_l] = M^{-1}[k, p_l] / n[k]. G is stored column by column
 // in the memory of V. So at the end each row of V is permuted by p, V is transposed, and each row is permuted by p again, unless p is

@@ -2,13 +2,11 @@
 // device. Two matrices are all the memory: A, which may be the memory of S, and X.
 //
 // - lu_equilibrate: A = R = diag(1/n) S, with identity rows and columns for absent classes; the norms of its rows, and whether they
-// are
-//   finite. X = I. LAPACK and cuSOLVER read A as column-major, that is as R^T, and leave its factors there: P R^T = L U.
+//   are finite. X = I. LAPACK and cuSOLVER read A as column-major, that is as R^T, and leave its factors there: P R^T = L U.
 // - lu_determinant: the scalars from the factors and the pivots (1-based: row k was exchanged with row pivots[k] - 1).
 // - torch solves U^T X = I and then L^T X = X, column-major, in place: R^{-1} = P^T X.
 // - lu_order, lu_finish: R^{-1} column-major is R^{-T} row-major, so V[i, j] = X[i, order[j]] / n[i], in the memory of A, whose
-// factors
-//   are no longer needed. Zeros and NaN are selected.
+//   factors are no longer needed. Zeros and NaN are selected.
 #pragma once
 
 #include "kernels.cuh"

@@ -272,7 +272,7 @@ class Images(Dataset[tuple[Tensor, int, int]]):
             image = image.resize((self.cache_pixels, self.cache_pixels), Image.Resampling.BILINEAR)
             # What is read later is what is returned now: the first epoch sees the pixels of the others.
             packed = _jpeg(image, quality=95)
-            write_atomic(self._cached(index), packed)
+            write_atomic(self._cached(index), packed, sync=False)  # one of a million, and made again if it is damaged
             with Image.open(io.BytesIO(packed)) as again:
                 image = again.convert("RGB")
         return image
