@@ -117,7 +117,7 @@ def cuda_archs() -> list[str]:
 
 
 def tool(name: str) -> str | None:
-    """A program of the build requirements: on the PATH, or beside a Python whose environment is not activated."""
+    """A program of the build requirements: on the PATH, or next to a Python whose environment is not activated."""
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
@@ -130,7 +130,7 @@ class CMakeBuild(build_ext):
         if missing:
             raise SystemExit(
                 f"ldmi_fast: the compiled kernels need {', '.join(missing)} to be built, not found here. pip installs the build "
-                "requirements by itself unless it is called with --no-build-isolation; then, install them before: pip install "
+                "requirements unless it is called with --no-build-isolation; in that case install them before: pip install "
                 "'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.12'. LDMI_FAST_NATIVE=0 builds pure Python, which needs setuptools "
                 "alone"
             )

@@ -27,8 +27,9 @@ class AverageReport:
     """How a batch compares with the moving average of a :class:`ldmi_fast.DMILoss`. The batch does not enter it.
 
     Attributes:
-        log_abs_det, sign: of B, over the classes that it has.
-        kept: how many these are.
+        log_abs_det: log|det B|, over the classes that B has.
+        sign: of that determinant.
+        kept: how many classes these are.
         steps: how many batches have entered since the start or the last calibration.
         spread: the standard error of log|det B|: that of a batch times sqrt((1 - m) / (1 + m)).
         drift: the distance of U from B in the Frobenius norm over what sampling alone makes it. About 1: the batch is one of
@@ -202,8 +203,12 @@ class _Seen:
     """What was seen in the rows that count, of all ranks.
 
     Attributes:
-        leverage, heights, weights: sums over the rows of the squares that the spread and the drift are made of.
-        used: how many rows count. counts: [C], the weight of each class. tops: [C], in how many rows it has the largest target.
+        leverage: sum over the rows of the squares of which the spread is made.
+        heights: sum over the rows of the squares of which the drift is made.
+        weights: sum of the squares of the weights.
+        used: how many rows count.
+        counts: [C], the weight of each class.
+        tops: [C], in how many rows the class has the largest target.
         probable: how many rows of the first argument are probabilities.
         improper: how many rows of soft targets do not sum to 1.
     """
@@ -505,4 +510,4 @@ def _alike(R: Tensor, report: JointReport) -> str:
     distance.fill_diagonal_(torch.inf)
     first, second = divmod(int(distance.argmin()), len(R))
     gap = distance.min().item()
-    return f"classes {kept[first]} and {kept[second]} are predicted most alike, their mean predictions differ by {gap:.1g}"
+    return f"classes {kept[first]} and {kept[second]} have the most similar predictions: their means differ by {gap:.1g}"

@@ -38,7 +38,8 @@ class JointSolution:
         sign: [], of that determinant; 0 if singular.
         kept: [] int64, k, how many classes it is of.
         V: [C, C], S^-T.
-        scale, ce_scale: [], the factors of the two parts of the gradient.
+        scale: [], the factor of the determinant's part of the gradient.
+        ce_scale: [], the factor of the cross entropy's part.
     """
 
     loss: Tensor

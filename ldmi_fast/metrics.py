@@ -42,8 +42,9 @@ class DMI(Metric):
 
     Args:
         num_classes: C.
-        ignore_index, absent: as for :func:`ldmi_fast.dmi_loss`. With the default ``absent="present"`` the score is over the
-            classes that occur, so compare scores only where the same classes do.
+        ignore_index: as for :func:`ldmi_fast.dmi_loss`.
+        absent: as for :func:`ldmi_fast.dmi_loss`. With the default ``"present"`` the score is over the classes that occur, so compare
+            scores only where the same classes occur.
         input: ``"logits"``, or ``"probs"`` if ``update`` is given probabilities. Which of the two they are cannot be seen in the
             score, so the first batch is checked: rows of probabilities in the place of logits give a warning, the other way round
             is an error.

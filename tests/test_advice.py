@@ -113,7 +113,7 @@ def test_rank_and_the_classes_that_are_similar(device: torch.device) -> None:
     assert math.isnan(report.spread)
     words = "\n".join(report.advice)
     assert "rank 5 of 6" in words
-    assert "classes 1 and 4 are predicted most alike" in words
+    assert "classes 1 and 4 have the most similar predictions" in words
     assert diagnose(batch.logits.to(device), batch.target.to(device)).rank == 6
 
 
@@ -150,14 +150,14 @@ def test_smoothed_targets_of_a_class_that_is_missing(engine: str, device: torch.
     words = "\n".join(report.advice)
     assert "class 9 has no sample of its own: the targets have rank 9 of 10, because its column is the same in every row" in words
     assert "the determinant is of the other classes only" in words
-    assert "predicted most alike" not in words
+    assert "most similar predictions" not in words
     assert "have no sample in this batch" not in words
     strict = diagnose(here.logits, target, sample_weight=here.sample_weight, absent="strict", engine=engine)
     assert strict.loss == math.inf
     words = "\n".join(strict.advice)
     assert "class 9 has no sample of its own" in words
     assert "absent='present'" in words
-    assert "predicted most alike" not in words
+    assert "most similar predictions" not in words
 
 
 def test_smoothed_targets_of_some_classes_that_are_missing(engine: str, device: torch.device) -> None:
@@ -186,16 +186,16 @@ def test_mixed_targets_of_a_class_that_is_missing(engine: str, device: torch.dev
     assert report.singular
     assert "whatever the model predicts: the targets have rank 5 of 6" in words
     assert "class 3 has no sample of its own" in words
-    assert "predicted most alike" not in words
+    assert "most similar predictions" not in words
 
 
 def test_strict_names_the_cause_alone(engine: str, device: torch.device) -> None:
     batch = problem(300, 6, absent=(4,)).to(device=device)
     report = diagnose(batch.logits, batch.target, absent="strict", engine=engine)
     assert report.singular
-    assert "predicted most alike" not in "\n".join(report.advice)
+    assert "most similar predictions" not in "\n".join(report.advice)
     collapsed = diagnose(torch.zeros_like(batch.logits), batch.target, absent="strict", engine=engine)
-    assert "predicted most alike" in "\n".join(collapsed.advice)
+    assert "most similar predictions" in "\n".join(collapsed.advice)
 
 
 def test_advice_on_one_class(engine: str, device: torch.device) -> None:
