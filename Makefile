@@ -56,7 +56,7 @@ bench-check: install ## time it again and fail where it became slower than the c
 gpu: ## on a machine with an NVIDIA GPU: build in place, test, sanitize, measure; ARGS names parts
 	PYTHON=$(PYTHON) bench/gpu/run.sh $(ARGS)
 
-lint: install ## linters, types, layers, spelling; changing nothing
+lint: install ## linters, types, layers, spelling, clang-tidy; changing nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
